@@ -1,0 +1,94 @@
+"""The configuration of a diffusion transformer, and the official variants by name."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+Prediction = Literal["epsilon", "v", "x0"]
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0")
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that fixes the function a DiT computes, but its weights. Defaults are DiT-XL/2 at 256 px."""
+
+    input_size: int = 32  # side of the square input (latent pixels for the official models)
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000  # label `num_classes` is the null label of classifier-free guidance
+    learn_sigma: bool = True  # the output carries the variance interpolation in its last channels
+    prediction: Prediction = "epsilon"  # what the first channels of the output are
+    dtype: str = "float32"  # of activations and matrix products; softmax and norms never go below float32
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"DiTConfig.{name} must be a positive integer, got {value!r}")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 for the position embedding")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers in one output patch."""
+        return self.patch_size**2 * self.out_channels
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, entries: dict) -> "DiTConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+          ValueError: an entry is unknown (it would change the function silently) or out of its domain.
+        """
+        unknown = sorted(set(entries) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown DiT config entries: {', '.join(unknown)}")
+        return cls(**entries)
+
+
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+
+VARIANTS: dict[str, DiTConfig] = {
+    f"DiT-{name}/{patch}": DiTConfig(patch_size=patch, depth=depth, hidden_size=width, num_heads=heads)
+    for name, (depth, width, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+def variant(name: str, **overrides) -> DiTConfig:
+    """The official variant `name`, for example ``"DiT-XL/2"``, with any entries overridden.
+
+    Raises:
+      ValueError: no such variant.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"unknown DiT variant {name!r}; known: {', '.join(VARIANTS)}")
+    return dataclasses.replace(VARIANTS[name], **overrides)

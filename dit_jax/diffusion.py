@@ -1,0 +1,199 @@
+"""Sampling: denoisers, guidance, DDIM and ancestral steps on a respaced clock, and one `sample` with an observer.
+
+A denoiser is a plain callable ``(x, step, labels) -> denoised``; it may return a `Prediction` instead when it also
+knows the variance of the ancestral step. The network, an exact posterior mean and a Wiener filter are all denoisers.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.attention import Coupling
+from dit_jax.model import DiT
+from dit_jax.objective import denoised_from, posterior_tables
+from ou_theory.clock import Clock
+
+GuidedChannels = Literal["official", "all"]
+Sampler = Literal["ddim", "ancestral"]
+
+
+class Prediction(NamedTuple):
+    """What a denoiser may return. Both of the shape of the state."""
+
+    denoised: jax.Array  # predicted clean image
+    fraction: jax.Array | None = None  # log-variance of the ancestral step: 1 is log beta, 0 the posterior's
+
+
+Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array | Prediction]
+Observer = Callable[[jax.Array, jax.Array, jax.Array], Any]
+Step = Callable[[jax.Array, jax.Array, Prediction, jax.Array | None], jax.Array]
+
+
+def guide(conditional: jax.Array, null: jax.Array, scale, channels: int) -> jax.Array:
+    """Classifier-free guidance of raw outputs (..., C_out): the first `channels` become ``null + scale (cond - null)``,
+    the others stay conditional."""
+    guided = null[..., :channels] + scale * (conditional[..., :channels] - null[..., :channels])
+    return jnp.concatenate([guided, conditional[..., channels:]], -1)
+
+
+def guided_output(
+    model: DiT,
+    x: jax.Array,
+    t: jax.Array,
+    y: jax.Array,
+    gate: jax.Array | None = None,
+    *,
+    scale: float,
+    channels: GuidedChannels = "all",
+    coupling: Coupling = "joint",
+    unroll: int = 1,
+) -> jax.Array:
+    """Network output under classifier-free guidance, from one batch of twice the size; both halves are coupled.
+
+    Args:
+      x, t, y, gate, coupling, unroll: as `DiT.__call__`.
+      scale: guidance scale; 1 gives the conditional output.
+      channels: ``"official"`` guides the first three channels only, as the released sampling code does (an accident
+        that its authors keep for reproducibility); ``"all"`` guides every image channel.
+    """
+    axis = x.ndim - 4
+    twice = jnp.concatenate([x, x], axis)
+    null = jnp.full_like(y, model.config.num_classes)
+    if gate is not None and gate.ndim > 2 and gate.shape[-3] > 1:
+        gate = jnp.concatenate([gate, gate], -3)
+    out = model(twice, jnp.concatenate([t, t]), jnp.concatenate([y, null]), gate, coupling=coupling, unroll=unroll)
+    conditional, unconditional = jnp.split(out, 2, axis)
+    count = model.config.in_channels if channels == "all" else min(3, model.config.in_channels)
+    return guide(conditional, unconditional, scale, count)
+
+
+def network_denoiser(
+    model: DiT,
+    clock: Clock,
+    gate: jax.Array | None = None,
+    *,
+    coupling: Coupling = "joint",
+    guidance: float = 1.0,
+    channels: GuidedChannels = "all",
+    unroll: int = 1,
+) -> Denoiser:
+    """The denoiser of a DiT: state (N, H, W, C) or (R, N, H, W, C), labels (N,).
+
+    The network is given the original timestep of the step. Build it inside the jitted function that uses it, so that
+    weights and gate are arguments of the compilation, not constants in it.
+    """
+    timesteps = np.asarray(clock.timesteps)
+    config = model.config
+
+    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
+        t = jnp.full(labels.shape, jnp.asarray(timesteps)[step])
+        if guidance == 1.0:
+            out = model(x, t, labels, gate, coupling=coupling, unroll=unroll)
+        else:
+            out = guided_output(
+                model, x, t, labels, gate, scale=guidance, channels=channels, coupling=coupling, unroll=unroll
+            )
+        out = out.astype(x.dtype)
+        mean_part, variance_part = out[..., : config.in_channels], out[..., config.in_channels :]
+        alpha_bar = jnp.asarray(clock.alpha_bar, x.dtype)[step]
+        denoised = _denoised(mean_part, x, clock, step, alpha_bar, config.prediction)
+        return Prediction(denoised, (variance_part + 1) / 2 if config.learn_sigma else None)
+
+    return denoise
+
+
+def _denoised(out, x, clock: Clock, step, alpha_bar, prediction):
+    if prediction != "epsilon":
+        return denoised_from(out, x, alpha_bar, prediction)
+    # 1 / ab - 1 in float64 first: at the clean end it loses three digits in float32
+    return _at(np.sqrt(1 / clock.alpha_bar), step, x) * x - _at(np.sqrt(1 / clock.alpha_bar - 1), step, x) * out
+
+
+def _at(table: np.ndarray, step: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.asarray(table, x.dtype)[step]
+
+
+def ddim_step(clock: Clock, eta: float = 0.0) -> Step:
+    """The DDIM update (Song et al., arXiv 2010.02502); `eta` = 1 has the posterior variance. Learned variances are unused."""
+    ab, after = clock.alpha_bar, clock.alpha_bar_next
+    spread = eta * np.sqrt((1 - after) / (1 - ab) * (1 - ab / after))
+    from_x, from_x0 = np.sqrt(1 / ab), np.sqrt(1 / ab - 1)
+    keep, direction = np.sqrt(after), np.sqrt(np.maximum(1 - after - spread**2, 0))
+
+    def update(step, x, prediction, noise):
+        x0 = prediction.denoised
+        epsilon = (_at(from_x, step, x) * x - x0) / _at(from_x0, step, x)
+        mean = _at(keep, step, x) * x0 + _at(direction, step, x) * epsilon
+        return mean if noise is None else mean + _at(spread, step, x) * noise
+
+    return update
+
+
+def ancestral_step(clock: Clock) -> Step:
+    """The DDPM update: a draw from the Gaussian posterior of the next state, with the network's variance if it has one,
+    else the posterior's; no noise in the last step."""
+    weight_x0, weight_x, low, high = posterior_tables(clock)
+    noisy = np.append(np.ones(len(clock) - 1), 0.0)
+
+    def update(step, x, prediction, noise):
+        mean = _at(weight_x0, step, x) * prediction.denoised + _at(weight_x, step, x) * x
+        log_variance = _at(low, step, x)
+        if prediction.fraction is not None:
+            log_variance = prediction.fraction * _at(high, step, x) + (1 - prediction.fraction) * log_variance
+        return mean + _at(noisy, step, x) * jnp.exp(0.5 * log_variance) * noise
+
+    return update
+
+
+def sample(
+    denoiser: Denoiser,
+    x: jax.Array,
+    clock: Clock,
+    labels: jax.Array,
+    *,
+    sampler: Sampler = "ddim",
+    eta: float = 0.0,
+    noise: Callable[[jax.Array], jax.Array] | None = None,
+    clip: float | None = None,
+    observe: Observer | None = None,
+) -> tuple[jax.Array, Any]:
+    """Runs the reverse process as one `lax.scan`.
+
+    Args:
+      denoiser: see the module docstring.
+      x: initial noise, any shape that the denoiser takes.
+      clock: n noise levels.
+      labels: passed to the denoiser.
+      sampler: ``"ddim"`` or ``"ancestral"``.
+      eta: stochasticity of DDIM; 0 is deterministic.
+      noise: ``noise(step)``, unit Gaussian of the shape of `x`; needed unless DDIM with `eta` = 0.
+      clip: bound on the absolute value of the predicted clean image; None leaves it alone.
+      observe: ``observe(step, x, denoised)`` is called with the state that the denoiser saw; what it returns is
+        stacked over steps, and nothing else is kept.
+
+    Returns:
+      the sample, and the observations with a leading axis n (None without an observer).
+
+    Raises:
+      ValueError: unknown sampler, or a stochastic one without `noise`.
+    """
+    if sampler not in ("ddim", "ancestral"):
+        raise ValueError(f"sampler {sampler!r} is not one of ddim, ancestral")
+    stochastic = sampler == "ancestral" or eta > 0
+    if stochastic and noise is None:
+        raise ValueError(f"sampler {sampler!r} with eta {eta} is stochastic: give noise(step)")
+    update = ancestral_step(clock) if sampler == "ancestral" else ddim_step(clock, eta)
+
+    def body(x, step):
+        prediction = denoiser(x, step, labels)
+        if not isinstance(prediction, Prediction):
+            prediction = Prediction(prediction)
+        if clip is not None:
+            prediction = prediction._replace(denoised=jnp.clip(prediction.denoised, -clip, clip))
+        kept = None if observe is None else observe(step, x, prediction.denoised)
+        return update(step, x, prediction, noise(step) if stochastic and noise is not None else None), kept
+
+    return jax.lax.scan(body, x, jnp.arange(len(clock)))

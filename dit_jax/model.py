@@ -1,0 +1,267 @@
+"""The diffusion transformer (Peebles & Xie, arXiv 2212.09748) in Flax NNX.
+
+One block is built with its parameters stacked over the layers and run under `jax.lax.scan`, so it is compiled
+once whatever the depth. Inside, tokens are (replica, batch, token, channel); only attention mixes replicas.
+Shape letters: R replicas, N batch, T tokens, D width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax.attention import Coupling, attend
+from dit_jax.config import DiTConfig
+
+Tap = Callable[[jax.Array, dict[str, jax.Array]], Any]
+
+FREQUENCY_FEATURES = 256
+_xavier = nnx.initializers.xavier_uniform()
+_normal = nnx.initializers.normal(0.02)
+_zeros = nnx.initializers.zeros_init()
+
+
+class Constant(nnx.Variable):
+    """An array that belongs to the weights but is not trained."""
+
+
+def timestep_features(t: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """Sinusoids of the raw timestep: t (N,) -> (N, 256), cosines first, frequencies 10000^(-i/128)."""
+    half = FREQUENCY_FEATURES // 2
+    angles = t.astype(dtype)[:, None] * jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=dtype) / half)[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def position_embedding(grid: int, width: int) -> np.ndarray:
+    """The fixed 2-d embedding (grid * grid, width) float32: first half the column, second half the row, sines first."""
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    angles = np.arange(grid)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], -1)  # (grid, width / 2)
+    column = np.broadcast_to(axis[None], (grid, grid, width // 2))
+    row = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
+    return np.concatenate([column, row], -1).reshape(grid * grid, width).astype(np.float32)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """Images (..., H, W, C) -> patches (..., T, patch * patch * C), rows outer, channel fastest."""
+    *lead, height, width, channels = x.shape
+    x = x.reshape(*lead, height // patch, patch, width // patch, patch, channels)
+    return jnp.swapaxes(x, -4, -3).reshape(*lead, -1, patch * patch * channels)
+
+
+def unpatchify(x: jax.Array, patch: int) -> jax.Array:
+    """Inverse of `patchify` for a square image."""
+    *lead, tokens, features = x.shape
+    grid = round(tokens**0.5)
+    x = x.reshape(*lead, grid, grid, patch, patch, features // patch**2)
+    return jnp.swapaxes(x, -4, -3).reshape(*lead, grid * patch, grid * patch, -1)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Tokens (R, N, T, D) shifted and scaled by (R, N, D) or (N, D)."""
+    return x * (1 + scale[..., None, :]) + shift[..., None, :]
+
+
+class LayerNorm(nnx.Module):
+    """Parameter-free layer norm with eps 1e-6, computed in float32 or wider (two passes, not E[x^2] - E[x]^2)."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` in the config's compute dtype, at full float32 precision on any device (no TF32)."""
+
+    def __init__(self, fan_in: int, fan_out: int, config: DiTConfig, rngs: nnx.Rngs, init=_xavier):
+        super().__init__(
+            fan_in,
+            fan_out,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=param_dtype(config),
+            precision=None if config.dtype == "bfloat16" else jax.lax.Precision.HIGHEST,
+            kernel_init=init,
+            rngs=rngs,
+        )
+
+
+def param_dtype(config: DiTConfig):
+    """Dtype in which parameters are kept: float64 for a float64 model, else float32."""
+    return jnp.float64 if config.dtype == "float64" else jnp.float32
+
+
+class TimestepEmbedder(nnx.Module):
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.fc1 = Linear(FREQUENCY_FEATURES, config.hidden_size, config, rngs, _normal)
+        self.fc2 = Linear(config.hidden_size, config.hidden_size, config, rngs, _normal)
+        self.feature_dtype = param_dtype(config)
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        return self.fc2(nnx.silu(self.fc1(timestep_features(t, self.feature_dtype))))
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, config, rngs)
+        self.proj = Linear(config.hidden_size, config.hidden_size, config, rngs)
+        self.num_heads = config.num_heads
+
+    def __call__(self, x: jax.Array, gate: jax.Array | None, coupling: Coupling) -> tuple[jax.Array, dict]:
+        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
+        q, k, v = (qkv[..., i, :, :] for i in range(3))
+        out, pattern = attend(q, k, v, gate, coupling)
+        return self.proj(out.reshape(x.shape)), {"q": q, "k": k, "v": v, "pattern": pattern}
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.fc1 = Linear(config.hidden_size, config.mlp_size, config, rngs)
+        self.fc2 = Linear(config.mlp_size, config.hidden_size, config, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.norm = LayerNorm()
+        self.attn = Attention(config, rngs)
+        self.mlp = Mlp(config, rngs)
+        self.adaln = Linear(config.hidden_size, 6 * config.hidden_size, config, rngs, _zeros)
+
+    def __call__(self, x: jax.Array, c: jax.Array, gate: jax.Array | None, coupling: Coupling):
+        """x (R, N, T, D), c (N, D) -> x and the named activations of this block."""
+        adaln = self.adaln(nnx.silu(c))
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(adaln, 6, -1)
+        norm1 = self.norm(x)
+        attn_out, inside = self.attn(modulate(norm1, shift_attn, scale_attn), gate, coupling)
+        middle = x + gate_attn[..., None, :] * attn_out
+        norm2 = self.norm(middle)
+        mlp_out = self.mlp(modulate(norm2, shift_mlp, scale_mlp))
+        after = middle + gate_mlp[..., None, :] * mlp_out
+        return after, {
+            "resid_pre": x,
+            "adaln": adaln,
+            "norm1": norm1,
+            "attn_out": attn_out,
+            "resid_mid": middle,
+            "norm2": norm2,
+            "mlp_out": mlp_out,
+            "resid_post": after,
+            **inside,
+        }
+
+
+class FinalLayer(nnx.Module):
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.norm = LayerNorm()
+        self.linear = Linear(config.hidden_size, config.patch_features, config, rngs, _zeros)
+        self.adaln = Linear(config.hidden_size, 2 * config.hidden_size, config, rngs, _zeros)
+
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        shift, scale = jnp.split(self.adaln(nnx.silu(c)), 2, -1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class DiT(nnx.Module):
+    """A diffusion transformer with optional replica coupling in every attention layer.
+
+    ``model(x, t, y)`` is the official function; ``model(x, t, y, gate=...)`` runs replicas that read each other.
+    """
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        grid = config.input_size // config.patch_size
+        width = config.hidden_size
+        self.config = config
+        self.x_embedder = Linear(config.patch_size**2 * config.in_channels, width, config, rngs)
+        self.pos_embed = Constant(jnp.asarray(position_embedding(grid, width), param_dtype(config)))
+        self.t_embedder = TimestepEmbedder(config, rngs)
+        self.y_embedder = nnx.Embed(
+            config.num_classes + 1,
+            width,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=param_dtype(config),
+            embedding_init=_normal,
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(in_axes=(None, 0), out_axes=0)
+        def stack(config: DiTConfig, rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs)
+
+        self.blocks = stack(config, rngs)
+        self.final_layer = FinalLayer(config, rngs)
+
+    def embed(self, x: jax.Array) -> jax.Array:
+        """Images (..., H, W, C) -> tokens (..., T, D) with positions added."""
+        tokens = self.x_embedder(patchify(x, self.config.patch_size))
+        return tokens + self.pos_embed[...].astype(tokens.dtype)
+
+    def condition(self, t: jax.Array, y: jax.Array) -> jax.Array:
+        """Timesteps and labels (N,) -> conditioning vector (N, D)."""
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        gate: jax.Array | None = None,
+        *,
+        coupling: Coupling = "joint",
+        tap: Tap | None = None,
+        unroll: int = 1,
+    ):
+        """Raw network output.
+
+        Args:
+          x: (N, H, W, C), or (R, N, H, W, C) for R replicas of N pairs.
+          t: (N,) timesteps on the original 0..999 grid; replicas share them.
+          y: (N,) int labels; `config.num_classes` is the null label.
+          gate: coupling of the replicas, broadcast to (depth, N, R, R); None runs them uncoupled.
+          coupling: see `dit_jax.attention.attend`.
+          unroll: layers per scan iteration; more compile longer and run faster on CPUs, with the same result.
+          tap: called as ``tap(layer, activations)`` in every block, `layer` a traced int; whatever pytree it
+            returns comes back stacked over layers. Names: resid_pre, norm1, attn_out, resid_mid, norm2, mlp_out,
+            resid_post, each (R, N, T, D); adaln (N, 6D); q, k, v (R, N, T, heads, head_dim); pattern, see `attend`.
+
+        Returns:
+          (..., H, W, out_channels) of the shape of `x` but for channels; with `tap`, that and the taps.
+
+        Raises:
+          ValueError: the image does not fit the config, or a gate comes without a replica axis.
+        """
+        config = self.config
+        image = (config.input_size, config.input_size, config.in_channels)
+        if x.shape[-3:] != image or x.ndim not in (4, 5):
+            raise ValueError(f"this model takes images (N, {', '.join(map(str, image))}) with an optional replica axis in front, got {x.shape}")
+        if gate is not None and x.ndim != 5:
+            raise ValueError("a gate couples replicas: give x as (R, N, H, W, C)")
+        single = x.ndim == 4
+        if single:
+            x = x[None]
+        h = self.embed(x.astype(config.dtype))
+        c = self.condition(t, y)
+        gates = None
+        if gate is not None:
+            replicas = x.shape[0]
+            lead = jnp.broadcast_shapes(gate.shape[:-2], (config.depth, 1))
+            gates = jnp.broadcast_to(gate, (*lead, replicas, replicas))
+        graph, weights = nnx.split(self.blocks)
+
+        def layer(h, scanned):
+            index, weights, gate = scanned
+            h, activations = nnx.merge(graph, weights)(h, c, gate, coupling)
+            return h, None if tap is None else tap(index, activations)
+
+        h, taps = jax.lax.scan(layer, h, (jnp.arange(config.depth), weights, gates), unroll=unroll)
+        out = unpatchify(self.final_layer(h, c), config.patch_size)
+        out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+        if single:
+            out = out[0]
+        return out if tap is None else (out, taps)

@@ -1,0 +1,95 @@
+"""Ensembles of coupled replica pairs: keys, initial and step noise, a grid of couplings in one batch.
+
+Every random number is a function of (seed, pair, step, replica) alone. Results therefore do not depend on how pairs
+are batched, and runs at different couplings see the same noise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.attention import symmetric_gate
+from dit_jax.diffusion import Denoiser, Sampler, sample
+from ou_theory.clock import Clock
+
+CoupledDenoiser = Callable[[jax.Array], Denoiser]  # gate (N, R, R) -> denoiser of states (R, N, H, W, C)
+PairObserver = Callable[[jax.Array, jax.Array, jax.Array], Any]
+
+INITIAL = -1  # the "step" of the initial noise
+
+
+def pair_noise(
+    seed: int | jax.Array, pairs: jax.Array, step: int | jax.Array, shape: Sequence[int], replicas: int = 2
+) -> jax.Array:
+    """Unit Gaussian noise (R, N, *shape) float32 of pairs (N,) at one step (`INITIAL` for the start), independent
+    between replicas, pairs and steps."""
+    root = jax.random.key(seed)
+
+    def draw(replica, pair):
+        key = jax.random.fold_in(jax.random.fold_in(root, pair), jnp.asarray(step) + 1)
+        return jax.random.normal(jax.random.fold_in(key, replica), tuple(shape), jnp.float32)
+
+    over_pairs = jax.vmap(draw, (None, 0))
+    return jax.vmap(over_pairs, (0, None))(jnp.arange(replicas), jnp.asarray(pairs))
+
+
+def pair_labels(pairs: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Class of each pair (N,) int32: the classes in turn, by pair index; both replicas share it."""
+    return np.asarray(classes, np.int32)[np.asarray(pairs) % len(classes)]
+
+
+def run_pairs(
+    coupled: CoupledDenoiser,
+    clock: Clock,
+    couplings: jax.Array,
+    pairs: jax.Array,
+    labels: jax.Array,
+    shape: Sequence[int],
+    *,
+    seed: int | jax.Array,
+    replicas: int = 2,
+    sampler: Sampler = "ddim",
+    eta: float = 0.0,
+    observe: PairObserver | None = None,
+) -> tuple[jax.Array, Any]:
+    """Samples every pair at every coupling, as one batch of C * P.
+
+    Args:
+      coupled: gives the denoiser under a gate.
+      clock: noise levels.
+      couplings: (C,) gates of symmetric pairs; traced, so that another grid of the same length does not recompile.
+      pairs: (P,) pair indices, which select the noise.
+      labels: (P,) class labels.
+      shape: (H, W, C) of one image.
+      seed: of the whole experiment.
+      observe: ``observe(step, x, denoised)`` with arrays (R, C, P, H, W, channels); see `sample`.
+
+    Returns:
+      samples (R, C, P, H, W, channels), and the observations stacked over steps.
+    """
+    grid = (couplings.shape[0], pairs.shape[0])
+    gate = jnp.repeat(symmetric_gate(couplings, replicas), grid[1], 0)
+
+    def to_grid(x):
+        return x.reshape(replicas, *grid, *x.shape[2:])
+
+    def noise(step):
+        return jnp.tile(pair_noise(seed, pairs, step, shape, replicas), (1, grid[0], 1, 1, 1))
+
+    def observer(step, x, denoised):
+        return None if observe is None else observe(step, to_grid(x), to_grid(denoised))
+
+    out, kept = sample(
+        coupled(gate),
+        noise(INITIAL),
+        clock,
+        jnp.tile(labels, grid[0]),
+        sampler=sampler,
+        eta=eta,
+        noise=noise,
+        observe=observer,
+    )
+    return to_grid(out), kept

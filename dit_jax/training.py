@@ -1,0 +1,284 @@
+"""Training a DiT on images: AdamW, warm-up, constant rate, linear decay; EMA; exact resume.
+
+Every random choice of step s (batch, flips, label drops, timesteps, noise) is a function of (seed, s), so a run that
+stops and resumes ends with the same bits as one that does not.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from PIL import Image
+from tqdm import tqdm
+
+from dit_jax.checkpoint import load_arrays, save_arrays, save_model, write_json
+from dit_jax.config import DiTConfig
+from dit_jax.diffusion import network_denoiser, sample
+from dit_jax.images import ImageSet, image_grid, standardize, to_pixels
+from dit_jax.model import DiT
+from dit_jax.objective import add_noise, losses
+from ou_theory.clock import Clock, make_clock
+
+LEVEL_EDGES = np.array([-12.0, -8, -6, -4, -2, 0, 2, 4, 12])  # log-SNR bins of the logged loss
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. All but `steps` must be the same when a run is resumed."""
+
+    steps: int = 6000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 300
+    decay_fraction: float = 0.25  # share of the steps, at the end, over which the rate falls linearly to zero
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    label_dropout: float = 0.1
+    flip: bool = True
+    weight_cap: float = 1.0  # epsilon only: loss weight min(1 + 1/SNR, cap); 1 is the official, unweighted loss
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.label_dropout < 1 or not 0 < self.decay_fraction <= 1:
+            raise ValueError("label_dropout must be in [0, 1) and decay_fraction in (0, 1]")
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, constant, linear decay to zero at the last step."""
+    decay = max(1, round(config.steps * config.decay_fraction))
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
+            optax.constant_schedule(config.learning_rate),
+            optax.linear_schedule(config.learning_rate, 0.0, decay),
+        ],
+        [config.warmup_steps, max(config.warmup_steps, config.steps - decay)],
+    )
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipped AdamW; weight decay on matrices only, not on biases or embeddings of a single axis."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map_with_path(
+                lambda path, _: any(getattr(p, "key", getattr(p, "name", None)) == "kernel" for p in path), params
+            ),
+        ),
+    )
+
+
+def batch_indices(config: TrainConfig, count: int, step: int) -> np.ndarray:
+    """Indices (batch_size,) of step `step`: epochs without replacement, each shuffled by (seed, epoch)."""
+    per_epoch = max(1, count // config.batch_size)
+    epoch, position = divmod(step, per_epoch)
+    order = np.random.default_rng([config.seed, epoch]).permutation(count)
+    return np.resize(order, per_epoch * config.batch_size)[position * config.batch_size :][: config.batch_size]
+
+
+def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
+    """The jitted update ``(state, x0, labels) -> state, metrics``; the state's buffers are donated."""
+    tx = optimizer(config)
+    weight = np.ones(len(clock))
+    if model_config.prediction == "epsilon":
+        weight = np.minimum(1 + np.exp(-clock.log_snr), max(1.0, config.weight_cap))
+
+    def loss_fn(params, x0, labels, noise, t):
+        model = nnx.merge(graph, params, constants)
+        timesteps = jnp.asarray(clock.timesteps)[t]
+        out = model(add_noise(x0, noise, t, clock), timesteps, labels, unroll=model_config.depth)
+        terms = losses(out.astype(x0.dtype), x0, noise, t, clock, model_config.prediction)
+        return (jnp.asarray(weight, x0.dtype)[t] * terms.mse + terms.vb).mean(), terms
+
+    def update(state, x0, labels):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state["step"]), 5)
+        size = x0.shape[0]
+        if config.flip:
+            flipped = jax.random.bernoulli(keys[0], 0.5, (size,))[:, None, None, None]
+            x0 = jnp.where(flipped, x0[:, :, ::-1], x0)
+        dropped = jax.random.bernoulli(keys[1], config.label_dropout, (size,))
+        labels = jnp.where(dropped, model_config.num_classes, labels)
+        # one timestep from each of `size` equal strata: uniform, with less variance than independent draws
+        strata = (jax.random.permutation(keys[2], size) + jax.random.uniform(keys[3], (size,))) / size
+        t = jnp.minimum((strata * len(clock)).astype(jnp.int32), len(clock) - 1)
+        noise = jax.random.normal(keys[4], x0.shape, x0.dtype)
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], x0, labels, noise, t)
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        step = state["step"] + 1
+        decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), state["ema"], params)
+        metrics = {"loss": loss, "t": t, "mse": terms.mse, "vb": terms.vb, "grad_norm": optax.global_norm(grads)}
+        return {"params": params, "ema": ema, "opt": opt, "step": step}, metrics
+
+    return jax.jit(update, donate_argnums=0)
+
+
+class LossLog:
+    """Means since the last line, written as JSON lines: loss by noise level, learning rate, speed."""
+
+    def __init__(self, path: Path, clock: Clock, schedule: optax.Schedule):
+        self.path, self.schedule = path, schedule
+        self.bin_of = np.digitize(clock.log_snr, LEVEL_EDGES) - 1
+        self.rows: list[dict] = []
+        self.since = time.perf_counter()
+
+    def add(self, metrics: dict) -> None:
+        self.rows.append(metrics)
+
+    def write(self, step: int) -> dict:
+        """Appends one line for the steps since the last and returns it."""
+        rows = jax.device_get(self.rows)
+        t = np.concatenate([row["t"] for row in rows])
+        mse = np.concatenate([row["mse"] for row in rows])
+        bins = self.bin_of[t]
+        line = {
+            "step": step,
+            "loss": float(np.mean([row["loss"] for row in rows])),
+            "mse": float(mse.mean()),
+            "vb": float(np.mean([row["vb"].mean() for row in rows])),
+            "grad_norm": float(np.mean([row["grad_norm"] for row in rows])),
+            "learning_rate": float(self.schedule(step - 1)),
+            "seconds_per_step": (time.perf_counter() - self.since) / len(rows),
+            "mse_by_log_snr": {
+                f"{low:g}..{high:g}": float(mse[bins == b].mean())
+                for b, (low, high) in enumerate(zip(LEVEL_EDGES[:-1], LEVEL_EDGES[1:], strict=True))
+                if np.any(bins == b)
+            },
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.rows, self.since = [], time.perf_counter()
+        return line
+
+
+def train(
+    images: ImageSet,
+    model_config: DiTConfig,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    log_every: int = 50,
+    command: str = "",
+    progress: bool = True,
+) -> Path:
+    """Trains a model, and leaves ``model/`` (the EMA weights, with manifest), ``log.jsonl`` and ``samples.png`` in `out`.
+
+    Args:
+      images: training set, of the config's input size.
+      out: folder of this run; ``state/`` in it is the last checkpoint.
+      resume: go on from the checkpoint in `out`, which must come from the same settings but for `steps`.
+
+    Returns:
+      the folder of the trained model, which `load_model` reads.
+
+    Raises:
+      ValueError: the images do not fit the model, `out` holds another run, or the settings of a resumed run differ.
+    """
+    out = Path(out)
+    clock = make_clock(1000)
+    _check_fit(images, model_config)
+    record = {
+        "model": model_config.to_dict(),
+        "training": dataclasses.asdict(config),
+        "data": images.preparation(),
+    }
+    _open_run(out, record, resume)
+    graph, params, constants = nnx.split(DiT(model_config, nnx.Rngs(config.seed)), nnx.Param, ...)
+    state: dict[str, Any] = {
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "opt": optimizer(config).init(params),
+        "step": jnp.zeros((), jnp.int32),
+    }
+    if (out / "state").exists():
+        state = load_arrays(out / "state", state)
+    update = make_step(model_config, config, graph, constants, clock)
+    log = LossLog(out / "log.jsonl", clock, learning_rate(config))
+    first = int(state["step"])
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", disable=not progress)
+    for step in bar:
+        chosen = batch_indices(config, len(images.pixels), step)
+        x0 = standardize(images.pixels[chosen], images.mean, images.std)
+        state, metrics = update(state, x0, images.labels[chosen])
+        log.add(metrics)
+        done = step + 1
+        if done % log_every == 0 or done == config.steps:
+            line = log.write(done)
+            bar.set_postfix(loss=f"{line['loss']:.4f}", mse=f"{line['mse']:.4f}")
+        if done % checkpoint_every == 0 and done < config.steps:
+            save_arrays(out / "state", state)
+    save_arrays(out / "state", state)
+    model = nnx.merge(graph, state["ema"], constants)
+    _sample_grid(model, images).save(out / "samples.png")
+    history = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    save_model(
+        model,
+        out / "model",
+        extra={"data": images.preparation(), "training": record["training"], "final_loss": history[-1], "command": command},
+        overwrite=True,
+    )
+    return out / "model"
+
+
+def _check_fit(images: ImageSet, config: DiTConfig) -> None:
+    shape = (config.input_size, config.input_size, config.in_channels)
+    if images.pixels.shape[1:] != shape:
+        raise ValueError(f"images are {images.pixels.shape[1:]}, the model takes {shape}")
+    if len(images.class_names) != config.num_classes:
+        raise ValueError(f"the data has {len(images.class_names)} classes, the model {config.num_classes}")
+
+
+def _open_run(out: Path, record: dict, resume: bool) -> None:
+    """Claims `out` for this run, or checks that the run it holds is this one."""
+    path = out / "run.json"
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no training run; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        return
+    if not resume:
+        raise ValueError(f"{out} holds a training run; give --resume to go on with it, or choose another folder")
+    before = json.loads(path.read_text())
+    changed = [
+        f"{part}.{name}: {before.get(part, {}).get(name)!r} -> {value!r}"
+        for part, entries in record.items()
+        for name, value in entries.items()
+        if before.get(part, {}).get(name) != value and (part, name) != ("training", "steps")
+    ]
+    if changed:
+        raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")
+    write_json(path, record)
+
+
+def _sample_grid(model: DiT, images: ImageSet, per_class: int = 8, steps: int = 50, seed: int = 0) -> Image.Image:
+    """One row of uncoupled DDIM samples per class (the first ten classes)."""
+    config = model.config
+    clock = make_clock(steps)
+    rows = min(10, config.num_classes)
+    labels = jnp.repeat(jnp.arange(rows), per_class)
+    shape = (rows * per_class, config.input_size, config.input_size, config.in_channels)
+    x = jax.random.normal(jax.random.key(seed), shape)
+    draw = jax.jit(lambda model, x, labels: sample(network_denoiser(model, clock), x, clock, labels)[0])
+    pixels = to_pixels(jax.device_get(draw(model, x, labels)), images.mean, images.std)
+    grid = Image.fromarray(image_grid(pixels, per_class))
+    return grid.resize((grid.width * 4, grid.height * 4), Image.Resampling.NEAREST)

@@ -1,0 +1,7 @@
+"""``python -m experiments`` is `syncgap`."""
+
+import sys
+
+from experiments.cli import main
+
+sys.exit(main())

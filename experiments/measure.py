@@ -1,0 +1,139 @@
+"""The instrument: what is observed of coupled pairs along their trajectories (docs/theory.md, section 7).
+
+A subject is anything that denoises under a gate: the network, an untrained network, a Wiener filter. All go through
+the two functions here, which return plain arrays with the axes of the stored datasets.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.attention import Coupling, symmetric_gate
+from dit_jax.diffusion import Denoiser, GuidedChannels, Sampler, network_denoiser
+from dit_jax.model import DiT
+from dit_jax.replicas import CoupledDenoiser, run_pairs
+from ou_theory.clock import Clock
+from ou_theory.laws import wiener_gain
+from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
+
+
+def coupled_network(
+    model: DiT,
+    clock: Clock,
+    coupling: Coupling = "joint",
+    guidance: float = 1.0,
+    channels: GuidedChannels = "all",
+    unroll: int = 1,
+) -> CoupledDenoiser:
+    """The network as a function of the gate of its replicas."""
+    return lambda gate: network_denoiser(
+        model, clock, gate, coupling=coupling, guidance=guidance, channels=channels, unroll=unroll
+    )
+
+
+def coupled_wiener(variance: jax.Array, clock: Clock) -> CoupledDenoiser:
+    """The exact denoiser of independent Gaussian modes whose predictions are mixed by the row-normalised gate.
+
+    The common mode keeps the Wiener gain; the difference mode of a symmetric pair is multiplied by
+    ``rho = (1 - g) / (1 + g)``: the ideal model of docs/theory.md, section 5.
+
+    Args:
+      variance: (H, W) or (H, W, C) data variance of each DCT coefficient.
+    """
+    variance = variance if variance.ndim == 3 else variance[..., None]
+
+    def coupled(gate: jax.Array) -> Denoiser:
+        mixing = gate / gate.sum(-1, keepdims=True)
+
+        def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> jax.Array:
+            sigma2 = jnp.asarray(clock.sigma**2, x.dtype)[step]
+            scale = jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step]
+            each = wiener_gain(variance, sigma2) * dct2(scale * x)
+            return idct2(jnp.einsum("nab,bnhwc->anhwc", mixing, each, precision="highest"))
+
+        return denoise
+
+    return coupled
+
+
+def shuffled_bands(bands: Bands, seed: int) -> Bands:
+    """Bands of the same sizes whose coefficients are drawn at random: the control of every statement about order."""
+    rng = np.random.default_rng([seed, 0])
+    index = rng.permutation(bands.index.ravel()).reshape(bands.index.shape)
+    return bands.with_index(index)
+
+
+def trajectories(
+    coupled: CoupledDenoiser,
+    clock: Clock,
+    bands: Bands,
+    shuffled: Bands,
+    couplings: jax.Array,
+    pairs: jax.Array,
+    labels: jax.Array,
+    shape: Sequence[int],
+    *,
+    seed: int | jax.Array,
+    sampler: Sampler,
+) -> dict[str, jax.Array]:
+    """Runs P pairs at C couplings and measures them; the first coupling must be 0.
+
+    Returns:
+      energy (C, P, K, B, 2): mean square of the denoised common and difference modes per coefficient.
+      energy_shuffled (C, P, K, B): of the difference mode, in shuffled bands.
+      projection (C, P, K, B): inner product of the denoised difference with its own end, per coefficient.
+      state_energy (P, K, B): of the difference of the uncoupled states in the rescaled frame.
+      states (K, 2, P, H, W, channels): the uncoupled states, for `one_pass`.
+      sample (2, C, P, H, W, channels).
+    """
+    scale = jnp.asarray(clock.alpha_bar**-0.5, jnp.float32)
+
+    def observe(step, x, denoised):
+        common, difference = pair_modes(denoised)
+        state = pair_modes(x[:, 0])[1] * scale[step]
+        energy = jnp.stack([band_mean(jnp.square(mode), bands) for mode in (common, difference)], -1)
+        return {
+            "energy": energy,
+            "energy_shuffled": band_mean(jnp.square(difference), shuffled),
+            "state_energy": band_mean(jnp.square(state), bands),
+            "states": x[:, 0],
+            "difference": difference,
+        }
+
+    out, kept = run_pairs(coupled, clock, couplings, pairs, labels, shape, seed=seed, sampler=sampler, observe=observe)
+    difference = kept.pop("difference")
+    projection = band_mean(difference * difference[-1], bands)
+    return {
+        "energy": jnp.moveaxis(kept["energy"], 0, 2),
+        "energy_shuffled": jnp.moveaxis(kept["energy_shuffled"], 0, 2),
+        "projection": jnp.moveaxis(projection, 0, 2),
+        "state_energy": jnp.moveaxis(kept["state_energy"], 0, 1),
+        "states": kept["states"],
+        "sample": out,
+    }
+
+
+def one_pass(
+    coupled: CoupledDenoiser, clock: Clock, bands: Bands, couplings: jax.Array, states: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """Difference energy after one denoising of the same inputs under every coupling: (C, P, K, B).
+
+    Args:
+      couplings: (C,).
+      states: (K, 2, P, H, W, channels) as `trajectories` returns them.
+      labels: (P,).
+    """
+    count, size = couplings.shape[0], labels.shape[0]
+    denoise = coupled(jnp.repeat(symmetric_gate(couplings), size, 0))
+
+    def at_step(inputs):
+        step, x = inputs
+        prediction = denoise(jnp.tile(x, (1, count, 1, 1, 1)), step, jnp.tile(labels, count))
+        denoised = getattr(prediction, "denoised", prediction)
+        difference = pair_modes(denoised.reshape(2, count, size, *x.shape[2:]))[1]
+        return band_mean(jnp.square(difference), bands)
+
+    energy = jax.lax.map(at_step, (jnp.arange(len(clock)), states))
+    return jnp.moveaxis(energy, 0, 2)
