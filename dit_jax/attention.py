@@ -94,6 +94,6 @@ def _block_scale(peak: jax.Array, mass: jax.Array, gate: jax.Array, coupling: Co
     if coupling == "blend":
         return gate / gate.sum(-1, keepdims=True) / mass
     open_peak = jnp.where(gate > 0, peak, -jnp.inf).max(-1, keepdims=True)
-    # Only a closed block (gate 0) can lie far above the open ones; the cap keeps 0 * exp(...) and its derivative finite.
+    # Only a closed block (gate 0) can lie far above the open ones; the cap keeps 0 * exp(..) and its slope finite.
     lift = gate * jnp.exp(jnp.minimum(peak - open_peak, 60.0))
     return lift / (lift * mass).sum(-1, keepdims=True)

@@ -49,12 +49,11 @@ def guided_output(
     scale: float,
     channels: GuidedChannels = "all",
     coupling: Coupling = "joint",
-    unroll: int = 1,
 ) -> jax.Array:
     """Network output under classifier-free guidance, from one batch of twice the size; both halves are coupled.
 
     Args:
-      x, t, y, gate, coupling, unroll: as `DiT.__call__`.
+      x, t, y, gate, coupling: as `DiT.__call__`.
       scale: guidance scale; 1 gives the conditional output.
       channels: ``"official"`` guides the first three channels only, as the released sampling code does (an accident
         that its authors keep for reproducibility); ``"all"`` guides every image channel.
@@ -64,7 +63,7 @@ def guided_output(
     null = jnp.full_like(y, model.config.num_classes)
     if gate is not None and gate.ndim > 2 and gate.shape[-3] > 1:
         gate = jnp.concatenate([gate, gate], -3)
-    out = model(twice, jnp.concatenate([t, t]), jnp.concatenate([y, null]), gate, coupling=coupling, unroll=unroll)
+    out = model(twice, jnp.concatenate([t, t]), jnp.concatenate([y, null]), gate, coupling=coupling)
     conditional, unconditional = jnp.split(out, 2, axis)
     count = model.config.in_channels if channels == "all" else min(3, model.config.in_channels)
     return guide(conditional, unconditional, scale, count)
@@ -78,7 +77,6 @@ def network_denoiser(
     coupling: Coupling = "joint",
     guidance: float = 1.0,
     channels: GuidedChannels = "all",
-    unroll: int = 1,
 ) -> Denoiser:
     """The denoiser of a DiT: state (N, H, W, C) or (R, N, H, W, C), labels (N,).
 
@@ -91,11 +89,9 @@ def network_denoiser(
     def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
         t = jnp.full(labels.shape, jnp.asarray(timesteps)[step])
         if guidance == 1.0:
-            out = model(x, t, labels, gate, coupling=coupling, unroll=unroll)
+            out = model(x, t, labels, gate, coupling=coupling)
         else:
-            out = guided_output(
-                model, x, t, labels, gate, scale=guidance, channels=channels, coupling=coupling, unroll=unroll
-            )
+            out = guided_output(model, x, t, labels, gate, scale=guidance, channels=channels, coupling=coupling)
         out = out.astype(x.dtype)
         mean_part, variance_part = out[..., : config.in_channels], out[..., config.in_channels :]
         alpha_bar = jnp.asarray(clock.alpha_bar, x.dtype)[step]
@@ -117,7 +113,7 @@ def _at(table: np.ndarray, step: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def ddim_step(clock: Clock, eta: float = 0.0) -> Step:
-    """The DDIM update (Song et al., arXiv 2010.02502); `eta` = 1 has the posterior variance. Learned variances are unused."""
+    """The DDIM update (Song et al., arXiv 2010.02502); `eta` = 1 has the posterior variance (never a learned one)."""
     ab, after = clock.alpha_bar, clock.alpha_bar_next
     spread = eta * np.sqrt((1 - after) / (1 - ab) * (1 - ab / after))
     from_x, from_x0 = np.sqrt(1 / ab), np.sqrt(1 / ab - 1)

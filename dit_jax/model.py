@@ -239,7 +239,9 @@ class DiT(nnx.Module):
         config = self.config
         image = (config.input_size, config.input_size, config.in_channels)
         if x.shape[-3:] != image or x.ndim not in (4, 5):
-            raise ValueError(f"this model takes images (N, {', '.join(map(str, image))}) with an optional replica axis in front, got {x.shape}")
+            raise ValueError(
+                f"this model takes images (N, {', '.join(map(str, image))}), with or without replicas; got {x.shape}"
+            )
         if gate is not None and x.ndim != 5:
             raise ValueError("a gate couples replicas: give x as (R, N, H, W, C)")
         single = x.ndim == 4

@@ -87,7 +87,11 @@ def losses(
     true_mean = weight_x0 * x0 + weight_x * x
     model_mean = weight_x0 * denoised + weight_x * x
     kl = 0.5 * (
-        log_variance - low - 1 + jnp.exp(low - log_variance) + jnp.square(true_mean - model_mean) * jnp.exp(-log_variance)
+        log_variance
+        - low
+        - 1
+        + jnp.exp(low - log_variance)
+        + jnp.square(true_mean - model_mean) * jnp.exp(-log_variance)
     )
     decoder = -_discrete_log_likelihood(x0, model_mean, 0.5 * log_variance)
     nats = jnp.where((step == len(clock) - 1)[:, None, None, None], decoder, kl)

@@ -5,6 +5,7 @@ stops and resumes ends with the same bits as one that does not.
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
             b2=config.beta2,
             weight_decay=config.weight_decay,
             mask=lambda params: jax.tree.map_with_path(
-                lambda path, _: any(getattr(p, "key", getattr(p, "name", None)) == "kernel" for p in path), params
+                lambda path, _: any(getattr(p, "key", getattr(p, "name", None)) == "kernel" for p in path),
+                params,
             ),
         ),
     )
@@ -124,7 +126,13 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
         step = state["step"] + 1
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
         ema = jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), state["ema"], params)
-        metrics = {"loss": loss, "t": t, "mse": terms.mse, "vb": terms.vb, "grad_norm": optax.global_norm(grads)}
+        metrics = {
+            "loss": loss,
+            "t": t,
+            "mse": terms.mse,
+            "vb": terms.vb,
+            "grad_norm": optax.global_norm(grads),
+        }
         return {"params": params, "ema": ema, "opt": opt, "step": step}, metrics
 
     return jax.jit(update, donate_argnums=0)
@@ -158,7 +166,7 @@ class LossLog:
             "seconds_per_step": (time.perf_counter() - self.since) / len(rows),
             "mse_by_log_snr": {
                 f"{low:g}..{high:g}": float(mse[bins == b].mean())
-                for b, (low, high) in enumerate(zip(LEVEL_EDGES[:-1], LEVEL_EDGES[1:], strict=True))
+                for b, (low, high) in enumerate(itertools.pairwise(LEVEL_EDGES))
                 if np.any(bins == b)
             },
         }
@@ -180,7 +188,7 @@ def train(
     command: str = "",
     progress: bool = True,
 ) -> Path:
-    """Trains a model, and leaves ``model/`` (the EMA weights, with manifest), ``log.jsonl`` and ``samples.png`` in `out`.
+    """Trains a model; leaves ``model/`` (the EMA weights, with manifest), ``log.jsonl`` and ``samples.png`` in `out`.
 
     Args:
       images: training set, of the config's input size.
@@ -233,7 +241,12 @@ def train(
     save_model(
         model,
         out / "model",
-        extra={"data": images.preparation(), "training": record["training"], "final_loss": history[-1], "command": command},
+        extra={
+            "data": images.preparation(),
+            "training": record["training"],
+            "final_loss": history[-1],
+            "command": command,
+        },
         overwrite=True,
     )
     return out / "model"

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from scipy.stats import kendalltau
-
-from ou_theory import commitment as oc
 from ou_theory.attention import rho
 from ou_theory.bootstrap import basic_interval, resample
-from ou_theory.clock import Clock
 from ou_theory.commitment import Commitment
 from ou_theory.laws import wiener_gain
 from ou_theory.recursion import recursion_energy
+
+from ou_theory import commitment as oc
+from ou_theory.clock import Clock
 
 WINDOW_START = -6.0  # log-SNR at which the window of the estimator opens, unless guarded
 FLOOR_LIMIT = 0.1  # largest Q there of a band whose own signal is still below it
@@ -52,18 +51,23 @@ def estimate(energy: jax.Array, ell: np.ndarray, start: float) -> Estimates:
 
 
 def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: float = WINDOW_START) -> float:
-    """First level at or after `start` where no band is above the noise limit that should still be below it.
+    """The level at which the estimator's window opens: `start`, or the first later one where noise is low enough.
+
+    A level is noisy when a band whose own signal is still under the limit, ``S exp(ell) < 0.1``, shows more than the
+    limit. The window never opens after the strongest band has begun to decide: if no level up to there is clean,
+    `start` stands, and the noise floor, which is reported by band, tells.
 
     Args:
       q: (K, B) relative energy at zero coupling.
       variance: (B,) data variance of the bands.
       ell: (K,) levels.
     """
-    inside = np.flatnonzero(ell >= start)
-    for k in inside:
-        silent = variance * np.exp(ell[k]) < FLOOR_LIMIT
-        if not np.any(q[k, silent] >= FLOOR_LIMIT):
-            return start if k == inside[0] else float(ell[k])
+    for k in np.flatnonzero(ell >= start):
+        signal = variance * np.exp(ell[k])
+        if signal.max() >= FLOOR_LIMIT:
+            break
+        if q[k].max() < FLOOR_LIMIT:
+            return start if k == 0 or ell[k - 1] < start else float(ell[k])
     return start
 
 
@@ -75,7 +79,7 @@ def theory_energy(rho_gain: np.ndarray, band_gain: np.ndarray, clock: Clock, eta
 
 
 def ideal_energy(couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float) -> jax.Array:
-    """`theory_energy` of the ideal model: Wiener gains of the bands' variances (..., B) and the gain (1 - g) / (1 + g)."""
+    """`theory_energy` of the ideal model: Wiener gains of band variances (..., B), and the gain (1 - g) / (1 + g)."""
     band_gain = wiener_gain(jnp.asarray(variance)[..., None, None, :], jnp.asarray(clock.sigma**2)[:, None])
     return theory_energy(np.asarray(rho(jnp.asarray(couplings)))[:, None, None], band_gain, clock, eta)
 
@@ -146,7 +150,9 @@ def _analyse(clock, network, untrained, wiener, eta, seed, draws):
     part = counts[:, :gain_pairs] / counts[:, :gain_pairs].sum(1, keepdims=True)
     gain, band_gain = measured_gains(one_pass.mean(1), one_pass[0].mean(0), state.mean(0))
     gain_draws, band_gain_draws = measured_gains(
-        np.tensordot(part, one_pass, (1, 1)), np.tensordot(part, one_pass[0], (1, 0)), np.tensordot(part, state, (1, 0))
+        np.tensordot(part, one_pass, (1, 1)),
+        np.tensordot(part, one_pass[0], (1, 0)),
+        np.tensordot(part, state, (1, 0)),
     )
     add(
         "measured gain",
@@ -175,10 +181,16 @@ def _analyse(clock, network, untrained, wiener, eta, seed, draws):
     order_control = estimate(np.tensordot(counts, shuffled, (1, 1)), ell, start)
 
     dataset = _dataset(clock, network, sources, boots, grids)
-    dataset["gain"] = (("source", "coupling", "step", "band"), _full(dataset, "network", gain, (len(ell), mean.shape[-1])))
+    dataset["gain"] = (
+        ("source", "coupling", "step", "band"),
+        _full(dataset, "network", gain, (len(ell), mean.shape[-1])),
+    )
     inner = network.projection.values
     floors, projected = {}, {}
-    for name, data, measured in (("network", inner, energy), ("untrained", untrained.projection.values, blank)):
+    for name, data, measured in (
+        ("network", inner, energy),
+        ("untrained", untrained.projection.values, blank),
+    ):
         aligned = np.asarray(oc.projection(data[0].mean(0), measured[0, :, -1].mean(0)))
         opening = int(np.searchsorted(ell, start))
         floors[name] = np.asarray(oc.noise_floor(sources[name].relative_energy[0], aligned))[opening]
@@ -249,7 +261,12 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, boots, grids) -> xr.Dat
             }
             for variable, (centre, drawn) in pairs.items():
                 fill(name, grid, f"{variable}_interval", np.stack(basic_interval(centre, drawn), -1))
-    tail = {"tau": ("band",), "tau_steps": ("band",), "decided": ("band",), "relative_energy": ("step", "band")}
+    tail = {
+        "tau": ("band",),
+        "tau_steps": ("band",),
+        "decided": ("band",),
+        "relative_energy": ("step", "band"),
+    }
     variables = {}
     for variable, table in tables.items():
         base = variable.removesuffix("_interval")
@@ -269,8 +286,10 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, boots, grids) -> xr.Dat
 
 
 def order(levels: np.ndarray) -> np.ndarray:
-    """Kendall's tau-b of commitment levels (..., B) against band order, DC left out; NaN where levels tie throughout."""
+    """Kendall's tau-b of commitment levels (..., B) against band order, DC left out; NaN where all levels tie."""
     levels = np.asarray(levels)[..., LOW:]
-    rank = np.arange(levels.shape[-1])
-    flat = levels.reshape(-1, levels.shape[-1])
-    return np.array([kendalltau(row, rank).statistic for row in flat]).reshape(levels.shape[:-1])
+    first, second = np.triu_indices(levels.shape[-1], 1)
+    sign = np.sign(levels[..., second] - levels[..., first])
+    untied = np.count_nonzero(sign, axis=-1)
+    with np.errstate(invalid="ignore"):
+        return sign.sum(-1) / np.sqrt(untied * first.size)

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import xarray as xr
+from ou_theory.bootstrap import basic_interval
 
 from experiments.analysis import order
-from ou_theory.bootstrap import basic_interval
 
 COLLAPSED = 0.5  # the gap has collapsed when less than this share of it is left
 
@@ -83,7 +83,11 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
                 "The same architecture with random weights.",
             ),
             Control(
-                "Wiener denoiser", exact, None, None, f"An exact denoiser of the same spectrum; its own theory says {theory:.2f}."
+                "Wiener denoiser",
+                exact,
+                None,
+                None,
+                f"An exact denoiser of the same spectrum; its own theory says {theory:.2f}.",
             ),
             Control(
                 "theory with the measured gain",
@@ -119,7 +123,13 @@ def _gap_collapses(analysis: xr.Dataset, drawn: dict) -> Claim:
     if _side(blank_gap) == "holds":
         blank, blank_interval = _ratio(analysis, drawn, "untrained")
         controls.append(
-            Control("untrained network", blank, blank_interval, _collapsed(blank_interval) == "holds", "The same ratio.")
+            Control(
+                "untrained network",
+                blank,
+                blank_interval,
+                _collapsed(blank_interval) == "holds",
+                "The same ratio.",
+            )
         )
     else:
         controls.append(Control("untrained network", None, None, None, "It has no gap at g = 0 that could collapse."))
@@ -136,9 +146,9 @@ def _gap_collapses(analysis: xr.Dataset, drawn: dict) -> Claim:
         f"gap at g = {strongest:g} as a share of the gap at g = 0",
         value,
         interval,
-        f"At g = {strongest:g}, {100 * value:.0f} % of the timing gap is left. Of what each band decides uncoupled, the "
-        f"replicas still decide individually {100 * low:.1f} % in the lowest band and {100 * high:.1f} % in the highest. "
-        f"Collapsed means less than {100 * COLLAPSED:.0f} % left.",
+        f"At g = {strongest:g}, {100 * value:.0f} % of the timing gap is left. Of what each band decides uncoupled, "
+        f"the replicas still decide individually {100 * low:.1f} % in the lowest band and {100 * high:.1f} % in the "
+        f"highest. Collapsed means less than {100 * COLLAPSED:.0f} % left.",
         controls,
     )
 
@@ -181,6 +191,11 @@ def _order(analysis: xr.Dataset, drawn: dict) -> Claim:
                 shuffled["tau"][:, 0],
                 "The same trajectories, coefficients assigned to bands at random.",
             ),
-            control("untrained network", blank, drawn["untrained"]["tau"][:, 0], "The same architecture, random weights."),
+            control(
+                "untrained network",
+                blank,
+                drawn["untrained"]["tau"][:, 0],
+                "The same architecture, random weights.",
+            ),
         ],
     )

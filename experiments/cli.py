@@ -65,7 +65,10 @@ def main(args: list[str] | None = None) -> int:
         print(f"syncgap: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nsyncgap: interrupted; the same command with --resume goes on from the last finished block", file=sys.stderr)
+        print(
+            "\nsyncgap: interrupted; the same command with --resume goes on from the last finished block",
+            file=sys.stderr,
+        )
         return 130
 
 

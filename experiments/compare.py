@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from dit_jax.checkpoint import load_manifest, load_model, resolve_weights
 from flax import nnx
+from ou_theory.modes import Bands, radial_bands
 from tqdm import tqdm
 
 from dit_jax.attention import COUPLINGS, Coupling
-from dit_jax.checkpoint import load_manifest, load_model, resolve_weights
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import GuidedChannels, Sampler
 from dit_jax.images import to_pixels
@@ -29,7 +30,6 @@ from experiments.measure import coupled_network, coupled_wiener, one_pass, shuff
 from experiments.report import write_report
 from experiments.store import RunFolder
 from ou_theory.clock import Clock, make_clock
-from ou_theory.modes import Bands, radial_bands
 
 DEFAULT_WEIGHTS = "photos16-v"
 NUM_BANDS = 6
@@ -100,8 +100,6 @@ class Instrument:
         self.config, self.clock, self.bands = config, clock, bands
         self.shuffled = shuffled_bands(bands, config.seed)
         self.shape = (model_config.input_size, model_config.input_size, model_config.in_channels)
-        # small networks on a CPU are bound by copies between layers; unrolled, they run a quarter faster
-        self.unroll = model_config.depth if jax.default_backend() == "cpu" and model_config.hidden_size <= 256 else 1
         self._network_run = jax.jit(lambda model, *args: self._run(self._coupled(model), *args))
         self._network_gain = jax.jit(
             lambda model, couplings, states, labels: one_pass(
@@ -112,7 +110,7 @@ class Instrument:
 
     def _coupled(self, model: DiT) -> CoupledDenoiser:
         c = self.config
-        return coupled_network(model, self.clock, c.gate, c.guidance, c.guided_channels, self.unroll)
+        return coupled_network(model, self.clock, c.gate, c.guidance, c.guided_channels)
 
     def _run(self, coupled: CoupledDenoiser, couplings, pairs, labels):
         return trajectories(
@@ -158,16 +156,31 @@ def template(config: CompareConfig, couplings: np.ndarray, pairs: int, clock: Cl
         {
             "energy": empty("coupling", "pair", "step", "band", "parity", about=f"{per_coefficient} mode"),
             "energy_shuffled": empty(
-                "coupling", "pair", "step", "band", about=f"{per_coefficient} difference mode, coefficients in random bands"
+                "coupling",
+                "pair",
+                "step",
+                "band",
+                about=f"{per_coefficient} difference mode, coefficients in random bands",
             ),
             "one_pass_energy": empty(
-                "coupling", "pair", "step", "band", about=f"{per_coefficient} difference after one pass from the uncoupled state"
+                "coupling",
+                "pair",
+                "step",
+                "band",
+                about=f"{per_coefficient} difference after one pass from the uncoupled state",
             ),
             "projection": empty(
-                "coupling", "pair", "step", "band", about="inner product per coefficient of the denoised difference with its end"
+                "coupling",
+                "pair",
+                "step",
+                "band",
+                about="inner product per coefficient of the denoised difference with its end",
             ),
             "state_energy": empty(
-                "pair", "step", "band", about="mean square per coefficient of the uncoupled state's difference, y = x / sqrt(ab)"
+                "pair",
+                "step",
+                "band",
+                about="mean square per coefficient of the uncoupled state's difference, y = x / sqrt(ab)",
             ),
         },
         coords={
@@ -244,7 +257,11 @@ def compare(
     pairs = np.arange(config.pairs)
     found = instrument.wiener(variance, jnp.asarray(grid), jnp.asarray(pairs), pair_labels(pairs, classes))
     found.pop("sample")
-    exact = template(filled, grid, config.pairs, clock, bands).drop_vars("one_pass_energy").update(_block(found, pairs))
+    exact = (
+        template(filled, grid, config.pairs, clock, bands)
+        .drop_vars("one_pass_energy")
+        .assign(_block(found, pairs).data_vars)
+    )
     run.put("wiener", exact.assign(variance=("band", variance)))
     sampled = time.perf_counter()
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ou_theory.laws import wiener_gain
+from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
 from dit_jax.attention import Coupling, symmetric_gate
 from dit_jax.diffusion import Denoiser, GuidedChannels, Sampler, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from ou_theory.clock import Clock
-from ou_theory.laws import wiener_gain
-from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
 
 def coupled_network(
@@ -25,12 +25,9 @@ def coupled_network(
     coupling: Coupling = "joint",
     guidance: float = 1.0,
     channels: GuidedChannels = "all",
-    unroll: int = 1,
 ) -> CoupledDenoiser:
     """The network as a function of the gate of its replicas."""
-    return lambda gate: network_denoiser(
-        model, clock, gate, coupling=coupling, guidance=guidance, channels=channels, unroll=unroll
-    )
+    return lambda gate: network_denoiser(model, clock, gate, coupling=coupling, guidance=guidance, channels=channels)
 
 
 def coupled_wiener(variance: jax.Array, clock: Clock) -> CoupledDenoiser:
@@ -116,7 +113,12 @@ def trajectories(
 
 
 def one_pass(
-    coupled: CoupledDenoiser, clock: Clock, bands: Bands, couplings: jax.Array, states: jax.Array, labels: jax.Array
+    coupled: CoupledDenoiser,
+    clock: Clock,
+    bands: Bands,
+    couplings: jax.Array,
+    states: jax.Array,
+    labels: jax.Array,
 ) -> jax.Array:
     """Difference energy after one denoising of the same inputs under every coupling: (C, P, K, B).
 

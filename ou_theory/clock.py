@@ -123,7 +123,9 @@ class Clock:
 
     def __post_init__(self) -> None:
         if self.timesteps.shape != self.alpha_bar.shape or self.timesteps.ndim != 1 or not self.timesteps.size:
-            raise ValueError(f"a clock needs equal, non-empty 1-d arrays, got {self.timesteps.shape}, {self.alpha_bar.shape}")
+            raise ValueError(
+                f"a clock needs equal, non-empty 1-d arrays, got {self.timesteps.shape}, {self.alpha_bar.shape}"
+            )
         if np.any(np.diff(self.alpha_bar) <= 0) or self.alpha_bar[0] <= 0 or self.alpha_bar[-1] >= 1:
             raise ValueError("a clock's alpha_bar must increase strictly, inside (0, 1)")
 

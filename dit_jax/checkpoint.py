@@ -1,0 +1,364 @@
+"""Models and training states on disk: Orbax arrays, a manifest in JSON, and nothing half-written.
+
+A model folder holds ``manifest.json`` (configuration, digest, provenance) and ``params/`` (an Orbax checkpoint of a
+nested dict of arrays). A folder is written under another name beside its place and renamed when it is complete.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dit_jax.config import DiTConfig
+from dit_jax.model import DiT, param_dtype
+
+FORMAT = "syncgap-dit"
+FORMAT_VERSION = 1
+STORED_DTYPES = ("float32", "bfloat16", "float64")
+SHIPPED = Path(__file__).parent / "shipped"
+
+Arrays = dict[str, np.ndarray]  # by dotted path, for example "blocks.attn.qkv.kernel"
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be written, or that does not hold what it should."""
+
+
+def save_model(
+    model: DiT,
+    directory: str | Path,
+    *,
+    extra: Mapping | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """Writes a model, so that `load_model` gives it back; see `save_weights` for the arguments."""
+    weights = {path: np.asarray(variable[...]) for path, variable in _variables(model)}
+    return save_weights(model.config, weights, directory, extra=extra, dtype=dtype, overwrite=overwrite)
+
+
+def save_weights(
+    config: DiTConfig,
+    weights: Arrays,
+    directory: str | Path,
+    *,
+    extra: Mapping | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """Writes the model folder of `config` and `weights`.
+
+    Args:
+      weights: every array of the model by dotted path, in the shapes of `abstract_model`.
+      directory: the folder to make; parents are made too.
+      extra: further JSON entries of the manifest; ``data`` says how the training images were prepared.
+      dtype: ``"bfloat16"`` halves the folder (the position embedding stays as it is); None keeps each array's.
+      overwrite: replace a model folder that is there already. Anything else is never replaced.
+
+    Returns:
+      the manifest.
+
+    Raises:
+      CheckpointError: the folder is taken, the weights do not fit the config, or `dtype` or `extra` is unusable.
+    """
+    directory = Path(directory)
+    check_free(directory, overwrite)
+    _check_fit(config, weights, "the weights to be saved")
+    stored = stored_form(config, weights, dtype)
+    manifest = _manifest(config, stored, extra or {})
+    with _replacing(directory) as partial:
+        _write_orbax(partial / "params", stored)
+        write_json(partial / "manifest.json", manifest)
+    return manifest
+
+
+def load_model(directory: str | Path, dtype: str | None = None) -> DiT:
+    """Reads a model folder. ``model(x, t, y)`` is then the network function, see `DiT.__call__`.
+
+    Args:
+      directory: written by `save_model`, by training or by ``convert_weights.py``.
+      dtype: compute dtype ``"float32"``, ``"bfloat16"`` or ``"float64"`` in place of the stored config's.
+        Parameters are kept in float32, or in float64 for a float64 model (which needs JAX's x64 mode).
+
+    Raises:
+      CheckpointError: the folder is not a complete, unaltered model folder of this format.
+      ValueError: unknown `dtype`.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    try:
+        config = DiTConfig.from_dict(manifest["config"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory}: the manifest's config is not usable ({error})") from error
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
+    weights = _read_orbax(directory / "params")
+    _check_fit(config, weights, f"{directory / 'params'}")
+    if digest(weights) != manifest["digest"]:
+        raise CheckpointError(f"{directory}: the parameters are not those the manifest was written for; make it again")
+    return assemble(config, weights)
+
+
+def load_manifest(directory: str | Path) -> dict:
+    """The manifest of a model folder.
+
+    Raises:
+      CheckpointError: there is none, it cannot be read, or it is of another format.
+    """
+    path = Path(directory) / "manifest.json"
+    recover(directory)
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{directory} is not a model folder: it has no manifest.json; convert weights or train a model first"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); make the model folder again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not the manifest of a {FORMAT} model folder")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "
+            "convert or train again, or use the syncgap version that wrote it"
+        )
+    missing = [name for name in ("config", "digest") if name not in manifest]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; make the model folder again")
+    return manifest
+
+
+def weights_digest(directory: str | Path) -> str:
+    """`digest` of the parameters that a model folder holds, from the arrays themselves."""
+    return digest(_read_orbax(Path(directory) / "params"))
+
+
+def digest(weights: Arrays) -> str:
+    """SHA-256 over path, dtype, shape and little-endian bytes of all arrays, in the order of their paths."""
+    total = hashlib.sha256()
+    for path in sorted(weights):
+        array = np.ascontiguousarray(weights[path])
+        total.update(f"{path} {array.dtype.name} {array.shape}\n".encode())
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def shipped_model(name: str) -> Path:
+    """Folder of a model that comes with the package.
+
+    Raises:
+      CheckpointError: there is none of that name.
+    """
+    known = sorted(path.parent.name for path in SHIPPED.glob("*/manifest.json"))
+    if name not in known:
+        raise CheckpointError(f"no shipped model {name!r}; known: {', '.join(known) or 'none'}")
+    return SHIPPED / name
+
+
+def save_arrays(directory: str | Path, tree: Any) -> None:
+    """Writes any pytree of arrays, in place of an earlier one in the same folder.
+
+    Raises:
+      CheckpointError: the folder holds something else.
+    """
+    directory = Path(directory)
+    if _occupied(directory) and not (directory / "_METADATA").exists():
+        raise CheckpointError(f"{directory} is not empty and holds no saved arrays; choose another folder")
+    arrays = {path: np.asarray(leaf) for path, leaf in _leaves(tree)}
+    with _replacing(directory) as partial:
+        _write_orbax(partial, arrays)
+
+
+def load_arrays(directory: str | Path, like: Any) -> Any:
+    """Reads what `save_arrays` wrote, as JAX arrays in the structure of `like` (arrays or shapes).
+
+    Raises:
+      CheckpointError: nothing readable is there, or it is not of that structure, shapes and dtypes.
+    """
+    directory = Path(directory)
+    recover(directory)
+    arrays = _read_orbax(directory)
+    expected = dict(_leaves(like))
+    _check_arrays(expected, arrays, str(directory))
+    wrong = [path for path, leaf in expected.items() if arrays[path].dtype != leaf.dtype]
+    if wrong:
+        raise CheckpointError(f"{directory}: other dtypes than expected in {', '.join(wrong)}")
+    # copies: a state is donated to the next step, and must not lie in memory that NumPy owns
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[path]) for path in expected])
+
+
+def write_json(path: str | Path, entries: Any) -> None:
+    """Writes JSON in one move: a reader finds the old file or the new one, never a part."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(entries, indent=2, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def recover(directory: str | Path) -> bool:
+    """Whether a saved folder is there; puts an earlier one back if a replacement was killed between its two renames."""
+    directory = Path(directory)
+    previous = _beside(directory, "previous")
+    if previous.exists() and not directory.exists():
+        os.replace(previous, directory)
+    return directory.exists()
+
+
+def check_free(directory: str | Path, overwrite: bool = False) -> None:
+    """Raises CheckpointError unless a model folder may be written here."""
+    directory = Path(directory)
+    recover(directory)
+    if not _occupied(directory):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{directory} exists and is not empty; choose another folder, or overwrite it (--overwrite)"
+        )
+    try:
+        load_manifest(directory)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory} is not overwritten, for it is no model folder of this format") from error
+
+
+def abstract_model(config: DiTConfig) -> DiT:
+    """The model of a config with shapes in place of arrays: nothing is allocated or drawn."""
+    return nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0)))
+
+
+def weight_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of a model by dotted path."""
+    return {path: variable.shape for path, variable in _variables(abstract_model(config))}
+
+
+def assemble(config: DiTConfig, weights: Arrays) -> DiT:
+    """The model of `config` with these weights, widened or rounded to its parameter dtype."""
+    graph, state = nnx.split(abstract_model(config))
+    filled = [
+        (path, variable.replace(jnp.asarray(weights[".".join(path)], param_dtype(config))))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def stored_form(config: DiTConfig, weights: Arrays, dtype: str | None) -> Arrays:
+    """The arrays as they go to disk: trained parameters in `dtype` (None: as they are), constants unchanged."""
+    if dtype is None:
+        return weights
+    if dtype not in STORED_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}")
+    trained = {path for path, variable in _variables(abstract_model(config)) if isinstance(variable, nnx.Param)}
+    return {path: array.astype(jnp.dtype(dtype)) if path in trained else array for path, array in weights.items()}
+
+
+def _manifest(config: DiTConfig, weights: Arrays, extra: Mapping) -> dict:
+    own = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "parameters": sum(array.size for array in weights.values()),
+        "digest": digest(weights),
+        "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax-checkpoint": ocp.__version__},
+    }
+    taken = sorted(set(own) & set(extra))
+    if taken:
+        raise CheckpointError(f"manifest entries {', '.join(taken)} are written by the checkpoint itself; rename them")
+    manifest = {**own, "data": None, **extra}
+    try:
+        json.dumps(manifest, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the extra manifest entries are not JSON ({error})") from error
+    return manifest
+
+
+def _variables(model: DiT) -> list[tuple[str, Any]]:
+    return [(".".join(path), variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _check_fit(config: DiTConfig, weights: Arrays, what: str) -> None:
+    _check_arrays(dict(_variables(abstract_model(config))), weights, what)
+    odd = [f"{path} ({array.dtype})" for path, array in weights.items() if array.dtype.name not in STORED_DTYPES]
+    if odd:
+        raise CheckpointError(f"{what}: dtype is not one of {', '.join(STORED_DTYPES)}: {', '.join(odd)}")
+
+
+def _check_arrays(expected: Mapping[str, Any], arrays: Arrays, what: str) -> None:
+    problems = [f"{path} is missing" for path in expected if path not in arrays]
+    problems += [f"{path} is not expected" for path in arrays if path not in expected]
+    problems += [
+        f"{path} is {arrays[path].shape}, expected {leaf.shape}"
+        for path, leaf in expected.items()
+        if path in arrays and arrays[path].shape != leaf.shape
+    ]
+    if problems:
+        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
+
+
+def _write_orbax(directory: Path, arrays: Arrays) -> None:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(directory.resolve(), unflatten_dict(arrays, sep="."), force=True)
+    # Says only where the folder was first written, a path of this machine; reading does not look for it.
+    (directory / "commit_success.txt").unlink(missing_ok=True)
+
+
+def _read_orbax(directory: Path) -> Arrays:
+    if not (directory / "_METADATA").exists():
+        raise CheckpointError(f"{directory} holds no saved arrays; make it again")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(directory.resolve())
+        return {path: np.asarray(array) for path, array in flatten_dict(tree, sep=".").items()}
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"{directory} is damaged: {reason[0] if reason else error!r}; make it again") from error
+
+
+def _occupied(directory: Path) -> bool:
+    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+
+
+def _beside(directory: Path, role: str) -> Path:
+    directory = directory.absolute()
+    return directory.with_name(f".{directory.name}.{role}")
+
+
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """A sibling folder to fill; it takes the place of `directory` at the end, or is gone if anything fails."""
+    partial, previous = _beside(directory, "partial"), _beside(directory, "previous")
+    recover(directory)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    if directory.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.exists():
+            os.replace(directory, previous)
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if recover(directory):
+            shutil.rmtree(previous, ignore_errors=True)
