@@ -101,9 +101,11 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
 
 
 def _ratio(analysis: xr.Dataset, drawn: dict, source: str) -> tuple[float, list[float]]:
-    gap = analysis.gap.sel(source=source).dropna("coupling").values
+    gap = analysis.gap.sel(source=source).values
+    measured = gap[np.isfinite(gap)]
     draws = drawn[source]["gap"]
-    return float(gap[-1] / gap[0]), _interval(gap[-1] / gap[0], draws[:, -1] / draws[:, 0])
+    draws = draws[:, np.isfinite(draws).all(0)]  # a source may lack couplings, or have nothing left at the strongest
+    return float(measured[-1] / measured[0]), _interval(measured[-1] / measured[0], draws[:, -1] / draws[:, 0])
 
 
 def _collapsed(interval: list[float]) -> str:

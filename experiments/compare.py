@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from dit_jax.checkpoint import load_manifest, load_model, resolve_weights
 from flax import nnx
 from ou_theory.modes import Bands, radial_bands
 from tqdm import tqdm
 
 from dit_jax.attention import COUPLINGS, Coupling
+from dit_jax.checkpoint import load_manifest, load_model, resolve_weights
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import GuidedChannels, Sampler
 from dit_jax.images import to_pixels

@@ -1,0 +1,302 @@
+"""The network against the official PyTorch code's numbers, and the laws of its architecture.
+
+The recorded model (tests/data/tiny_xl_like.pt) has random, non-zero tensors everywhere, so every path matters.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dit_jax.model as model_module
+from dit_jax.checkpoint import abstract_model, assemble, weight_shapes
+from dit_jax.config import VARIANTS, DiTConfig, variant
+from dit_jax.model import DiT, LayerNorm, Linear, patchify, position_embedding, timestep_features, unpatchify
+from dit_jax.weights import convert
+
+DATA = Path(__file__).parents[1] / "data"
+DEPTH = 4
+INSIDE = {"norm1": "norm1", "attn": "attn_out", "norm2": "norm2", "mlp": "mlp_out", "adaLN_modulation": "adaln"}
+RECORDED = [
+    *("x_embedder_out", "t_embedder_out", "y_embedder_out", "c", "final_layer_out", "out"),
+    *(f"hidden{i}" for i in range(DEPTH + 1)),
+    *(f"block{i}_{name}_out" for i in range(DEPTH) for name in INSIDE),
+]
+
+
+@pytest.fixture(scope="module")
+def refs():
+    with np.load(DATA / "refs_tiny.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return convert(DATA / "tiny_xl_like.pt", num_heads=6)
+
+
+def build(tiny, dtype="float32") -> DiT:
+    return assemble(dataclasses.replace(tiny.config, dtype=dtype), tiny.weights)
+
+
+def nhwc(image: np.ndarray) -> np.ndarray:
+    return image.transpose(0, 2, 3, 1)
+
+
+def inputs(refs, dtype="float32"):
+    return jnp.asarray(nhwc(refs["x"]), dtype), jnp.asarray(refs["t"]), jnp.asarray(refs["y"])
+
+
+def everything(model: DiT, x, t, y) -> dict[str, np.ndarray]:
+    """Every recorded quantity, by its recorded name."""
+
+    @nnx.jit
+    def run(model, x, t, y):
+        out, taps = model(
+            x, t, y, tap=lambda _, named: {k: named[k] for k in ("resid_pre", "resid_post", *INSIDE.values())}
+        )
+        c = model.condition(t, y)
+        named = {
+            "x_embedder_out": model.x_embedder(patchify(x, model.config.patch_size)),
+            "t_embedder_out": model.t_embedder(t),
+            "y_embedder_out": model.y_embedder(y),
+            "c": c,
+            "final_layer_out": model.final_layer(taps["resid_post"][-1, 0], c),
+            "out": out,
+            "hidden0": taps["resid_pre"][0, 0],
+        }
+        for i in range(DEPTH):
+            named[f"hidden{i + 1}"] = taps["resid_post"][i, 0]
+            for theirs, ours in INSIDE.items():
+                named[f"block{i}_{theirs}_out"] = taps[ours][i] if ours == "adaln" else taps[ours][i, 0]
+        return named
+
+    return jax.tree.map(np.asarray, run(model, x, t, y))
+
+
+def reference(refs, name: str, suffix: str) -> np.ndarray:
+    if name.startswith("hidden"):
+        return refs["hidden" + suffix][int(name[len("hidden") :])]
+    return nhwc(refs[name + suffix]) if name == "out" else refs[name + suffix]
+
+
+def deviation(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Largest difference of each batch element, in units of max|theirs| over the batch."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    return np.abs(ours - theirs).reshape(len(theirs), -1).max(1) / np.abs(theirs).max()
+
+
+def float32_tolerance(t: np.ndarray) -> np.ndarray:
+    """The float32 sinusoid of a large timestep is ill-conditioned: 3e-5 between any two implementations at t = 999."""
+    assert np.all((t <= 10) | (t >= 500))
+    return np.where(t <= 10, 5e-6, 5e-5)
+
+
+@pytest.fixture(scope="module")
+def float32_run(refs, tiny):
+    return everything(build(tiny), *inputs(refs))
+
+
+@pytest.fixture(scope="module")
+def float64_run(refs, tiny):
+    """Float64 all through, but for the recorded float32 table of timestep sinusoids, as in the recorded numbers."""
+    table = dict(zip(refs["tfreq_t"].tolist(), refs["tfreq_f32"].astype(np.float64), strict=True))
+    rows = np.stack([table[float(t)] for t in refs["t"]])
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "timestep_features", lambda t, dtype: jnp.asarray(rows, dtype))
+        return everything(build(tiny, "float64"), *inputs(refs, "float64"))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_float32_parity(refs, float32_run, name):
+    assert np.all(deviation(float32_run[name], reference(refs, name, "_f32")) <= float32_tolerance(refs["t"]))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_float64_parity(refs, float64_run, name):
+    assert deviation(float64_run[name], reference(refs, name, "_f64")).max() <= 1e-10
+
+
+def test_float64_parity_with_float64_sinusoids(refs, tiny, x64):
+    out = nnx.jit(lambda model, *args: model(*args))(build(tiny, "float64"), *inputs(refs, "float64"))
+    assert deviation(np.asarray(out), nhwc(refs["out_f64_sin64"])).max() <= 1e-10
+
+
+def test_float32_tolerance_sees_the_wrong_gelu(refs, tiny, monkeypatch):
+    monkeypatch.setattr(model_module.nnx, "gelu", lambda x, approximate: jax.nn.gelu(x, approximate=False))
+    x, t, y = inputs(refs)
+    found = deviation(np.asarray(build(tiny)(x, t, y)), nhwc(refs["out_f32"]))
+    assert np.all(found > 2 * float32_tolerance(refs["t"]))
+
+
+@pytest.mark.parametrize(("dtype", "at_0", "at_999"), [("float32", 1e-7, 1e-4), ("float64", 1e-15, 1e-12)])
+def test_timestep_features(refs, x64, dtype, at_0, at_999):
+    """Cosines first, frequencies 10000^(-i/128); the error grows with the angle."""
+    t = refs["tfreq_t"]
+    ours = np.asarray(timestep_features(jnp.asarray(t, dtype), jnp.dtype(dtype)))
+    theirs = refs["tfreq_f32" if dtype == "float32" else "tfreq_f64"]
+    assert ours.dtype == theirs.dtype
+    assert np.all(np.abs(ours - theirs).max(1) <= at_0 + (at_999 - at_0) * t / 999)
+
+
+def test_position_embedding_formula_is_the_stored_one(refs):
+    ours = position_embedding(4, 96)
+    np.testing.assert_allclose(ours, refs["pos_embed"][0], rtol=0, atol=1e-7)
+    grid = ours.reshape(4, 4, 96)
+    assert np.array_equal(grid[0, :, :48], grid[3, :, :48])  # the first half knows the column only
+    assert np.array_equal(grid[:, 0, 48:], grid[:, 3, 48:])  # the last half the row only
+
+
+def test_dropped_labels_take_the_null_row(refs, tiny):
+    model = build(tiny)
+    labels = np.where(refs["drop_force_ids"] == 1, model.config.num_classes, refs["drop_labels"])
+    np.testing.assert_array_equal(model.y_embedder(jnp.asarray(labels)), refs["drop_y_emb_f32"])
+
+
+def test_untrained_model_is_zero_and_its_blocks_are_the_identity(tiny):
+    model = DiT(tiny.config, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    out, (before, after) = model(
+        x, jnp.array([3, 900]), jnp.array([0, 10]), tap=lambda _, named: (named["resid_pre"], named["resid_post"])
+    )
+    assert np.array_equal(out, np.zeros((2, 8, 8, 8)))
+    assert np.array_equal(before, after)
+    assert np.ptp(before) > 1
+
+
+def test_initialisation():
+    """Xavier uniform linears with zero biases; normal(0.02) labels and timestep linears; zero adaLN and output."""
+    config = DiTConfig(input_size=8, hidden_size=96, depth=2, num_heads=6, num_classes=300)
+    weights = {".".join(path): np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(DiT(config, nnx.Rngs(0))))}
+    for path, array in weights.items():
+        if path.endswith("bias") or "adaln" in path or path.startswith("final_layer"):
+            assert not array.any(), path
+        elif path.startswith(("t_embedder", "y_embedder")):
+            assert abs(array.std() / 0.02 - 1) < 0.02, path
+        elif path.endswith("kernel"):
+            bound = np.sqrt(6 / sum(array.shape[-2:]))
+            assert 0.99 * bound < np.abs(array).max() <= bound, path
+            assert abs(array.std() / (bound / np.sqrt(3)) - 1) < 0.03, path
+    qkv = weights["blocks.attn.qkv.kernel"]
+    assert not np.array_equal(qkv[0], qkv[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("DiT-XL/2", 675_129_632), ("DiT-L/2", 458_102_816), ("DiT-B/2", 130_512_416), ("DiT-S/2", 32_963_360)],
+)
+def test_parameter_counts(name, count):
+    assert sum(np.prod(shape) for shape in weight_shapes(variant(name)).values()) == count
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_has_the_official_output_shape(name):
+    config = variant(name)
+    image = jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32)
+    index = jax.ShapeDtypeStruct((2,), jnp.int32)
+    out = nnx.eval_shape(lambda model, x, t, y: model(x, t, y), abstract_model(config), image, index, index)
+    assert (out.shape, out.dtype) == ((2, 32, 32, 8), jnp.float32)
+
+
+def test_output_without_learned_variance_has_the_input_channels():
+    config = DiTConfig(
+        input_size=4, in_channels=3, hidden_size=8, depth=1, num_heads=2, num_classes=2, learn_sigma=False
+    )
+    model = DiT(config, nnx.Rngs(0))
+    assert model(jnp.zeros((1, 4, 4, 3)), jnp.zeros(1), jnp.zeros(1, int)).shape == (1, 4, 4, 3)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 4), (1, 1, 1, 8, 8, 4), (2, 4, 8, 8), (2, 16, 8, 4), (2, 8, 8, 3)])
+def test_wrong_images_are_refused(tiny, shape):
+    model = abstract_model(tiny.config)
+    with pytest.raises(ValueError, match=r"images \(N, 8, 8, 4\)"):
+        model(jnp.zeros(shape), jnp.zeros(2, int), jnp.zeros(2, int))
+
+
+def test_gate_without_replicas_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"\(R, N, H, W, C\)"):
+        abstract_model(tiny.config)(jnp.zeros((2, 8, 8, 4)), jnp.zeros(2, int), jnp.zeros(2, int), jnp.eye(2)[None])
+
+
+def test_bfloat16_is_close_to_float32(refs, tiny, float32_run):
+    """Eight bits of mantissa through four blocks: 3% of the largest output, and not bit-equal to float32."""
+    out = np.asarray(build(tiny, "bfloat16")(*inputs(refs)))
+    found = deviation(out, float32_run["out"])
+    assert out.dtype == np.float32
+    assert 1e-4 < found.max() < 3e-2
+
+
+def test_scan_is_the_loop_over_its_blocks(refs, tiny, float32_run):
+    model = build(tiny)
+    x, t, y = inputs(refs)
+    graph, stacked = nnx.split(model.blocks)
+    h, c = model.embed(x)[None], model.condition(t, y)
+    for i in range(DEPTH):
+        h, _ = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked))(h, c, None, "joint")
+    out = np.asarray(unpatchify(model.final_layer(h, c), 2)[0])
+    assert deviation(out, float32_run["out"]).max() < 5e-6
+    unrolled = np.asarray(model(x, t, y, unroll=DEPTH))
+    assert deviation(unrolled, float32_run["out"]).max() < 5e-6
+
+
+def test_uncoupled_replicas_are_single_runs(refs, tiny):
+    model = nnx.jit(lambda model, *args: model(*args))
+    x, t, y = inputs(refs)
+    other = jax.random.normal(jax.random.key(0), x.shape)
+    both = np.asarray(model(build(tiny), jnp.stack([x, other]), t, y))
+    for replica, alone in zip(both, (x, other), strict=True):
+        assert deviation(replica, np.asarray(model(build(tiny), alone, t, y))).max() < 5e-6
+
+
+@given(
+    grid=st.integers(1, 4),
+    patch=st.integers(1, 4),
+    channels=st.integers(1, 3),
+    lead=st.lists(st.integers(1, 3), max_size=2),
+)
+@settings(max_examples=15, deadline=None)
+def test_unpatchify_inverts_patchify(grid, patch, channels, lead):
+    image = np.arange(np.prod([*lead, (grid * patch) ** 2 * channels])).reshape(
+        *lead, grid * patch, grid * patch, channels
+    )
+    patches = patchify(jnp.asarray(image), patch)
+    assert patches.shape == (*lead, grid**2, patch**2 * channels)
+    np.testing.assert_array_equal(unpatchify(patches, patch), image)
+    np.testing.assert_array_equal(  # tokens row-major; in a patch, rows outer and channels inner
+        patches[..., -1, :].reshape(*lead, patch, patch, channels), image[..., -patch:, -patch:, :]
+    )
+
+
+def test_layer_norm_keeps_its_digits_beside_a_large_mean():
+    """At |mean| / std = 100, E[x^2] - E[x]^2 in float32 would be off by 4e-3."""
+    x = 100 + np.random.default_rng(0).standard_normal((64, 1152))
+    exact = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    assert np.abs(np.asarray(LayerNorm()(jnp.asarray(x, jnp.float32))) - exact).max() < 1e-4
+
+
+def test_linear_asks_for_full_float32_products():
+    """So that no device computes them in TF32."""
+    config = DiTConfig(input_size=4, hidden_size=8, depth=1, num_heads=2, num_classes=2)
+    model = abstract_model(config)
+    jaxpr = jax.make_jaxpr(lambda x, t, y: DiT(config, nnx.Rngs(0))(x, t, y))(
+        jnp.zeros((1, 4, 4, 4)), jnp.zeros(1), jnp.zeros(1, int)
+    )
+    assert isinstance(model.x_embedder, Linear)
+    products = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert len(products) == 10  # embedder, 2 timestep, 5 in the block and 2 in its attention... see below
+    highest = jax.lax.Precision.HIGHEST
+    assert all(eqn.params["precision"] == (highest, highest) for eqn in products)
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for sub in jax.core.jaxprs_in_params(eqn.params) if hasattr(jax.core, "jaxprs_in_params") else ():
+            yield from _equations(sub)
