@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def load_model(directory: str | Path, dtype: str | None = None) -> DiT:
         raise CheckpointError(f"{directory}: the manifest's config is not usable ({error})") from error
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
     weights = _read_orbax(directory / "params")
     _check_fit(config, weights, f"{directory / 'params'}")
@@ -252,7 +252,7 @@ def assemble(config: DiTConfig, weights: Arrays) -> DiT:
     """The model of `config` with these weights, widened or rounded to its parameter dtype."""
     graph, state = nnx.split(abstract_model(config))
     filled = [
-        (path, variable.replace(jnp.asarray(weights[".".join(path)], param_dtype(config))))
+        (path, variable.replace(jnp.asarray(weights[_dotted(path)], param_dtype(config))))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -289,7 +289,11 @@ def _manifest(config: DiTConfig, weights: Arrays, extra: Mapping) -> dict:
 
 
 def _variables(model: DiT) -> list[tuple[str, Any]]:
-    return [(".".join(path), variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
+    return [(_dotted(path), variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
+
+
+def _dotted(path: Iterable) -> str:
+    return ".".join(map(str, path))
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+
+from ou_theory import commitment as oc
 from ou_theory.attention import rho
 from ou_theory.bootstrap import basic_interval, resample
+from ou_theory.clock import Clock
 from ou_theory.commitment import Commitment
 from ou_theory.laws import wiener_gain
 from ou_theory.recursion import recursion_energy
-
-from ou_theory import commitment as oc
-from ou_theory.clock import Clock
 
 WINDOW_START = -6.0  # log-SNR at which the window of the estimator opens, unless guarded
 FLOOR_LIMIT = 0.1  # largest Q there of a band whose own signal is still below it

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from flax import nnx
-from ou_theory.modes import Bands, radial_bands
 from tqdm import tqdm
 
 from dit_jax.attention import COUPLINGS, Coupling
-from dit_jax.checkpoint import load_manifest, load_model, resolve_weights
+from dit_jax.checkpoint import load_manifest, load_model, shipped_model
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import GuidedChannels, Sampler
 from dit_jax.images import to_pixels
@@ -30,6 +29,7 @@ from experiments.measure import coupled_network, coupled_wiener, one_pass, shuff
 from experiments.report import write_report
 from experiments.store import RunFolder
 from ou_theory.clock import Clock, make_clock
+from ou_theory.modes import Bands, radial_bands
 
 DEFAULT_WEIGHTS = "photos16-v"
 NUM_BANDS = 6
@@ -216,7 +216,7 @@ def compare(
       ValueError: settings that do not fit the weights; an output folder that holds another run.
     """
     started = time.perf_counter()
-    source = resolve_weights(config.weights)
+    source = Path(config.weights) if Path(config.weights).is_dir() else shipped_model(config.weights)
     manifest = load_manifest(source)
     model = load_model(source)
     classes = config.classes or tuple(range(model.config.num_classes))
@@ -257,12 +257,8 @@ def compare(
     pairs = np.arange(config.pairs)
     found = instrument.wiener(variance, jnp.asarray(grid), jnp.asarray(pairs), pair_labels(pairs, classes))
     found.pop("sample")
-    exact = (
-        template(filled, grid, config.pairs, clock, bands)
-        .drop_vars("one_pass_energy")
-        .assign(_block(found, pairs).data_vars)
-    )
-    run.put("wiener", exact.assign(variance=("band", variance)))
+    exact = template(filled, grid, config.pairs, clock, bands).drop_vars("one_pass_energy")
+    run.put("wiener", exact.assign(_block(found, pairs).data_vars).assign(variance=("band", variance)))
     sampled = time.perf_counter()
 
     eta = 0.0 if config.sampler == "ddim" else 1.0

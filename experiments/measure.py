@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ou_theory.laws import wiener_gain
-from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
 from dit_jax.attention import Coupling, symmetric_gate
 from dit_jax.diffusion import Denoiser, GuidedChannels, Sampler, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from ou_theory.clock import Clock
+from ou_theory.laws import wiener_gain
+from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
 
 def coupled_network(
