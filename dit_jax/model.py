@@ -5,6 +5,7 @@ once whatever the depth. Inside, tokens are (replica, batch, token, channel); on
 Shape letters: R replicas, N batch, T tokens, D width.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ class Constant(nnx.Variable):
 def timestep_features(t: jax.Array, dtype=jnp.float32) -> jax.Array:
     """Sinusoids of the raw timestep: t (N,) -> (N, 256), cosines first, frequencies 10000^(-i/128)."""
     half = FREQUENCY_FEATURES // 2
-    angles = t.astype(dtype)[:, None] * jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=dtype) / half)[None]
+    angles = t.astype(dtype)[:, None] * jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=dtype) / half)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 

@@ -1,9 +1,7 @@
-"""Global strictness, and the x64 switch."""
+"""The x64 switch for tests of closed forms and parity."""
 
 import jax
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "warn")
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""The main job from end to end on a tiny random network: contents, resume, bad input."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+from flax import nnx
+
+from dit_jax.checkpoint import save_model
+from dit_jax.config import DiTConfig
+from dit_jax.model import DiT
+from experiments import cli
+from experiments.compare import CompareConfig, compare, untrained_model
+from experiments.store import RunFolder
+
+MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="v")
+DATA = {"mean": [0.0, 0.1, -0.1], "std": 0.5, "class_names": ["ant", "bee", "cow"]}
+FAST = {"couplings": (0.0, 0.3, 1.0), "pairs": 6, "steps": "8", "block": 2, "gain_pairs": 4, "untrained_pairs": 2}
+GROUPS = ("network", "untrained", "wiener", "pictures", "analysis")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    save_model(untrained_model(MODEL, 5), folder, extra={"data": DATA})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert cli.main(arguments(weights, out)) == 0
+    return out
+
+
+def arguments(weights, out, *more):
+    flags = ["--couplings", "0", "0.3", "1", "--pairs", "6", "--steps", "8", "--block", "2"]
+    flags += ["--gain-pairs", "4", "--untrained-pairs", "2", "--quiet"]
+    return ["compare", "--weights", weights, "--out", str(out), *flags, *more]
+
+
+def test_the_folder_holds_what_was_measured(finished):
+    run = RunFolder.open(finished)
+    network = run.load("network")
+    assert dict(network.sizes) == {"coupling": 3, "pair": 6, "step": 8, "band": 7, "parity": 2}
+    for name in ("energy", "energy_shuffled", "projection", "state_energy"):
+        assert np.isfinite(network[name]).all(), name
+    measured = np.isfinite(network.one_pass_energy).all(["coupling", "step", "band"]).values
+    np.testing.assert_array_equal(measured, [True, True, True, True, False, False])
+    assert list(network.label.values) == [0, 1, 2, 0, 1, 2]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["command"].startswith("syncgap compare")
+    for group in GROUPS:
+        assert run.load(group).sizes
+
+
+def test_energies_are_those_of_the_samples(finished, weights):
+    """At the last step the denoised image is the sample; Parseval ties band energies to its pixels."""
+    network = RunFolder.open(finished).load("network")
+    end = network.energy.isel(step=-1)
+    total = (end * network["count"]).sum("band") / float(network["count"].sum())
+    model_free = network.projection.isel(step=-1)
+    np.testing.assert_allclose(model_free, end.sel(parity="difference"), rtol=1e-5)
+    assert (total > 0).all()
+
+
+def test_report_and_figures_are_there_and_self_contained(finished):
+    text = (finished / "report.html").read_text()
+    assert "synchronization gap" in text.lower()
+    assert list((finished / "figures").glob("*.png"))
+    claims = json.loads((finished / "claims.json").read_text())["claims"]
+    assert [claim["id"] for claim in claims] == [1, 2, 3, 4]
+    assert claims[2]["verdict"] == "not tested"
+    assert {control["name"] for control in claims[0]["controls"]} >= {"untrained network", "Wiener denoiser"}
+
+
+def test_the_wiener_denoiser_agrees_with_its_recursion(finished):
+    analysis = RunFolder.open(finished).load("analysis")
+    for name in ("tau", "decided", "gap"):
+        found, exact = (analysis[name].sel(source=s).values for s in ("wiener", "wiener theory"))
+        np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(finished, weights, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    written = RunFolder.write
+
+    def stop_at_third(self, group, dataset, first):
+        if first == 4:
+            raise KeyboardInterrupt
+        written(self, group, dataset, first)
+
+    monkeypatch.setattr(RunFolder, "write", stop_at_third)
+    assert cli.main(arguments(weights, out)) == 130
+    monkeypatch.setattr(RunFolder, "write", written)
+    assert cli.main(arguments(weights, out)) == 2
+    assert cli.main(arguments(weights, out, "--resume")) == 0
+    whole, resumed = RunFolder.open(finished), RunFolder.open(out)
+    for group in GROUPS:
+        xr.testing.assert_identical(whole.load(group), resumed.load(group))
+
+
+def test_other_settings_do_not_resume(finished, weights, capsys):
+    assert cli.main([*arguments(weights, finished), "--seed", "1", "--resume"]) == 2
+    assert "seed" in capsys.readouterr().err
+
+
+def test_a_finished_folder_is_not_overwritten(finished, weights, capsys):
+    before = (finished / "manifest.json").read_bytes()
+    assert cli.main(arguments(weights, finished)) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (finished / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"couplings": (0.0, -0.1)}, "couplings"),
+        ({"couplings": (0.0, float("nan"))}, "couplings"),
+        ({"couplings": (0.5, 1.0)}, "couplings"),
+        ({"pairs": 0}, "pairs"),
+        ({"pairs": 1}, "pairs"),
+        ({"gate": "both"}, "gate"),
+        ({"steps": "fifty"}, "steps"),
+        ({"steps": "5000"}, "steps"),
+        ({"classes": (7,)}, "classes"),
+        ({"weights": "no-such-model"}, "no-such-model"),
+        ({"guidance": float("inf")}, "guidance"),
+    ],
+)
+def test_bad_settings_are_named(weights, tmp_path, changed, named):
+    with pytest.raises(ValueError, match=named):
+        compare(CompareConfig(**{"weights": weights, **FAST, **changed}), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_untrained_network_acts_in_every_layer():
+    model = untrained_model(MODEL, 0)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    t, y = np.array([10, 900]), np.array([0, 1])
+    out, taps = model(x, t, y, tap=lambda layer, a: {k: a[k] for k in ("resid_pre", "resid_post")})
+    assert np.abs(out).max() > 0.1
+    moved = np.abs(taps["resid_post"] - taps["resid_pre"]).max((1, 2, 3, 4))
+    assert np.all(moved > 1e-3)
+    assert np.abs(DiT(MODEL, nnx.Rngs(0))(x, t, y)).max() == 0

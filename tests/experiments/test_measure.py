@@ -1,0 +1,94 @@
+"""The instrument on systems whose answer is known: exact denoisers of Gaussian modes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.analysis import ideal_energy
+from experiments.measure import coupled_wiener, one_pass, shuffled_bands, trajectories
+from ou_theory.attention import rho
+from ou_theory.clock import make_clock
+from ou_theory.laws import wiener_gain
+from ou_theory.modes import radial_bands
+
+SIZE, CHANNELS, PAIRS = 8, 2, 48
+CLOCK = make_clock(20)
+BANDS = radial_bands(SIZE, SIZE, 3)
+VARIANCE = np.array([20.0, 4.0, 0.5, 0.05])
+COUPLINGS = np.array([0.0, 0.1, 0.6, 1.0], np.float32)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return coupled_wiener(jnp.asarray(VARIANCE, jnp.float32)[BANDS.index], CLOCK)
+
+
+def measured(subject, sampler):
+    labels = jnp.zeros(PAIRS, jnp.int32)
+    shape, shuffled = (SIZE, SIZE, CHANNELS), shuffled_bands(BANDS, 0)
+
+    @jax.jit
+    def run(couplings, pairs):
+        return trajectories(subject, CLOCK, BANDS, shuffled, couplings, pairs, labels, shape, seed=0, sampler=sampler)
+
+    return run(jnp.asarray(COUPLINGS), jnp.arange(PAIRS))
+
+
+@pytest.fixture(scope="module")
+def ddim(subject):
+    return measured(subject, "ddim")
+
+
+def relative(energy):
+    energy = np.asarray(energy, np.float64).mean(1)
+    return energy / energy[0, -1]
+
+
+def theory(eta):
+    energy = np.asarray(ideal_energy(COUPLINGS, VARIANCE, CLOCK, eta))
+    return energy / energy[0, -1]
+
+
+def test_ddim_on_gaussian_modes_has_no_sampling_noise(ddim):
+    np.testing.assert_allclose(relative(ddim["energy"][..., 1]), theory(0.0), atol=2e-5)
+
+
+def test_ancestral_agrees_within_sampling_error(subject):
+    """Each band averages n = pairs x coefficients x channels squares of normals: relative error sqrt(2 / n), twice."""
+    found = relative(measured(subject, "ancestral")["energy"][..., 1])
+    expected = theory(1.0)
+    error = 2 * np.sqrt(2 / (PAIRS * CHANNELS * np.asarray(BANDS.count)))
+    assert np.all(np.abs(found - expected) < 4 * error * expected + 1e-6)
+
+
+def test_the_common_mode_does_not_feel_the_coupling(ddim):
+    common = np.asarray(ddim["energy"][..., 0])
+    np.testing.assert_allclose(common, np.broadcast_to(common[:1], common.shape), rtol=2e-4, atol=1e-6)
+
+
+def test_one_pass_gains_are_rho_and_wiener(subject, ddim):
+    labels = jnp.zeros(PAIRS, jnp.int32)
+    energy = jax.jit(lambda g, states: one_pass(subject, CLOCK, BANDS, g, states, labels))(
+        jnp.asarray(COUPLINGS), ddim["states"]
+    )
+    energy = np.asarray(energy, np.float64).mean(1)
+    expected = np.asarray(rho(COUPLINGS))[:, None, None]
+    np.testing.assert_allclose(np.sqrt(energy / energy[0]), np.broadcast_to(expected, energy.shape), atol=2e-5)
+    band_gain = np.sqrt(energy[0] / np.asarray(ddim["state_energy"]).mean(0))
+    np.testing.assert_allclose(band_gain, wiener_gain(VARIANCE, CLOCK.sigma[:, None] ** 2), rtol=2e-4)
+
+
+def test_projection_on_the_outcome_is_the_root_of_q(ddim):
+    """Under DDIM a Gaussian mode only changes its scale, so its alignment with the end is sqrt(Q)."""
+    end = np.asarray(ddim["energy"][0, :, -1, :, 1], np.float64).mean(0)
+    aligned = np.asarray(ddim["projection"][0], np.float64).mean(0) / end
+    np.testing.assert_allclose(aligned, np.sqrt(theory(0.0)[0]), atol=2e-5)
+
+
+def test_shuffled_bands_keep_sizes_and_lose_order(ddim):
+    shuffled = shuffled_bands(BANDS, 0)
+    np.testing.assert_array_equal(np.bincount(np.ravel(shuffled.index)), BANDS.count)
+    assert np.any(shuffled.index != BANDS.index)
+    ends = np.asarray(ddim["energy_shuffled"][0, :, -1]).mean(0)
+    assert ends.max() / ends.min() < 30 < VARIANCE.max() / VARIANCE.min()
