@@ -1,0 +1,100 @@
+"""What a gate does to a difference: the linearisation of gated attention (docs/theory.md, section 6).
+
+One head; heads, the output projection and preceding linear maps only compose. Token matrices are (T, d); a pair of
+replicas is (2, T, d).
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Coupling = Literal["joint", "blend"]
+
+
+def rho(g: jax.Array) -> jax.Array:
+    """Gain of values and keys of the difference mode of a symmetric pair, ``(1 - g) / (1 + g)``; its own inverse."""
+    return (1 - g) / (1 + g)
+
+
+def xi(g: jax.Array) -> jax.Array:
+    """Weight of a replica's own keys under `blend`, ``1 / (1 + g)``."""
+    return 1 / (1 + g)
+
+
+def rho_n(g: jax.Array, num_replicas: int) -> jax.Array:
+    """`rho` of any difference mode of `num_replicas` replicas coupled all to all, ``(1 - g) / (1 + (N - 1) g)``."""
+    return (1 - g) / (1 + (num_replicas - 1) * g)
+
+
+def pair_weights(q: jax.Array, k: jax.Array, g: jax.Array, coupling: Coupling) -> jax.Array:
+    """Attention weights of a pair under a symmetric gate ``g > 0``: q, k (2, T, d) -> (2, T, 2, T).
+
+    Axes: query replica, query, key replica, key. Rows sum to 1. A plain transcription for checks, not for speed.
+    """
+    logits = jnp.einsum("aqd,bkd->aqbk", q, k, precision="highest") / q.shape[-1] ** 0.5
+    gate = jnp.array([[1.0, 0.0], [0.0, 1.0]]) + g * jnp.array([[0.0, 1.0], [1.0, 0.0]])
+    if coupling == "blend":
+        return jax.nn.softmax(logits, -1) * (gate / gate.sum(1, keepdims=True))[:, None, :, None]
+    flat = (logits + jnp.log(gate)[:, None, :, None]).reshape(*logits.shape[:2], -1)
+    return jax.nn.softmax(flat, -1).reshape(logits.shape)
+
+
+class Difference(NamedTuple):
+    """Parts of ``O_A - O_B``, each (T, d)."""
+
+    routing: jax.Array  # through the values
+    key: jax.Array  # through the pattern, by the keys
+    query: jax.Array  # through the pattern, by the queries
+
+    @property
+    def total(self) -> jax.Array:
+        return self.routing + self.key + self.query
+
+
+def first_order_difference(q, k, v, dq, dk, dv, g: jax.Array) -> Difference:
+    """Linear response of ``O_A - O_B`` to replicas at ``q +- dq / 2`` and so on, the same for both couplings.
+
+    Args:
+      q, k, v, dq, dk, dv: (T, d), the common point and the differences.
+      g: coupling.
+    """
+    scale = q.shape[-1] ** -0.5
+    pattern = jax.nn.softmax(q @ k.T * scale, -1)
+
+    def response(logits):  # derivative of the softmax along `logits`, applied to the values
+        return (pattern * (logits - (pattern * logits).sum(-1, keepdims=True))) @ v
+
+    return Difference(rho(g) * pattern @ dv, rho(g) * response(q @ dk.T * scale), response(dq @ k.T * scale))
+
+
+def exact_difference(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, coupling: Coupling) -> Difference:
+    """The same split to all orders, for replicas q, k, v (2, T, d) at any distance.
+
+    The pattern part is divided between queries and keys by the two-player Shapley value: each difference is credited
+    with the average of what it changes when switched on first and second, symmetrised over its sign.
+    """
+
+    def weights_at(dq_sign: int, dk_sign: int) -> jax.Array:
+        """Attention weights with the replicas' differences of queries and keys times the signs."""
+
+        def scaled(x, sign):
+            mean, half = x.mean(0), (x[0] - x[1]) / 2
+            return jnp.stack([mean + sign * half, mean - sign * half])
+
+        return pair_weights(scaled(q, dq_sign), scaled(k, dk_sign), g, coupling)
+
+    weights = weights_at(1, 1)
+    self_mean = (weights[0, :, 0] + weights[1, :, 1]) / 2
+    cross_mean = (weights[0, :, 1] + weights[1, :, 0]) / 2
+    mean_v = v.mean(0)
+    routing = (self_mean - cross_mean) @ (v[0] - v[1])
+
+    def pattern(dq_sign, dk_sign):
+        a = weights_at(dq_sign, dk_sign)
+        return (a[0] - a[1]).sum(1) @ mean_v  # own and other keys change places between the replicas; the sum does not
+
+    # exchanging the replicas flips dq, dk and the difference, so two of the four sign choices suffice
+    aligned, opposed = pattern(1, 1), pattern(1, -1)
+    query, key = (aligned + opposed) / 2, (aligned - opposed) / 2
+    return Difference(routing, key, query)

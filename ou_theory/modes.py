@@ -1,0 +1,103 @@
+"""Spatial modes: the orthonormal DCT-II and radial frequency bands (docs/theory.md, section 3)."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@lru_cache
+def _dct_matrix(size: int) -> np.ndarray:
+    """Orthonormal DCT-II as a matrix (frequency, position), float64."""
+    frequency, position = np.arange(size)[:, None], np.arange(size)[None]
+    matrix = np.sqrt(2 / size) * np.cos(np.pi * (2 * position + 1) * frequency / (2 * size))
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+def _transform(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+    rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
+    return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, x, precision="highest")
+
+
+def dct2(x: jax.Array) -> jax.Array:
+    """Orthonormal 2-d DCT-II of images (..., H, W, C), same shape: unit white noise keeps unit variance in every
+    coefficient. As two small matrix products, which beat a transform at these sizes."""
+    return _transform(x, _dct_matrix(x.shape[-3]), _dct_matrix(x.shape[-2]))
+
+
+def idct2(x: jax.Array) -> jax.Array:
+    """Inverse of `dct2`."""
+    return _transform(x, _dct_matrix(x.shape[-3]).T, _dct_matrix(x.shape[-2]).T)
+
+
+def pair_modes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """DCT coefficients of the common and the difference mode, ``(x_A + x_B) / sqrt(2)`` and ``(x_A - x_B) / sqrt(2)``.
+
+    Args:
+      x: (2, ..., H, W, C), the replica axis in front.
+    """
+    if x.shape[0] != 2:
+        raise ValueError(f"a pair has two replicas, got {x.shape[0]}")
+    a, b = dct2(x)
+    return (a + b) * np.sqrt(0.5).item(), (a - b) * np.sqrt(0.5).item()
+
+
+@dataclass(frozen=True, eq=False)
+class Bands:
+    """A partition of the DCT coefficients of an H x W image; make it with `radial_bands`.
+
+    Attributes:
+      index: (H, W) int, band of each coefficient.
+      radius: (B,) centre of each band, in units of the Nyquist frequency of an axis; 0 for DC.
+    """
+
+    index: np.ndarray
+    radius: np.ndarray
+
+    def __len__(self) -> int:
+        return self.radius.size
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        """(B,) coefficients per band and channel."""
+        return np.bincount(self.index.ravel(), minlength=len(self))
+
+    @cached_property
+    def averaging(self) -> np.ndarray:
+        """(H, W, B) weights of the mean over each band, float64."""
+        return (self.index[..., None] == np.arange(len(self))) / self.count
+
+    def with_index(self, index: np.ndarray) -> "Bands":
+        """The same bands over another assignment of coefficients."""
+        return dataclasses.replace(self, index=index)
+
+
+def radial_bands(height: int, width: int, num: int = 6) -> Bands:
+    """DC in a band of its own, then `num` annuli of equal width of the radius ``sqrt((i / H)^2 + (j / W)^2)``.
+
+    Raises:
+      ValueError: a band would be empty.
+    """
+    if num < 1:
+        raise ValueError(f"num bands must be at least 1, got {num}")
+    radius = np.hypot(np.arange(height)[:, None] / height, np.arange(width)[None] / width)
+    edges = np.linspace(0, radius.max(), num + 1)
+    index = np.searchsorted(edges[:-1], radius, side="left")  # annulus b is (edges[b - 1], edges[b]]
+    bands = Bands(index, np.append(0.0, (edges[:-1] + edges[1:]) / 2))
+    if np.any(bands.count == 0):
+        empty = ", ".join(map(str, np.flatnonzero(bands.count == 0)))
+        raise ValueError(f"{num} bands are too many for a {height} x {width} image: band {empty} would be empty")
+    return bands
+
+
+def band_mean(coefficients: jax.Array, bands: Bands) -> jax.Array:
+    """Mean over the coefficients of each band and over channels: (..., H, W, C) -> (..., B).
+
+    Of squared coefficients it is the band energy; of a product of two sets, their inner product per coefficient.
+    """
+    weights = jnp.asarray(bands.averaging, coefficients.dtype)
+    return jnp.einsum("...hwc,hwb->...b", coefficients, weights, precision="highest") / coefficients.shape[-1]

@@ -1,0 +1,39 @@
+"""Exact energies of a difference mode under a sampler with a linear denoiser (docs/theory.md, section 5.3).
+
+A network whose one-pass gain has been measured is followed by these recursions without any fitted parameter; the
+continuum formulas of `ou_theory.gain_model` are their limit of many steps.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def recursion_energy(gain: jax.Array, sigma: jax.Array, start_variance: jax.Array, eta: float = 0.0) -> jax.Array:
+    """Variance of the denoised mode at every step.
+
+    In the rescaled frame one step multiplies the mode by ``G + (1 - G) c / sigma`` and adds noise of variance
+    ``n^2 = eta^2 sigma'^2 (1 - sigma'^2 / sigma^2)``, with ``c^2 = sigma'^2 - n^2`` and ``sigma'`` the next level
+    (0 after the last). ``eta`` 0 is DDIM; 1 is the ancestral sampler with the posterior variance.
+
+    Args:
+      gain: (..., K, B) gain G of the denoiser at each step.
+      sigma: (K,) noise levels of the rescaled frame, decreasing.
+      start_variance: (..., B) variance of the mode at the first step.
+      eta: stochasticity of the sampler.
+
+    Returns:
+      ``G^2 Var(y)``, (..., K, B).
+    """
+    gain, sigma = jnp.asarray(gain), jnp.asarray(sigma)
+    after = jnp.append(sigma[1:], 0.0)
+    noise = eta**2 * after**2 * (1 - (after / sigma) ** 2)
+    keep = jnp.sqrt(after**2 - noise) / sigma
+
+    def step(variance, inputs):
+        gain, keep, noise = inputs
+        return (gain + (1 - gain) * keep) ** 2 * variance + noise, gain**2 * variance
+
+    gains = jnp.moveaxis(gain, -2, 0)
+    start = jnp.broadcast_to(start_variance, gains.shape[1:]).astype(gains.dtype)
+    _, energy = jax.lax.scan(step, start, (gains, keep.astype(gains.dtype), noise.astype(gains.dtype)))
+    return jnp.moveaxis(energy, 0, -2)

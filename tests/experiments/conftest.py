@@ -1,0 +1,183 @@
+"""A synthetic run: what a comparison stores, from closed recursions in place of a network."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from experiments.store import RunFolder
+
+COUPLINGS = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1], np.float32)
+FEW = np.array([0, 5, 9])  # couplings of the untrained network
+VARIANCE = np.array([30.0, 8.0, 1.5, 0.5, 0.2, 0.09, 0.05])
+RADIUS = np.array([0.0, 0.11, 0.33, 0.55, 0.77, 0.99, 1.21])
+ELL = np.linspace(-9.5, 7.5, 50)
+START = -6.0
+SOURCES = ["network", "measured gain", "ideal gain", "untrained", "wiener", "wiener theory"]
+LOW, HIGH = 1, 6
+SETTINGS = {
+    "weights": "photos16-v",
+    "couplings": [round(float(g), 4) for g in COUPLINGS],
+    "pairs": 64,
+    "steps": "50",
+    "sampler": "ddim",
+    "gate": "joint",
+    "guidance": 1.0,
+    "classes": list(range(10)),
+    "seed": 0,
+}
+
+
+def relative_energy(gain):
+    """Q (C, K, B) of the difference mode under DDIM steps with the denoiser's gains (C, K, B)."""
+    sigma = np.exp(-ELL / 2)
+    y = np.full((gain.shape[0], gain.shape[2]), np.sqrt(1 + sigma[0] ** 2))
+    energy = []
+    for k in range(len(ELL)):
+        energy.append((gain[:, k] * y) ** 2)
+        if k + 1 < len(ELL):
+            y = y * (gain[:, k] + (1 - gain[:, k]) * sigma[k + 1] / sigma[k])
+    energy = np.stack(energy, 1)
+    return energy / energy[:1, -1:]
+
+
+def estimate(q):
+    """Commitment level, decided fraction and latched level, (C, B) each."""
+    inside = ELL >= START
+    latched = np.minimum(1, np.maximum.accumulate(q[:, inside], axis=1))
+    area = np.trapezoid(latched, ELL[inside], axis=1)
+    decided = latched[:, -1]
+    with np.errstate(invalid="ignore"):  # nothing is decided under zero gain
+        return ELL[-1] - area / decided, decided, ELL[-1] - area
+
+
+def filled(rows, shape):
+    table = np.full((len(SOURCES), len(COUPLINGS), *shape), np.nan)
+    for name, values in rows.items():
+        table[SOURCES.index(name), FEW if name == "untrained" else slice(None)] = values
+    return table
+
+
+def synthetic_analysis(seed=0) -> xr.Dataset:
+    rng = np.random.default_rng(seed)
+    wiener = VARIANCE / (VARIANCE + np.exp(-ELL)[:, None])
+    ideal = ((1 - COUPLINGS) / (1 + COUPLINGS))[:, None, None] + 0 * wiener
+    share = np.linspace(0.08, 0.97, 7)  # what the coupling leaves of each band: attention carries the low ones
+    gain = 1 - (1 - share) * (1 - ideal) * (0.85 + 0.15 * np.tanh(ELL / 3)[:, None])
+    q = {
+        "network": relative_energy(gain * wiener * 0.98) + 0.03 * np.exp(-(ELL + 9.5) / 2)[:, None],
+        "measured gain": relative_energy(gain * wiener),
+        "ideal gain": relative_energy(ideal * wiener),
+        "untrained": relative_energy((0.9 + 0 * wiener[None]) * np.ones((3, 1, 1))),
+        "wiener": relative_energy(ideal * wiener) * (1 + 1e-3 * rng.standard_normal((10, 1, 7))),
+        "wiener theory": relative_energy(ideal * wiener),
+    }
+    tau, decided, latched = (dict(zip(q, part, strict=True)) for part in zip(*map(estimate, q.values()), strict=True))
+    variables = {
+        "tau": (tau, ("band",), 0.12),
+        "tau_steps": ({n: np.interp(v, ELL, np.arange(50)) for n, v in tau.items()}, ("band",), None),
+        "decided": (decided, ("band",), 0.03),
+        "gap": ({n: v[:, HIGH] - v[:, LOW] for n, v in tau.items()}, (), 0.2),
+        "latched_gap": ({n: v[:, HIGH] - v[:, LOW] for n, v in latched.items()}, (), None),
+        "relative_energy": (q, ("step", "band"), None),
+    }
+    variables["gap_steps"] = (
+        {n: np.diff(np.interp(v[:, [LOW, HIGH]], ELL, np.arange(50)), axis=1)[:, 0] for n, v in tau.items()},
+        (),
+        0.8,
+    )
+    sizes = {"step": len(ELL), "band": 7}
+    data = {}
+    for name, (rows, dims, spread) in variables.items():
+        table = filled(rows, [sizes[d] for d in dims])
+        data[name] = (("source", "coupling", *dims), table)
+        if spread is not None:
+            half = spread * (0.5 + rng.random(table.shape))
+            interval = np.stack([table - half, table + half], -1)
+            interval[SOURCES.index("wiener theory")] = np.nan
+            data[f"{name}_interval"] = (("source", "coupling", *dims, "bound"), interval)
+    data["gain"] = (("source", "coupling", "step", "band"), filled({"network": gain}, (50, 7)))
+    floor, level = np.full((2, len(SOURCES), 7), np.nan)
+    floor[0], floor[3] = [0.001, 0.002, 0.004, 0.008, 0.02, 0.06, 0.13], 0.4
+    level[0] = -np.log(VARIANCE) + 0.05
+    data["floor"], data["projection_level"] = (("source", "band"), floor), (("source", "band"), level)
+    dataset = xr.Dataset(
+        data,
+        coords={
+            "source": SOURCES,
+            "coupling": COUPLINGS,
+            "bound": ["low", "high"],
+            "band": np.arange(7),
+            "step": np.arange(50),
+            "radius": ("band", RADIUS),
+            "count": ("band", [1, 6, 20, 34, 48, 80, 67]),
+            "ell": ("step", ELL),
+            "timestep": ("step", np.arange(50)[::-1] * 20),
+        },
+        attrs={"low_band": LOW, "high_band": HIGH, "ell_start": START, "steps": 50, "pairs": 64, "gain_pairs": 32}
+        | {"untrained_pairs": 16, "draws": 1000, "floor_limit": 0.1, "model": "photos16-v", "prediction": "v"}
+        | {"sampler": "ddim", "gate": "joint", "guidance": 1.0, "seed": 0},
+    )
+    dataset["weak"] = dataset.decided < 0.002
+    dataset["weak"][0, -1, 0] = True
+    return dataset
+
+
+def synthetic_pictures() -> xr.Dataset:
+    rng = np.random.default_rng(3)
+    seeds = rng.random((6, 2, 4, 4, 3))
+    coupled = np.repeat(seeds[:, :1], 2, 1) + 0.06 * seeds
+    image = np.stack([seeds, coupled])
+    image = np.repeat(np.repeat(image, 4, -3), 4, -2)
+    names = ["airplane", "car", "bird", "cat", "deer", "<b>dog</b>"]
+    return xr.Dataset(
+        {"image": (("coupling", "pair", "replica", "y", "x", "rgb"), np.uint8(255 * np.clip(image, 0, 1)))},
+        coords={"coupling": COUPLINGS[[0, -1]], "label_name": ("pair", names)},
+        attrs={"preview": "pixels"},
+    )
+
+
+def synthetic_claims(analysis: xr.Dataset) -> list[dict]:
+    at = analysis.sel(source="network").isel(coupling=0)
+    blank = {"name": "untrained network", "value": -0.31, "interval": [-0.5, -0.1], "also_holds": False}
+    ordered = {"name": "untrained network", "value": 0.87, "interval": [0.6, 1.0], "also_holds": True}
+    theory = {"name": "theory: ideal gain", "value": 1.0, "interval": None, "also_holds": None, "statement": "Ideal."}
+    value, interval = float(at.gap), [float(bound) for bound in at.gap_interval]
+
+    def claim(number, title, verdict, measure, value, interval, *controls):
+        return {"id": number, "title": title, "verdict": verdict, "measure": measure, "value": value} | {
+            "interval": interval,
+            "statement": f"Statement {number}, with 2 < 3.",
+            "controls": list(controls),
+        }
+
+    return [
+        claim(1, "The gap is there", "holds", "gap at g = 0, nats", value, interval, {**blank, "statement": "Random."}),
+        claim(2, "The gap collapses", "undecided", "share of the gap left", 0.48, [0.3, 0.66], theory),
+        claim(3, "The gap is in the last layers", "not tested", "commitment by layer", None, None),
+        claim(4, "Low before high", "holds", "Kendall's tau-b", 1.0, [0.8, 1.0], {**ordered, "statement": "Random."}),
+    ]
+
+
+@pytest.fixture(scope="session")
+def analysis() -> xr.Dataset:
+    return synthetic_analysis()
+
+
+@pytest.fixture(scope="session")
+def pictures() -> xr.Dataset:
+    return synthetic_pictures()
+
+
+@pytest.fixture(scope="session")
+def stored_run(analysis, pictures, tmp_path_factory) -> RunFolder:
+    """A finished run without figures and report; tests that change it copy its folder."""
+    extra = {"weights_digest": "ab12" * 16, "bands": 6}
+    extra["model"] = {"input_size": 16, "patch_size": 2, "in_channels": 3, "hidden_size": 96, "depth": 12}
+    extra["model"] |= {"num_heads": 6, "num_classes": 10, "prediction": "v"}
+    command = "syncgap compare --out 'runs/a <b>'"
+    run = RunFolder.create(tmp_path_factory.mktemp("run") / "run", SETTINGS, command=command, extra=extra)
+    run.put("analysis", analysis)
+    run.put("pictures", pictures)
+    run.write_json("claims.json", {"claims": synthetic_claims(analysis)})
+    run.finish({"sampling_s": 171.2, "analysis_s": 12.5})
+    return run

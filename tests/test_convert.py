@@ -1,0 +1,126 @@
+"""``convert_weights.py`` from file to function."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from dit_jax.checkpoint import load_manifest, load_model
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+TINY = DATA / "tiny_xl_like.pt"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("convert_weights", ROOT / "convert_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, monkeypatch, capsys):
+    """Runs the script in this process: exit status, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert_weights.py", *map(str, arguments)])
+        status = 0
+        try:
+            script.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.slow
+def test_converted_model_is_the_official_function(tmp_path):
+    """From any working directory, in a process of its own."""
+    command = [sys.executable, str(ROOT / "convert_weights.py"), str(TINY), "model", "--num-heads", "6"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    model = load_model(tmp_path / "model")
+    with np.load(DATA / "refs_tiny.npz") as refs:
+        x, t, y, expected = (refs[name] for name in ("x", "t", "y", "out_f32"))
+    call = nnx.jit(lambda model, *args: model(*args))
+    out = np.asarray(call(model, jnp.asarray(x.transpose(0, 2, 3, 1)), jnp.asarray(t), jnp.asarray(y)))
+    assert out.shape == (6, 8, 8, 8)
+    error = np.abs(out - expected.transpose(0, 2, 3, 1)).max((1, 2, 3)) / np.abs(expected).max()
+    assert np.all(error <= np.where(t <= 10, 5e-6, 5e-5))
+
+
+def test_report_and_manifest(run, tmp_path):
+    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6)
+    manifest = load_manifest(tmp_path / "model")
+    assert status == 0
+    for part in ("none of the official ones", "729,248", manifest["digest"], str(tmp_path / "model")):
+        assert part in out
+    assert manifest["source"]["file"] == "tiny_xl_like.pt"
+    assert len(manifest["source"]["sha256"]) == 64
+    assert manifest["conversion_version"] == 1
+    assert manifest["config"]["num_heads"] == 6
+
+
+def test_dry_run_checks_everything_and_writes_nothing(run, tmp_path):
+    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--dry-run")
+    assert status == 0
+    assert "not written" in out
+    assert not list(tmp_path.iterdir())
+    status, _, errors = run(TINY, tmp_path / "model", "--num-heads", 7, "--dry-run")
+    assert status == 2
+    assert "num_heads 7" in errors
+
+
+def test_dry_run_announces_the_digest_that_is_written(run, tmp_path):
+    options = (TINY, tmp_path / "model", "--num-heads", 6, "--dtype", "bfloat16")
+    announced = run(*options, "--dry-run")[1]
+    run(*options)
+    assert load_manifest(tmp_path / "model")["digest"] in announced
+
+
+def test_errors_are_one_message_and_status_2(run, tmp_path):
+    content = torch.load(TINY, weights_only=True)
+    del content["pos_embed"]
+    content["blocks.2.mlp.fc2.bias"][5] = torch.inf
+    torch.save(content, tmp_path / "bad.pt")
+    status, out, errors = run(tmp_path / "bad.pt", tmp_path / "model", "--num-heads", 6)
+    assert (status, out) == (2, "")
+    assert "missing: pos_embed" in errors
+    assert "not finite: blocks.2.mlp.fc2.bias" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "model").exists()
+
+
+def test_existing_folder_needs_overwrite(run, tmp_path):
+    arguments = (TINY, tmp_path / "model", "--num-heads", 6)
+    assert run(*arguments)[0] == 0
+    status, _, errors = run(*arguments, "--dtype", "bfloat16")
+    assert status == 2
+    assert "--overwrite" in errors
+    assert run(*arguments, "--dtype", "bfloat16", "--overwrite")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_which_part_of_a_training_checkpoint(run, tmp_path):
+    ema = torch.load(TINY, weights_only=True)
+    model = {key: value + 1 for key, value in ema.items()}
+    torch.save({"model": model, "ema": ema, "opt": {}}, tmp_path / "train.pt")
+    digests = {}
+    for which in ("ema", "model"):
+        assert run(tmp_path / "train.pt", tmp_path / which, "--num-heads", 6, "--which", which)[0] == 0
+        manifest = json.loads((tmp_path / which / "manifest.json").read_text())
+        assert manifest["source"]["form"] == f"training/{which}"
+        digests[which] = manifest["digest"]
+    assert digests["ema"] != digests["model"]
