@@ -20,7 +20,7 @@ from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from dit_jax.checkpoint import load_arrays, save_arrays, save_model, write_json
+from dit_jax.checkpoint import load_arrays, recover, save_arrays, save_model, write_json
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.images import ImageSet, image_grid, standardize, to_pixels
@@ -217,7 +217,7 @@ def train(
         "opt": optimizer(config).init(params),
         "step": jnp.zeros((), jnp.int32),
     }
-    if (out / "state").exists():
+    if recover(out / "state"):
         state = load_arrays(out / "state", state)
     update = make_step(model_config, config, graph, constants, clock)
     log = LossLog(out / "log.jsonl", clock, learning_rate(config))

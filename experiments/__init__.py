@@ -1,0 +1,1 @@
+"""Questions asked of theory and network together; one file per question."""

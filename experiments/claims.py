@@ -39,7 +39,17 @@ class Claim:
 def claims(analysis: xr.Dataset, drawn: dict[str, dict]) -> list[dict]:
     """Claims 1, 2 and 4, and a placeholder for 3, as JSON-able dictionaries."""
     found = [_gap_exists(analysis), _gap_collapses(analysis, drawn), _depth(), _order(analysis, drawn)]
-    return [asdict(claim) for claim in found]
+    return [_finite(asdict(claim)) for claim in found]
+
+
+def _finite(entry):
+    """The same with null for what is not a number, as JSON has it."""
+    if isinstance(entry, dict):
+        return {name: _finite(value) for name, value in entry.items()}
+    if isinstance(entry, list):
+        values = [_finite(value) for value in entry]
+        return None if values and all(value is None for value in values) else values
+    return None if isinstance(entry, float) and not np.isfinite(entry) else entry
 
 
 def _side(interval: list[float] | None, threshold: float = 0.0) -> str:
@@ -148,9 +158,9 @@ def _gap_collapses(analysis: xr.Dataset, drawn: dict) -> Claim:
         f"gap at g = {strongest:g} as a share of the gap at g = 0",
         value,
         interval,
-        f"At g = {strongest:g}, {100 * value:.0f} % of the timing gap is left. Of what each band decides uncoupled, "
-        f"the replicas still decide individually {100 * low:.1f} % in the lowest band and {100 * high:.1f} % in the "
-        f"highest. Collapsed means less than {100 * COLLAPSED:.0f} % left.",
+        f"At g = {strongest:g} the gap is {value:+.2f} times what it is uncoupled; collapsed means less than "
+        f"{COLLAPSED:g} either way. Of what each band decides uncoupled, the replicas still decide individually "
+        f"{100 * low:.1f} % in the lowest band and {100 * high:.1f} % in the highest.",
         controls,
     )
 

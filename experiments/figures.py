@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from experiments.store import RunFolder
@@ -47,7 +48,9 @@ SOURCES: dict[str, dict[str, Any]] = {
 }
 THEORIES = ("measured gain", "ideal gain")
 GAP_LABEL = "synchronization gap  $\\Gamma_\\tau = \\tau_{high} - \\tau_{low}$  (nats)"
-LEVEL_LABEL = "log-SNR  $\\ell$  (nats)"
+TAU_LABEL = "commitment level  $\\tau$  (nats)"
+DECIDED_LABEL = "decided fraction  $F$"
+LEVEL_LABEL = "log-SNR  $\\ell$  (nats)   generation $\\rightarrow$"
 COUPLING_LABEL = "coupling  $g$"
 
 
@@ -61,14 +64,8 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
         _curve(ax, at.gap, at.gap_interval, band=name in (*THEORIES, "network"), whiskers=strong, **SOURCES[name])
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     _coupling_axis(ax, analysis.coupling.values)
-    ends = [analysis.gap.sel(source=name).dropna("coupling") for name in shown]
-    _end_labels(
-        ax,
-        float(analysis.coupling[-1]),
-        [float(end[-1]) for end in ends],
-        [SOURCES[name]["label"] for name in shown],
-        [SOURCES[name]["color"] for name in shown],
-    )
+    ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
+    _end_labels(ax, ends, [SOURCES[name]["label"] for name in shown], [SOURCES[name]["color"] for name in shown])
     ax.set_ylabel(GAP_LABEL)
     ax.set_title("Synchronization gap against coupling, with 95 % intervals")
     return figure
@@ -76,15 +73,12 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
 
 def figure_commitment(analysis: xr.Dataset) -> Figure:
     """Commitment level of every band against coupling, network over the two theories."""
-    figure = _per_band(analysis, "tau", "commitment level  $\\tau$  (nats)")
-    figure.suptitle("When each band commits", x=0.01, ha="left", fontsize=10.5)
-    return figure
+    return _per_band(analysis, "tau", TAU_LABEL)
 
 
 def figure_decided(analysis: xr.Dataset) -> Figure:
     """Decided fraction of every band against coupling, network over the two theories."""
-    figure = _per_band(analysis, "decided", "decided fraction  $F$")
-    figure.suptitle("How much of each band is still decided individually", x=0.01, ha="left", fontsize=10.5)
+    figure = _per_band(analysis, "decided", DECIDED_LABEL)
     for ax in figure.axes:
         ax.set_ylim(-0.03, 1.06)
     return figure
@@ -127,12 +121,13 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
         ideal = (1 - coupling) / (1 + coupling)
         ax.axhline(ideal, color=INK, linestyle=":", linewidth=1.4)
         ax.annotate(
-            f"ideal (1 − g)/(1 + g) = {ideal:.2f}",
+            f"ideal  (1 − g) / (1 + g) = {ideal:.2f}",
             (1, ideal),
-            (-2, 3),
+            (-3, 4 if ideal < 0.2 else -4),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
+            va="bottom" if ideal < 0.2 else "top",
             fontsize=8,
         )
         ax.set_title(_coupling_name(analysis, g))
@@ -141,7 +136,7 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
     inside = (analysis.ell >= analysis.attrs["ell_start"]).values
     shown = analysis.gain.sel(source="network").isel(coupling=chosen, step=inside).values
     top = float(np.nanmax(shown)) if np.isfinite(shown).any() else 1.0
-    axes[0].set_ylim(min(0.0, float(np.nanmin(shown, initial=0.0))), 1.08 * max(top, 1.0))
+    axes[0].set_ylim(-0.04, 1.08 * max(top, 1.0))
     axes[0].set_ylabel("one-pass gain  $\\rho$")
     _band_legend(figure, axes[0], "")
     return figure
@@ -152,34 +147,32 @@ def figure_calibration(analysis: xr.Dataset) -> Figure:
     figure, axes = _figure(7.2, 4.4, 2, 3, sharex=True, height_ratios=[2.6, 1])
     low, high = analysis.attrs["low_band"], analysis.attrs["high_band"]
     columns = (
-        ("gap", "gap  $\\Gamma_\\tau$  (nats)", None),
-        ("tau", "commitment level  $\\tau$  (nats)", (low, high)),
-        ("decided", "decided fraction  $F$", (low, high)),
+        ("gap", "gap  $\\Gamma_\\tau$  (nats)", (None,)),
+        ("tau", TAU_LABEL, (low, high)),
+        ("decided", DECIDED_LABEL, (low, high)),
     )
     for (top, bottom), (variable, label, bands) in zip(axes.T, columns, strict=True):
-        for band in bands or (None,):
+        reach = 0.01
+        for band in bands:
             at = analysis if band is None else analysis.isel(band=band)
             color = SOURCES["network"]["color"] if band is None else band_colors(analysis)[band]
             measured, interval = at[variable].sel(source="wiener"), at[f"{variable}_interval"].sel(source="wiener")
             theory = at[variable].sel(source="wiener theory")
-            top.plot(analysis.coupling, theory, color=color, linewidth=1.2, zorder=2)
-            _curve(top, measured, interval, whiskers=True, color=color, linestyle="none", marker="o")
-            _curve(
-                bottom, measured - theory, interval - theory, whiskers=True, color=color, linestyle="none", marker="o"
-            )
-            if band is not None:
-                _end_labels(
-                    top, float(analysis.coupling[-1]), [float(theory[-1])], [band_names(analysis)[band]], [color]
-                )
+            name = None if band is None else band_names(analysis)[band]
+            top.plot(analysis.coupling, theory, color=color, linewidth=1.2, zorder=2, label=name)
+            points = {"color": color, "linestyle": "none", "marker": "o", "whiskers": True}
+            _curve(top, measured, interval, **points)
+            _curve(bottom, measured - theory, interval - theory, **points)
+            left_over = np.append((interval - theory).values, (measured - theory).values)
+            reach = max(reach, float(np.nanmax(np.abs(left_over), initial=0.0)))
         top.set_title(label)
         bottom.axhline(0, color=INK, linewidth=0.8, zorder=0)
-        largest = float(np.nanmax(np.abs((at[variable].sel(source="wiener") - theory).values), initial=0.0))
-        bottom.set_ylim(-max(2 * largest, 0.02), max(2 * largest, 0.02))
-        _coupling_axis(bottom, analysis.coupling.values, room=0.09)
-    axes[1, 0].set_ylabel("points − line")
-    figure.suptitle(
-        "Calibration: an exact denoiser (points) on its own theory (lines)", x=0.01, ha="left", fontsize=10.5
-    )
+        bottom.set_ylim(-1.15 * reach, 1.15 * reach)
+        _coupling_axis(bottom, analysis.coupling.values, room=0.16)
+    axes[0, 0].axhline(0, color=FAINT, linewidth=0.8, zorder=0)
+    axes[0, 2].legend(loc="upper right", handlelength=1.4)
+    axes[0, 0].set_ylabel("measured (points), theory (lines)")
+    axes[1, 0].set_ylabel("points − lines")
     return figure
 
 
@@ -197,7 +190,7 @@ def figure_pictures(pictures: xr.Dataset) -> Figure:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             if replica == 0:
-                ax.set_title(str(pictures.label_name.values[pair]), fontsize=8, loc="center", pad=2)
+                ax.set_title(str(pictures.label_name.values[pair]), fontsize=8, loc="center", pad=2, parse_math=False)
             if pair == 0:
                 ax.set_ylabel("AB"[replica] if replicas == 2 else str(replica), rotation=0, ha="right", va="center")
     return figure
@@ -224,19 +217,18 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
     ax.axhline(limit, color=SOURCES["measured gain"]["color"], linestyle="--", linewidth=1.2)
     ax.annotate(
         f"limit {limit:g}",
-        (1, limit),
-        (2, 3),
+        (0, limit),
+        (4, 3),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
-        ha="right",
         color=SOURCES["measured gain"]["color"],
         fontsize=8,
     )
     ax.set_ylim(min(0.0, 1.25 * np.nanmin(floor, initial=0.0)), 1.25 * np.nanmax(floor, initial=limit))
     ax.set_xticks(np.arange(len(floor)), band_names(analysis))
     ax.set_xlabel("band")
-    ax.set_ylabel("noise floor, share of $Q$")
-    ax.set_title(f"Noise floor of the network at $\\ell$ = {analysis.attrs['ell_start']:.1f}, $g$ = 0")
+    ax.set_ylabel("noise floor  $Q - a^2$")
+    ax.set_title(f"Noise floor of the network at $\\ell = {analysis.attrs['ell_start']:.1f}$, $g = 0$")
     return figure
 
 
@@ -265,6 +257,7 @@ def save_figures(run: RunFolder) -> list[str]:
         for name, (group, draw) in FIGURES.items():
             figure = draw(groups[group])
             _save(figure, folder / f"{name}.png", dpi=DPI, metadata={"Software": None})
+            figure.set_layout_engine("none")  # it is laid out
             _save(figure, folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     return list(FIGURES)
 
@@ -336,17 +329,17 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
             weak.coupling, weak, linestyle="none", marker="o", markersize=4, color=style["color"], mfc="white", zorder=4
         )
         ax.set_title(band_names(analysis)[band])
-        _coupling_axis(ax, analysis.coupling.values, name=band >= bands - columns, sparse=True)
+        lowest = band >= bands - columns
+        ax.tick_params(labelbottom=lowest)
+        _coupling_axis(ax, analysis.coupling.values, name=lowest, room=0.19)
     for ax in flat[bands:]:
         ax.set_visible(False)
     figure.supylabel(label, fontsize=9)
     handles, labels = flat[0].get_legend_handles_labels()
     if bool(analysis.weak.sel(source="network").any()):
-        handles.append(
-            matplotlib.lines.Line2D([], [], color=INK, linestyle="none", marker="o", markersize=4, mfc="white")
-        )
+        handles.append(Line2D([], [], color=INK, linestyle="none", marker="o", markersize=4, mfc="white"))
         labels.append("weak")
-    figure.legend(handles, labels, loc="outside upper right", ncols=4)
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
     return figure
 
 
@@ -360,17 +353,18 @@ def _coupling_name(analysis: xr.Dataset, index: int) -> str:
     return f"$g$ = {float(analysis.coupling[index]):g}"
 
 
-def _coupling_axis(
-    ax: Axes, couplings: np.ndarray, *, name: bool = True, sparse: bool = False, room: float = 0.055
-) -> None:
-    """An x axis on which 0 and couplings of every size can be told apart: linear near 0, logarithmic beyond."""
+def _coupling_axis(ax: Axes, couplings: np.ndarray, *, name: bool = True, room: float = 0.055) -> None:
+    """An x axis on which 0 and couplings of every size can be told apart: linear near 0, logarithmic beyond.
+
+    Args:
+      room: share of the axis that a tick label takes; couplings closer to the ones labelled already go without.
+    """
     positive = couplings[couplings > 0]
     width = float(np.clip(2 * positive.min(), 1e-3, 1.0)) if positive.size else 1.0
     ax.set_xscale("asinh", linear_width=width)
     place = np.arcsinh(couplings / width)
     place = (place - place[0]) / (np.ptp(place) or 1.0)
     kept: list[int] = []
-    room = 0.14 if sparse else room
     for index in [0, len(couplings) - 1, *range(1, len(couplings) - 1)]:
         if all(abs(place[index] - place[other]) >= room for other in kept):
             kept.append(index)
@@ -382,17 +376,22 @@ def _coupling_axis(
         ax.set_xlabel(COUPLING_LABEL)
 
 
-def _end_labels(ax: Axes, x: float, heights: Sequence[float], texts: Sequence[str], colors: Sequence[Any]) -> None:
-    """Names the curves at their right ends, kept apart from each other."""
+def _end_labels(ax: Axes, heights: Sequence[float], texts: Sequence[str], colors: Sequence[Any]) -> None:
+    """Names the curves beside their right ends, kept apart from each other."""
     ax.autoscale_view()
     apart = 0.055 * np.ptp(ax.get_ylim())
-    placed = -np.inf
-    for i in np.argsort(heights):
-        placed = max(heights[i], placed + apart)
+    order = np.argsort(heights)
+    placed = np.asarray(heights, float)[order]
+    for _ in range(100):  # neighbours push each other off
+        overlap = np.maximum(apart - np.diff(placed), 0) / 2
+        placed[:-1] -= overlap
+        placed[1:] += overlap
+    for i, height in zip(order, placed, strict=True):
         ax.annotate(
             texts[i],
-            (x, placed),
-            (7, 0),
+            (1, height),
+            (4, 0),
+            xycoords=("axes fraction", "data"),
             textcoords="offset points",
             va="center",
             color=colors[i],
@@ -410,4 +409,13 @@ def _window(ax: Axes, analysis: xr.Dataset) -> None:
 
 def _band_legend(figure: Figure, ax: Axes, note: str) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), title=note or None, handlelength=1.4)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=len(labels),
+        title=note or None,
+        alignment="left",
+        handlelength=1.2,
+        columnspacing=1.4,
+    )
