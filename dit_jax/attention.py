@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Coupling = Literal["joint", "blend"]
 COUPLINGS: tuple[Coupling, ...] = ("joint", "blend")
@@ -41,7 +42,7 @@ def anisotropic_gate(g_ab, g_ba) -> jax.Array:
 
 def check_coupling(g) -> None:
     """Raises ValueError if `g` is concrete and anywhere negative or not finite (traced values pass)."""
-    if isinstance(g, jax.core.Tracer):
+    if isinstance(g, Tracer):
         return
     values = np.asarray(g, np.float64)
     if not np.all(np.isfinite(values)) or np.any(values < 0):

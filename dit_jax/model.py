@@ -217,7 +217,7 @@ class DiT(nnx.Module):
         coupling: Coupling = "joint",
         tap: Tap | None = None,
         unroll: int = 1,
-    ):
+    ) -> Any:
         """Raw network output.
 
         Args:

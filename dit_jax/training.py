@@ -162,7 +162,7 @@ class LossLog:
             "mse": float(mse.mean()),
             "vb": float(np.mean([row["vb"].mean() for row in rows])),
             "grad_norm": float(np.mean([row["grad_norm"] for row in rows])),
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(np.asarray(self.schedule(step - 1))),
             "seconds_per_step": (time.perf_counter() - self.since) / len(rows),
             "mse_by_log_snr": {
                 f"{low:g}..{high:g}": float(mse[bins == b].mean())

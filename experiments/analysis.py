@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.typing import ArrayLike
 
 from ou_theory import commitment as oc
 from ou_theory.attention import rho
@@ -37,8 +38,9 @@ class Estimates:
     relative_energy: np.ndarray
 
 
-def estimate(energy: jax.Array, ell: np.ndarray, start: float) -> Estimates:
+def estimate(energy: ArrayLike, ell: np.ndarray, start: float) -> Estimates:
     """The estimator on mean difference energies (..., C, K, B), whose first coupling is 0."""
+    energy = jnp.asarray(energy)
     q = oc.relative_energy(energy, energy[..., :1, -1, :])
     found: Commitment = oc.commitment(q, jnp.asarray(ell), start)
     return Estimates(
@@ -71,7 +73,7 @@ def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: f
     return start
 
 
-def theory_energy(rho_gain: np.ndarray, band_gain: np.ndarray, clock: Clock, eta: float) -> jax.Array:
+def theory_energy(rho_gain: ArrayLike, band_gain: ArrayLike, clock: Clock, eta: float) -> jax.Array:
     """Exact energies (..., C, K, B) of the denoised difference under per-step gains ``rho * W``."""
     gain = jnp.asarray(rho_gain) * jnp.asarray(band_gain)
     start = jnp.full(gain.shape[:-2] + gain.shape[-1:], 1 / clock.alpha_bar[0])

@@ -5,6 +5,7 @@ and is undecided in between. The same rule is applied to the controls.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -42,7 +43,7 @@ def claims(analysis: xr.Dataset, drawn: dict[str, dict]) -> list[dict]:
     return [_finite(asdict(claim)) for claim in found]
 
 
-def _finite(entry):
+def _finite(entry: Any) -> Any:
     """The same with null for what is not a number, as JSON has it."""
     if isinstance(entry, dict):
         return {name: _finite(value) for name, value in entry.items()}

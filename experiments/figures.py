@@ -1,7 +1,7 @@
 """Figures, drawn from what a run has stored and from nothing else.
 
-``figure_<name>(dataset) -> Figure``, one function per figure; `save_figures` draws all of a run. Measurements are solid,
-theory is dashed or dotted; a band has the same colour everywhere, and bands go from dark (DC) to light (highest).
+``figure_<name>(dataset) -> Figure``, one function per figure; `save_figures` draws all of a run, in one style.
+Measurements are solid, theory is dashed or dotted. A band has the same colour everywhere, dark (DC) to light (highest).
 """
 
 import os
@@ -88,9 +88,10 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
     """Relative energy of the difference mode along the trajectory, uncoupled and coupled."""
     chosen = _some_couplings(analysis)
     figure, axes = _figure(7.2, 3.3, 1, len(chosen), sharey=True)
+    left = figure.axes[0]
     q = analysis.relative_energy
     inside = (analysis.ell >= analysis.attrs["ell_start"]).values
-    for ax, g in zip(axes, chosen, strict=True):
+    for ax, g in zip(np.atleast_1d(axes), chosen, strict=True):
         at = q.isel(coupling=g)
         for band, color in enumerate(band_colors(analysis)):
             ax.plot(
@@ -103,9 +104,9 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
         ax.set_xlabel(LEVEL_LABEL)
         _window(ax, analysis)
     top = np.nanmax(q.sel(source=["network", "measured gain"]).isel(coupling=chosen, step=inside).values)
-    axes[0].set_ylim(0, min(1.08 * float(top), 2.0))  # outside the window an epsilon-network's error has no bounds
-    axes[0].set_ylabel("relative energy  $Q$  of the difference")
-    _band_legend(figure, axes[0], "solid: network,  dashed: recursion, measured gain")
+    left.set_ylim(0, min(1.08 * float(top), 2.0))  # outside the window an epsilon-network's error has no bounds
+    left.set_ylabel("relative energy  $Q$  of the difference")
+    _band_legend(figure, left, "solid: network,  dashed: recursion, measured gain")
     return figure
 
 
@@ -113,7 +114,8 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
     """One-pass gain of the network along the trajectory, against the ideal gain."""
     chosen = _some_couplings(analysis)[1:]
     figure, axes = _figure(7.2, 3.3, 1, len(chosen), sharey=True)
-    for ax, g in zip(axes, chosen, strict=True):
+    left = figure.axes[0]
+    for ax, g in zip(np.atleast_1d(axes), chosen, strict=True):
         gain = analysis.gain.sel(source="network").isel(coupling=g)
         for band, color in enumerate(band_colors(analysis)):
             ax.plot(analysis.ell, gain.isel(band=band), color=color, label=band_names(analysis)[band])
@@ -136,9 +138,9 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
     inside = (analysis.ell >= analysis.attrs["ell_start"]).values
     shown = analysis.gain.sel(source="network").isel(coupling=chosen, step=inside).values
     top = float(np.nanmax(shown)) if np.isfinite(shown).any() else 1.0
-    axes[0].set_ylim(-0.04, 1.08 * max(top, 1.0))
-    axes[0].set_ylabel("one-pass gain  $\\rho$")
-    _band_legend(figure, axes[0], "")
+    left.set_ylim(-0.04, 1.08 * max(top, 1.0))
+    left.set_ylabel("one-pass gain  $\\rho$")
+    _band_legend(figure, left, "")
     return figure
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.attention import Coupling, symmetric_gate
-from dit_jax.diffusion import Denoiser, GuidedChannels, Sampler, network_denoiser
+from dit_jax.diffusion import Denoiser, GuidedChannels, Prediction, Sampler, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from ou_theory.clock import Clock
@@ -133,7 +133,7 @@ def one_pass(
     def at_step(inputs):
         step, x = inputs
         prediction = denoise(jnp.tile(x, (1, count, 1, 1, 1)), step, jnp.tile(labels, count))
-        denoised = getattr(prediction, "denoised", prediction)
+        denoised = prediction.denoised if isinstance(prediction, Prediction) else prediction
         difference = pair_modes(denoised.reshape(2, count, size, *x.shape[2:]))[1]
         return band_mean(jnp.square(difference), bands)
 

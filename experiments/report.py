@@ -54,10 +54,9 @@ def write_report(run: RunFolder) -> Path:
     )
     page = environment.get_template("report.html").render(
         run=run_facts(run.manifest, analysis),
-        bands={name: _band_name(analysis, analysis.attrs[f"{name}_band"]) for name in ("low", "high")},
+        bands={end: band_names(analysis)[analysis.attrs[f"{end}_band"]] for end in ("low", "high")},
         claims=[claim_entry(claim) for claim in run.read_json("claims.json")["claims"]],
         couplings=coupling_rows(analysis),
-        weak=bool(analysis.weak.sel(source="network").any()),
         band_rows=band_rows(analysis),
         calibration=calibration(analysis),
         limits=limits(analysis),
@@ -216,7 +215,7 @@ def limits(analysis: xr.Dataset) -> list[str]:
         if few
         else "In every band and at every coupling enough is decided for τ to be relied on.",
         "The theory takes the network as linear and every band as one Gaussian mode. Data that are not Gaussian commit "
-        "earlier, so agreement is a finding and disagreement is not a fault of the measurement.",
+        "at that level or earlier, so that the two agree is a finding, not a matter of course.",
         f"In sampler steps the gap depends on the number of steps ({attrs['steps']} here) and on their spacing; compare runs in "
         "nats.",
         "The two replicas have the same class and independent noise. Where in the network's depth a band commits is not "
@@ -254,10 +253,6 @@ def _figure(run: RunFolder, name: str, preview: str) -> Markup:
     return Markup(
         '<figure id="{0}"><img alt="{1}" src="data:image/svg+xml;base64,{2}"><figcaption>{1}</figcaption></figure>'
     ).format(f"figure-{name}", caption, source)
-
-
-def _band_name(analysis: xr.Dataset, band: int) -> str:
-    return band_names(analysis)[band]
 
 
 def _cell(value: str, bounds: str = "", weak: bool = False) -> dict[str, Any]:

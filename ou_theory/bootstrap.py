@@ -29,6 +29,7 @@ def basic_interval(estimate, draws, level: float = 0.95) -> tuple[np.ndarray, np
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
     estimate, draws = np.asarray(estimate, np.float64), np.asarray(draws, np.float64)
+    finite = np.isfinite(estimate) & np.isfinite(draws).all(0)
     tail = (1 - level) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)  # NaN in, NaN out
+    low, high = np.quantile(np.where(finite, draws, np.nan), [tail, 1 - tail], axis=0)  # NaN in, NaN out
     return 2 * estimate - high, 2 * estimate - low

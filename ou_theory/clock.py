@@ -171,4 +171,5 @@ def make_clock(spec: str | int = "50", betas: FloatArray | None = None) -> Clock
     """
     betas = linear_betas() if betas is None else betas
     kept = respace(spec, betas.size)
-    return Clock(kept[::-1].copy(), np.cumprod(1 - betas)[kept][::-1].copy())
+    alpha_bar = np.cumprod(1 - betas, dtype=np.float64)
+    return Clock(kept[::-1].copy(), alpha_bar[kept][::-1].copy())

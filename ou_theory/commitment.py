@@ -107,9 +107,9 @@ def projection(inner: jax.Array, end_energy: jax.Array) -> jax.Array:
     return inner / end_energy[..., None, :]
 
 
-def noise_floor(q: jax.Array, a: jax.Array) -> jax.Array:
+def noise_floor(q: ArrayLike, a: ArrayLike) -> jax.Array:
     """What Q holds beyond its aligned part, ``Q - a^2``: an estimate of the denoiser's error energy."""
-    return q - a**2
+    return jnp.asarray(q) - jnp.asarray(a) ** 2
 
 
 def crossing(a: jax.Array, ell: ArrayLike, threshold: float = 0.5**0.5) -> jax.Array:

@@ -4,6 +4,7 @@
 the ratio at the start of generation. All functions broadcast, and work under jit, vmap and grad.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,6 +17,13 @@ from scipy.optimize import brentq
 from ou_theory.special import exprel, log1prel
 
 Flow = Literal["ode", "sde"]
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Root between two points of opposite sign, to rounding."""
+    root = brentq(function, low, high, xtol=1e-15)
+    assert isinstance(root, float)
+    return root
 
 
 # --- one mode, uncoupled
@@ -67,7 +75,7 @@ def effective_variance(variances: ArrayLike) -> float:
     low, high = s.mean(), (s**2).sum() / s.sum()
     if high - low <= 1e-15 * high:
         return float(low)
-    return float(brentq(lambda v: (s**2 / (s + v)).sum() - s.sum() / 2, low * (1 - 1e-12), high * (1 + 1e-12)))
+    return _root(lambda v: (s**2 / (s + v)).sum() - s.sum() / 2, low * (1 - 1e-12), high * (1 + 1e-12))
 
 
 def power_law(first: ArrayLike, exponent: ArrayLike, num: int) -> jax.Array:
@@ -149,7 +157,7 @@ def critical_rho(threshold: float, flow: Flow = "ode") -> float:
         slope = np.log1p(-b) / b if abs(b) > 1e-8 else -1 - b / 2
         return rho**2 * np.exp(2 * rest * slope) - threshold
 
-    return float(brentq(excess, 1e-12, 1 - 1e-14, xtol=1e-15))
+    return _root(excess, 1e-12, 1 - 1e-14)
 
 
 def relative_ratio(x: ArrayLike, rho: ArrayLike, x0: ArrayLike = 0.0) -> jax.Array:

@@ -19,8 +19,8 @@ def _dct_matrix(size: int) -> np.ndarray:
 
 
 def _transform(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-    rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
-    return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, x, precision="highest")
+    along_rows, along_columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
+    return jnp.einsum("ih,jw,...hwc->...ijc", along_rows, along_columns, x, precision="highest")
 
 
 def dct2(x: jax.Array) -> jax.Array:

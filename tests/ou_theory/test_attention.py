@@ -1,0 +1,208 @@
+"""What a gate does to a difference: docs/theory.md, section 6."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ou_theory.attention import exact_difference, first_order_difference, pair_weights, rho, rho_n, xi
+
+LAW = settings(max_examples=25, deadline=None, derandomize=True)
+both = pytest.mark.parametrize("coupling", ["joint", "blend"])
+gates = st.floats(0.01, 3)
+seeds = st.integers(0, 2**32 - 1)
+
+X = np.array([[1, 0.5], [-0.3, 0.8], [0.2, -1]])
+DELTA = np.array([[0.4, -0.2], [0.1, 0.3], [-0.5, 0.6]])
+PROJECTIONS = [
+    np.array([[0.9, -0.4], [0.2, 1.1]]),
+    np.array([[1, 0.3], [-0.5, 0.7]]),
+    np.array([[0.6, 0.1], [-0.2, 1.2]]),
+]
+
+
+def reference_pair():
+    """q, k, v, (2, 3, 2) each, of the reference case; x64."""
+    pair = np.stack([X + DELTA / 2, X - DELTA / 2])
+    return tuple(jnp.asarray(pair @ w) for w in PROJECTIONS)
+
+
+def random_pair(seed, tokens=4, dim=3):
+    return tuple(jnp.asarray(z) for z in np.random.default_rng(seed).standard_normal((3, 2, tokens, dim)))
+
+
+def output(q, k, v, g, coupling):
+    """(2, T, d) outputs of the pair."""
+    return jnp.einsum("aqbk,bkd->aqd", pair_weights(q, k, g, coupling), v)
+
+
+def split(pair):
+    """Common point and differences of q, k, v."""
+    return [z.mean(0) for z in pair], [z[0] - z[1] for z in pair]
+
+
+# --- gains
+
+
+@LAW
+@given(st.floats(0, 1))
+def test_rho_is_its_own_inverse_and_bounds_xi(g):
+    assert rho(rho(g)) == pytest.approx(g, abs=1e-15)
+    assert xi(g) + g * xi(g) == pytest.approx(1)
+    assert rho(g) <= xi(g) <= 1
+
+
+@LAW
+@given(st.floats(0.01, 0.98), st.integers(2, 20))
+def test_rho_n_laws(g, num):
+    assert rho_n(0.0, num) == 1
+    assert rho_n(1.0, num) == 0
+    assert rho_n(g + 0.01, num) < rho_n(g, num)
+    assert rho_n(g, num + 1) < rho_n(g, num)
+    assert rho_n(g, 2) == pytest.approx(rho(g))
+
+
+def test_rho_n_reference():
+    assert rho_n(0.25, 5) == pytest.approx(0.375, rel=1e-12)
+
+
+# --- weights
+
+
+@both
+def test_weights_are_a_distribution(coupling):
+    q, k, _ = random_pair(0)
+    weights = pair_weights(q, k, 0.3, coupling)
+    assert weights.shape == (2, 4, 2, 4)
+    assert np.all(weights > 0)
+    np.testing.assert_allclose(weights.sum((2, 3)), 1, rtol=1e-5)
+
+
+@both
+def test_identical_replicas_ignore_the_coupling(x64, coupling):
+    pair = tuple(jnp.stack([z[0], z[0]]) for z in random_pair(1))
+    alone = jax.nn.softmax(pair[0][0] @ pair[1][0].T / 3**0.5, -1) @ pair[2][0]
+    for g in (1e-6, 0.3, 1.0, 4.0):
+        np.testing.assert_allclose(output(*pair, g, coupling), jnp.stack([alone, alone]), atol=1e-14)
+
+
+def test_inverse_gate_exchanges_own_and_cross_keys(x64):
+    q, k, v = random_pair(2)
+    for g in (0.1, 0.7, 2.0):
+        exchanged = jnp.einsum("aqbk,bkd->aqd", pair_weights(q, k[::-1], 1 / g, "joint"), v[::-1])
+        np.testing.assert_allclose(exchanged, output(q, k, v, g, "joint"), atol=1e-14)
+
+
+@both
+def test_token_permutations_commute(x64, coupling):
+    q, k, v = random_pair(3)
+    order = np.array([2, 0, 3, 1])
+
+    def permuted(z):  # replica A only
+        return z.at[0].set(z[0, order])
+
+    got = output(permuted(q), permuted(k), permuted(v), 0.4, coupling)
+    np.testing.assert_allclose(got, permuted(output(q, k, v, 0.4, coupling)), atol=1e-14)
+
+
+# --- first order
+
+
+def test_first_order_reference(x64):
+    common, diff = split(reference_pair())
+    got = first_order_difference(*common, *diff, 0.3).total
+    np.testing.assert_allclose(got[0], [0.02903699262, 0.1173774051], rtol=1e-8)
+
+
+@LAW
+@given(seeds, gates, st.sampled_from(["joint", "blend"]))
+def test_first_order_is_the_derivative(seed, g, coupling):
+    with jax.enable_x64(True):
+        common, diff = split(random_pair(seed))
+
+        def moved(size):
+            pair = [jnp.stack([c + size * d / 2, c - size * d / 2]) for c, d in zip(common, diff, strict=True)]
+            out = output(*pair, g, coupling)
+            return out[0] - out[1]
+
+        expected = jax.jvp(moved, (0.0,), (1.0,))[1]
+        np.testing.assert_allclose(first_order_difference(*common, *diff, g).total, expected, atol=1e-10)
+
+
+def test_first_order_parts_carry_their_gains(x64):
+    common, diff = split(random_pair(5))
+    free, gated, locked = (first_order_difference(*common, *diff, g) for g in (0.0, 0.3, 1.0))
+    np.testing.assert_allclose(gated.routing, rho(0.3) * free.routing, atol=1e-15)
+    np.testing.assert_allclose(gated.key, rho(0.3) * free.key, atol=1e-15)
+    np.testing.assert_array_equal(gated.query, free.query)
+    assert np.all(locked.routing == 0)
+    assert np.all(locked.key == 0)
+    assert np.abs(locked.total).max() > 0.01  # g = 1 does not annihilate the difference
+
+
+@both
+def test_remainder_is_third_order(x64, coupling):
+    common, diff = split(random_pair(6))
+    remainders = []
+    for size in (0.04, 0.02):
+        small = [size * d for d in diff]
+        pair = [jnp.stack([c + d / 2, c - d / 2]) for c, d in zip(common, small, strict=True)]
+        first = first_order_difference(*common, *small, 0.37)
+        exact = exact_difference(*pair, 0.37, coupling)
+        parts = [jnp.abs(a - b).max() for a, b in zip(exact, first, strict=True)]
+        remainders.append([float(p) for p in (*parts, jnp.abs(exact.total - first.total).max())])
+    slopes = np.log2(np.array(remainders[0]) / remainders[1])
+    np.testing.assert_allclose(slopes, 3, atol=0.05)
+
+
+# --- to all orders
+
+
+def test_exact_reference(x64):
+    got = exact_difference(*reference_pair(), 0.3, "joint").total
+    np.testing.assert_allclose(got[1], [0.03634689456, 0.1134065069], rtol=1e-8)
+
+
+@LAW
+@given(seeds, gates, st.sampled_from(["joint", "blend"]))
+def test_exact_parts_add_up(seed, g, coupling):
+    with jax.enable_x64(True):
+        pair = random_pair(seed)
+        out = output(*pair, g, coupling)
+        np.testing.assert_allclose(exact_difference(*pair, g, coupling).total, out[0] - out[1], atol=1e-13)
+
+
+@LAW
+@given(seeds, gates, st.sampled_from(["joint", "blend"]))
+def test_exact_parts_are_odd_and_ignore_constants(seed, g, coupling):
+    with jax.enable_x64(True):
+        q, k, v = random_pair(seed)
+        parts = exact_difference(q, k, v, g, coupling)
+        swapped = exact_difference(q[::-1], k[::-1], v[::-1], g, coupling)
+        shifted = exact_difference(q, k, v + 7.0, g, coupling)  # rows of the pattern difference sum to 0
+        for a, b, c in zip(parts, swapped, shifted, strict=True):
+            np.testing.assert_allclose(a, -b, atol=1e-13)
+            np.testing.assert_allclose(a, c, atol=1e-13)
+
+
+@both
+def test_key_part_vanishes_at_unit_gate(x64, coupling):
+    pair = random_pair(8)
+    assert np.abs(exact_difference(*pair, 0.5, coupling).key).max() > 1e-3
+    locked = exact_difference(*pair, 1.0, coupling)
+    np.testing.assert_allclose(locked.key, 0, atol=1e-15)
+    assert np.abs(locked.query).max() > 1e-2
+
+
+@both
+def test_parts_belong_to_their_causes(x64, coupling):
+    q, k, v = random_pair(9)
+
+    def same(z):
+        return jnp.stack([z.mean(0)] * 2)
+
+    assert np.abs(exact_difference(same(q), k, v, 0.3, coupling).query).max() < 1e-14
+    assert np.abs(exact_difference(q, same(k), v, 0.3, coupling).key).max() < 1e-14
+    assert np.abs(exact_difference(q, k, same(v), 0.3, coupling).routing).max() == 0
