@@ -72,29 +72,30 @@ def attend(
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     if gate is None:
         logits = jnp.einsum("anqhd,ankhd->nhaqk", q, k, precision=precision, preferred_element_type=accum)
-        logits = logits[..., None, :]
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        mass = weights.sum(-1)
+        out = jnp.einsum("nhaqk,ankhd->anqhd", weights.astype(v.dtype), v, precision=precision)
+        weights, mass = weights[..., None, :], mass[..., None]
     else:
         logits = jnp.einsum("anqhd,bnkhd->nhaqbk", q, k, precision=precision, preferred_element_type=accum)
-    peak = jax.lax.stop_gradient(logits.max(-1))  # (n, h, a, q, b): of each block
-    weights = jnp.exp(logits - peak[..., None])
-    mass = weights.sum(-1)
-    weights = weights.astype(v.dtype)
-    if gate is None:
-        out = jnp.einsum("nhaqk,ankhd->anqhd", weights[..., 0, :], v, precision=precision)
-        scale = 1 / mass
-        out = out * jnp.einsum("nhaqb->anqhb", scale).astype(v.dtype)
-        return out, weights * scale[..., None]
-    blocks = jnp.einsum("nhaqbk,bnkhd->anqhbd", weights, v, precision=precision)
-    scale = _block_scale(peak, mass, gate.astype(accum)[:, None, :, None, :], coupling)
-    out = jnp.einsum("anqhbd,nhaqb->anqhd", blocks, scale.astype(v.dtype), precision=precision)
-    return out, weights * scale[..., None]
+        gate = gate.astype(accum)[:, None, :, None, :]  # (n, h, a, q, b)
+        weights = (_joint_weights if coupling == "joint" else _blend_weights)(logits, gate)
+        mass = weights.sum((-2, -1))[..., None]
+        out = jnp.einsum("nhaqbk,bnkhd->anqhd", weights.astype(v.dtype), v, precision=precision)
+    # normalised after the product with v, where there are fewer numbers
+    out = out / jnp.einsum("nhaqb->anqhb", mass).astype(v.dtype)
+    return out, weights / mass[..., None]
 
 
-def _block_scale(peak: jax.Array, mass: jax.Array, gate: jax.Array, coupling: Coupling) -> jax.Array:
-    """Factor (n, h, a, q, b) that turns each block's ``exp(logits - peak)`` into attention weights."""
-    if coupling == "blend":
-        return gate / gate.sum(-1, keepdims=True) / mass
-    open_peak = jnp.where(gate > 0, peak, -jnp.inf).max(-1, keepdims=True)
-    # Only a closed block (gate 0) can lie far above the open ones; the cap keeps 0 * exp(..) and its slope finite.
-    lift = gate * jnp.exp(jnp.minimum(peak - open_peak, 60.0))
-    return lift / (lift * mass).sum(-1, keepdims=True)
+def _joint_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
+    """``gate exp(logits)`` up to a factor per row, the largest open entry being 1."""
+    peak = jax.lax.stop_gradient(logits).max(-1)
+    peak = jnp.where(gate > 0, peak, -jnp.inf).max(-1)[..., None, None]
+    # only a closed block (gate 0) can lie far above the open ones; the cap keeps 0 * exp(..) and its slope finite
+    return gate[..., None] * jnp.exp(jnp.minimum(logits - peak, 60.0))
+
+
+def _blend_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
+    """A softmax per block, the blocks weighted by the gate's rows."""
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits).max(-1, keepdims=True))
+    return weights * (gate / gate.sum(-1, keepdims=True) / weights.sum(-1))[..., None]

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from experiments.store import RunFolder
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -65,7 +65,7 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     _coupling_axis(ax, analysis.coupling.values)
     ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
-    _end_labels(ax, ends, [SOURCES[name]["label"] for name in shown], [SOURCES[name]["color"] for name in shown])
+    _end_labels(ax, ends, [(SOURCES[name]["label"], SOURCES[name]["color"]) for name in shown])
     ax.set_ylabel(GAP_LABEL)
     ax.set_title("Synchronization gap against coupling, with 95 % intervals")
     return figure
@@ -170,7 +170,7 @@ def figure_calibration(analysis: xr.Dataset) -> Figure:
         top.set_title(label)
         bottom.axhline(0, color=INK, linewidth=0.8, zorder=0)
         bottom.set_ylim(-1.15 * reach, 1.15 * reach)
-        _coupling_axis(bottom, analysis.coupling.values, room=0.16)
+        _coupling_axis(bottom, analysis.coupling.values, room=0.19)
     axes[0, 0].axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     axes[0, 2].legend(loc="upper right", handlelength=1.4)
     axes[0, 0].set_ylabel("measured (points), theory (lines)")
@@ -183,7 +183,7 @@ def figure_pictures(pictures: xr.Dataset) -> Figure:
     image = pictures.image
     couplings, pairs, replicas = (image.sizes[name] for name in ("coupling", "pair", "replica"))
     figure = Figure(figsize=(7.2, 0.55 + couplings * (0.2 + replicas * 7.2 / (pairs + 1))), layout="constrained")
-    for block, part in enumerate(np.atleast_1d(figure.subfigures(couplings, 1, hspace=0.02))):
+    for block, part in enumerate(figure.subfigures(couplings, 1, squeeze=False, hspace=0.02).flat):
         g = float(pictures.coupling[block])
         part.suptitle(f"$g$ = {g:g}" + (", independent" if g == 0 else ""), x=0.01, ha="left", fontsize=10)
         axes = part.subplots(replicas, pairs, squeeze=False, gridspec_kw={"hspace": 0.02, "wspace": 0.02})
@@ -362,7 +362,7 @@ def _coupling_axis(ax: Axes, couplings: np.ndarray, *, name: bool = True, room: 
       room: share of the axis that a tick label takes; couplings closer to the ones labelled already go without.
     """
     positive = couplings[couplings > 0]
-    width = float(np.clip(2 * positive.min(), 1e-3, 1.0)) if positive.size else 1.0
+    width = min(2 * float(positive.min()), 1.0) if positive.size else 1.0
     ax.set_xscale("asinh", linear_width=width)
     place = np.arcsinh(couplings / width)
     place = (place - place[0]) / (np.ptp(place) or 1.0)
@@ -378,8 +378,8 @@ def _coupling_axis(ax: Axes, couplings: np.ndarray, *, name: bool = True, room: 
         ax.set_xlabel(COUPLING_LABEL)
 
 
-def _end_labels(ax: Axes, heights: Sequence[float], texts: Sequence[str], colors: Sequence[Any]) -> None:
-    """Names the curves beside their right ends, kept apart from each other."""
+def _end_labels(ax: Axes, heights: Sequence[float], names: Sequence[tuple[str, Any]]) -> None:
+    """Names curves, by text and colour, beside their right ends, kept apart from each other."""
     ax.autoscale_view()
     apart = 0.055 * np.ptp(ax.get_ylim())
     order = np.argsort(heights)
@@ -388,15 +388,16 @@ def _end_labels(ax: Axes, heights: Sequence[float], texts: Sequence[str], colors
         overlap = np.maximum(apart - np.diff(placed), 0) / 2
         placed[:-1] -= overlap
         placed[1:] += overlap
-    for i, height in zip(order, placed, strict=True):
+    for index, height in zip(order.tolist(), placed.tolist(), strict=True):
+        text, color = names[index]
         ax.annotate(
-            texts[i],
+            text,
             (1, height),
             (4, 0),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             va="center",
-            color=colors[i],
+            color=color,
             fontsize=8.5,
             annotation_clip=False,
         )

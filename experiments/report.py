@@ -10,30 +10,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from experiments.figures import FIGURES, band_names
 from experiments.store import RunFolder, StoreError
 
 NOTHING = "–"
 SAMPLERS = {"ddim": "DDIM", "ancestral": "ancestral"}
-CAPTIONS = {
-    "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Orange: the exact recursion "
-    "under the network's measured one-pass gain, nothing fitted. Dotted: the recursion under the ideal gain; it ends where "
-    "nothing individual is left. Grey: the untrained network.",
-    "commitment": "When each band commits. Points: the network with its intervals; open points rest on too little. Lines: the "
-    "recursion under the measured and the ideal gain.",
-    "decided": "How much of each band the replicas still decide individually, against the coupling.",
-    "relative_energy": "The energy of the replicas' difference along the trajectory, relative to the end of the uncoupled run. "
-    "Solid: network. Dashed: recursion under the measured gain. Shaded: before the window that the estimator looks at.",
-    "gain": "What one pass through the network leaves of a difference between the replicas, band by band. In the ideal model "
-    "all curves lie on the dotted line.",
-    "pictures": "Replicas A and B of several pairs, without coupling and with the strongest. The noise is the same in both "
-    "rows of pairs.",
-    "noise_floor": "The part of the relative energy at the start of the window that is error rather than decision.",
-    "calibration": "The instrument on a system whose answer is known: an exact denoiser run through the same pipeline (points) "
-    "against its own theory (lines), and the difference.",
-}
 
 
 def write_report(run: RunFolder) -> Path:
@@ -43,8 +25,8 @@ def write_report(run: RunFolder) -> Path:
       StoreError: something that the report needs is not stored.
     """
     analysis = run.load("analysis")
-    preview = run.load("pictures").attrs.get("preview", "pixels")
-    figures = {name: _figure(run, name, preview) for name in FIGURES}
+    figures = {name: _embedded(run.path / "figures" / f"{name}.svg") for name in FIGURES}
+    couplings = coupling_rows(analysis)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -56,12 +38,14 @@ def write_report(run: RunFolder) -> Path:
         run=run_facts(run.manifest, analysis),
         bands={end: band_names(analysis)[analysis.attrs[f"{end}_band"]] for end in ("low", "high")},
         claims=[claim_entry(claim) for claim in run.read_json("claims.json")["claims"]],
-        couplings=coupling_rows(analysis),
+        couplings=couplings,
+        weak=any(cell["weak"] for row in couplings for cell in row),
         band_rows=band_rows(analysis),
         calibration=calibration(analysis),
         limits=limits(analysis),
         facts=facts(run.manifest),
-        figure=figures.__getitem__,
+        figures=figures,
+        preview=run.load("pictures").attrs.get("preview", "pixels"),
     )
     path = run.path / "report.html"
     partial = path.with_name(f".{path.name}.partial")
@@ -103,8 +87,8 @@ def run_facts(manifest: Mapping, analysis: xr.Dataset) -> dict[str, Any]:
     about = ""
     if model:
         about = (
-            f" ({model['depth']} layers of width {model['hidden_size']}, {model['input_size']} × {model['input_size']} × "
-            f"{model['in_channels']}, patch {model['patch_size']}, {attrs['prediction']}-prediction)"
+            f" ({model['depth']} layers of width {model['hidden_size']}, patch {model['patch_size']}, "
+            f"{model['input_size']} × {model['input_size']} × {model['in_channels']}, {attrs['prediction']}-prediction)"
         )
     timings = [f"{name.removesuffix('_s').replace('_', ' ')} {duration(t)}" for name, t in manifest["timings"].items()]
     return {
@@ -188,46 +172,28 @@ def calibration(analysis: xr.Dataset) -> dict[str, str]:
     return {name: number(float(np.abs(measured[name] - theory[name]).max()), 4) for name in ("gap", "tau", "decided")}
 
 
-def limits(analysis: xr.Dataset) -> list[str]:
-    """What a reader must know before leaning on the numbers."""
-    names, attrs = band_names(analysis), analysis.attrs
+def limits(analysis: xr.Dataset) -> dict[str, Any]:
+    """Noise floors and the bands of which too little is decided."""
+    names, limit = band_names(analysis), analysis.attrs["floor_limit"]
     floor = analysis.floor.sel(source="network").values
-    above = [names[band] for band in np.flatnonzero(floor > attrs["floor_limit"])]
     weak = analysis.weak.sel(source="network").values
-    few = [
-        f"{', '.join(names[band] for band in np.flatnonzero(row))} at g = {g:.4g}"
-        for g, row in zip(analysis.coupling.values, weak, strict=True)
-        if row.any()
-    ]
-    return [
-        f"Intervals come from {attrs['pairs']} pairs and are slightly short: in trials with 64 to 128 pairs nominal 95 % "
-        "intervals covered 90 to 95 %, fewer pairs less. They speak for this network, this sampler and these classes, not "
-        "for a network trained again.",
-        f"The noise floor is {number(float(np.nanmax(floor, initial=0.0)), 3)} at most. "
-        + (
-            f"It is above {attrs['floor_limit']:g} in {', '.join(above)}, whose commitment level it pulls down."
-            if above
-            else f"No band is above {attrs['floor_limit']:g}."
-        ),
-        f"The estimator looks at ℓ ≥ {number(attrs['ell_start'], 1)} only; earlier, errors of the network would be taken for "
-        "decisions.",
-        f"Too little is decided to rely on τ (†) in: {'; '.join(few)}."
-        if few
-        else "In every band and at every coupling enough is decided for τ to be relied on.",
-        "The theory takes the network as linear and every band as one Gaussian mode. Data that are not Gaussian commit "
-        "at that level or earlier, so that the two agree is a finding, not a matter of course.",
-        f"In sampler steps the gap depends on the number of steps ({attrs['steps']} here) and on their spacing; compare runs in "
-        "nats.",
-        "The two replicas have the same class and independent noise. Where in the network's depth a band commits is not "
-        "looked at.",
-    ]
+    return {
+        "floor": number(float(np.nanmax(floor, initial=0.0)), 3),
+        "floor_limit": f"{limit:g}",
+        "noisy": [names[band] for band in np.flatnonzero(floor > limit)],
+        "weak": [
+            f"{', '.join(names[band] for band in np.flatnonzero(row))} at g = {g:.4g}"
+            for g, row in zip(analysis.coupling.values, weak, strict=True)
+            if row.any()
+        ],
+        "start": number(analysis.attrs["ell_start"], 1),
+    }
 
 
 def facts(manifest: Mapping) -> list[tuple[str, str]]:
     """Settings and provenance, one per line."""
-    settings = {name: value for name, value in manifest["settings"].items()}
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
-    lines = [(name.replace("_", " "), _plain(value)) for name, value in settings.items()]
+    lines = [(name.replace("_", " "), _plain(value)) for name, value in manifest["settings"].items()]
     lines += [("weights digest", manifest["weights_digest"])] if "weights_digest" in manifest else []
     lines += [
         ("git revision", manifest["git_revision"] or NOTHING),
@@ -241,18 +207,11 @@ def facts(manifest: Mapping) -> list[tuple[str, str]]:
     return lines
 
 
-def _figure(run: RunFolder, name: str, preview: str) -> Markup:
-    path = run.path / "figures" / f"{name}.svg"
+def _embedded(path: Path) -> str:
     try:
-        source = base64.b64encode(path.read_bytes()).decode()
+        return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error}); draw the figures again with `syncgap report`") from error
-    caption = CAPTIONS[name]
-    if name == "pictures" and preview != "pixels":
-        caption += f" Shown: {preview}."
-    return Markup(
-        '<figure id="{0}"><img alt="{1}" src="data:image/svg+xml;base64,{2}"><figcaption>{1}</figcaption></figure>'
-    ).format(f"figure-{name}", caption, source)
 
 
 def _cell(value: str, bounds: str = "", weak: bool = False) -> dict[str, Any]:
@@ -260,7 +219,7 @@ def _cell(value: str, bounds: str = "", weak: bool = False) -> dict[str, Any]:
 
 
 def _estimate(at: xr.Dataset, name: str, digits: int, weak: bool = False) -> dict[str, Any]:
-    return _cell(number(at[name].item(), digits), interval(at[f"{name}_interval"].values, digits), weak)
+    return _cell(number(at[name].item(), digits), interval(at[f"{name}_interval"].values.tolist(), digits), weak)
 
 
 def _plain(value: Any) -> str:

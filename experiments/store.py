@@ -323,7 +323,7 @@ def differences(old: Any, new: Any) -> list[str]:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
+    if isinstance(tree, Mapping) and (tree or not prefix):
         for name, value in tree.items():
             yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
     else:

@@ -1,7 +1,7 @@
 """What a gate does to a difference: the linearisation of gated attention (docs/theory.md, section 6).
 
-One head; heads, the output projection and preceding linear maps only compose. Token matrices are (T, d); a pair of
-replicas is (2, T, d).
+One head; heads, the output projection and preceding linear maps only compose. Token matrices are (T, d); R replicas
+are (R, T, d).
 """
 
 from typing import Literal, NamedTuple
@@ -27,17 +27,35 @@ def rho_n(g: jax.Array, num_replicas: int) -> jax.Array:
     return (1 - g) / (1 + (num_replicas - 1) * g)
 
 
-def pair_weights(q: jax.Array, k: jax.Array, g: jax.Array, coupling: Coupling) -> jax.Array:
-    """Attention weights of a pair under a symmetric gate ``g > 0``: q, k (2, T, d) -> (2, T, 2, T).
+def gated_weights(q: jax.Array, k: jax.Array, gate: jax.Array, coupling: Coupling) -> jax.Array:
+    """Attention weights of coupled replicas, a plain transcription for checks: q, k (R, T, d) -> (R, T, R, T).
 
-    Axes: query replica, query, key replica, key. Rows sum to 1. A plain transcription for checks, not for speed.
+    Args:
+      gate: (R, R), non-negative: entry (a, b) weighs replica b's keys for replica a's queries.
+      coupling: ``"joint"``: one softmax over all keys, whose exponentials the gate multiplies. ``"blend"``: a softmax
+        per replica of keys, averaged with the gate's rows as weights.
+
+    Returns:
+      axes: query replica, query, key replica, key; each query's weights sum to 1.
     """
     logits = jnp.einsum("aqd,bkd->aqbk", q, k, precision="highest") / q.shape[-1] ** 0.5
-    gate = jnp.array([[1.0, 0.0], [0.0, 1.0]]) + g * jnp.array([[0.0, 1.0], [1.0, 0.0]])
+    over = -1 if coupling == "blend" else (-2, -1)
+    exponentials = jnp.exp(logits - jax.lax.stop_gradient(logits.max(over, keepdims=True)))
     if coupling == "blend":
-        return jax.nn.softmax(logits, -1) * (gate / gate.sum(1, keepdims=True))[:, None, :, None]
-    flat = (logits + jnp.log(gate)[:, None, :, None]).reshape(*logits.shape[:2], -1)
-    return jax.nn.softmax(flat, -1).reshape(logits.shape)
+        exponentials = exponentials / exponentials.sum(-1, keepdims=True)
+    weights = gate[:, None, :, None] * exponentials
+    return weights / weights.sum((-2, -1), keepdims=True)
+
+
+def gated_attention(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array, coupling: Coupling) -> jax.Array:
+    """Output (R, T, d) of one head of coupled replicas; see `gated_weights`."""
+    return jnp.einsum("aqbk,bkd->aqd", gated_weights(q, k, gate, coupling), v, precision="highest")
+
+
+def pair_weights(q: jax.Array, k: jax.Array, g: jax.Array, coupling: Coupling) -> jax.Array:
+    """`gated_weights` of a pair under the symmetric gate with cross weight `g`: q, k (2, T, d) -> (2, T, 2, T)."""
+    own = jnp.eye(2)
+    return gated_weights(q, k, own + g * (1 - own), coupling)
 
 
 class Difference(NamedTuple):

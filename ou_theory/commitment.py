@@ -68,23 +68,22 @@ def gap(level: jax.Array, low: int = LOW_BAND, high: int = HIGH_BAND) -> jax.Arr
 
 
 def threshold_step(m: jax.Array, ell: ArrayLike, threshold: ArrayLike) -> jax.Array:
-    """First sampler step (..., B), interpolated in `ell`, at which M reaches `threshold`; K, read "never", if it
-    does not.
+    """First sampler step (..., B) at which M reaches `threshold`; K, read "never", if it does not.
+
+    Linear between steps, in the step as in the level, which is the same thing there.
 
     Args:
-      m: (..., K, B) running maximum.
-      ell: (K,) levels of its steps.
+      m: (..., K', B) running maximum; of the last K' steps, if the estimator's window left out the first ones.
+      ell: (K,) levels of all sampler steps.
     """
-    steps, levels = m.shape[-2], jnp.asarray(ell, m.dtype)
+    num_steps = np.size(ell)
+    opened = num_steps - m.shape[-2]
     reached = m >= threshold
     first = jnp.argmax(reached, axis=-2)
     before = jnp.maximum(first - 1, 0)
     m_first, m_before = (jnp.take_along_axis(m, i[..., None, :], -2)[..., 0, :] for i in (first, before))
-    rise = jnp.where(m_first > m_before, m_first - m_before, 1)
-    level = levels[before] + (threshold - m_before) / rise * (levels[first] - levels[before])
-    width = jnp.where(first > before, levels[first] - levels[before], 1)
-    step = before + jnp.where(first > before, (level - levels[before]) / width, 0)
-    return jnp.where(reached.any(-2), step, float(steps))
+    share = jnp.where(first > 0, (threshold - m_before) / jnp.where(first > 0, m_first - m_before, 1), 0)
+    return jnp.where(reached.any(-2), opened + before + share, float(num_steps))
 
 
 def threshold_gap(low: float, high: float, num_steps: int) -> tuple[float, Status]:
@@ -118,7 +117,5 @@ def crossing(a: jax.Array, ell: ArrayLike, threshold: float = 0.5**0.5) -> jax.A
     below, above = a[..., :-1, :], a[..., 1:, :]
     up = (below < threshold) & (above >= threshold)
     share = jnp.where(up, (threshold - below) / jnp.where(up, above - below, 1), 0)
-    at = levels[:-1] + share * (levels[1:] - levels[:-1])
-    return jnp.where(up, at, -jnp.inf).max(-2, where=up.any(-2, keepdims=True), initial=-jnp.inf) + jnp.where(
-        up.any(-2), 0.0, jnp.nan
-    )
+    at = jnp.where(up, levels[:-1] + share * (levels[1:] - levels[:-1]), -jnp.inf)
+    return jnp.where(up.any(-2), at.max(-2, initial=-jnp.inf), jnp.nan)

@@ -19,7 +19,9 @@ def _dct_matrix(size: int) -> np.ndarray:
 
 
 def _transform(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-    along_rows, along_columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
+    x = jnp.asarray(x)
+    dtype = jnp.result_type(x, 1.0)  # whole numbers are promoted, floating types kept
+    along_rows, along_columns = jnp.asarray(rows, dtype), jnp.asarray(columns, dtype)
     return jnp.einsum("ih,jw,...hwc->...ijc", along_rows, along_columns, x, precision="highest")
 
 

@@ -19,15 +19,16 @@ def recursion_energy(gain: jax.Array, sigma: jax.Array, start_variance: jax.Arra
       gain: (..., K, B) gain G of the denoiser at each step.
       sigma: (K,) noise levels of the rescaled frame, decreasing.
       start_variance: (..., B) variance of the mode at the first step.
-      eta: stochasticity of the sampler.
+      eta: stochasticity of the sampler, in [0, 1].
 
     Returns:
       ``G^2 Var(y)``, (..., K, B).
     """
     gain, sigma = jnp.asarray(gain), jnp.asarray(sigma)
-    after = jnp.append(sigma[1:], 0.0)
-    noise = eta**2 * after**2 * (1 - (after / sigma) ** 2)
-    keep = jnp.sqrt(after**2 - noise) / sigma
+    ratio = sigma[1:] / sigma[:-1]
+    fresh = eta**2 * (1 - ratio**2)  # share of the next level's variance that is drawn anew
+    keep = jnp.append(ratio * jnp.sqrt(1 - fresh), 0.0)  # the last step goes to the clean end
+    noise = jnp.append(sigma[1:] ** 2 * fresh, 0.0)
 
     def step(variance, inputs):
         gain, keep, noise = inputs

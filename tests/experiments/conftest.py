@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from experiments.figures import FIGURES, save_figures
 from experiments.store import RunFolder
 
 COUPLINGS = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1], np.float32)
@@ -118,7 +119,7 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
         | {"sampler": "ddim", "gate": "joint", "guidance": 1.0, "seed": 0},
     )
     dataset["weak"] = dataset.decided < 0.002
-    dataset["weak"][0, -1, 0] = True
+    dataset["weak"][0, -1, :2] = True
     return dataset
 
 
@@ -180,4 +181,12 @@ def stored_run(analysis, pictures, tmp_path_factory) -> RunFolder:
     run.put("pictures", pictures)
     run.write_json("claims.json", {"claims": synthetic_claims(analysis)})
     run.finish({"sampling_s": 171.2, "analysis_s": 12.5})
+    return run
+
+
+@pytest.fixture(scope="session")
+def drawn_run(stored_run) -> RunFolder:
+    """The same run, opened for reading, with its figures."""
+    run = RunFolder.open(stored_run.path)
+    assert save_figures(run) == list(FIGURES)
     return run

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ou_theory.attention import exact_difference, first_order_difference, pair_weights, rho, rho_n, xi
+from ou_theory.attention import (
+    exact_difference,
+    first_order_difference,
+    gated_attention,
+    gated_weights,
+    pair_weights,
+    rho,
+    rho_n,
+    xi,
+)
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 both = pytest.mark.parametrize("coupling", ["joint", "blend"])
@@ -206,3 +215,91 @@ def test_parts_belong_to_their_causes(x64, coupling):
     assert np.abs(exact_difference(same(q), k, v, 0.3, coupling).query).max() < 1e-14
     assert np.abs(exact_difference(q, same(k), v, 0.3, coupling).key).max() < 1e-14
     assert np.abs(exact_difference(q, k, same(v), 0.3, coupling).routing).max() == 0
+
+
+def test_xi_belongs_to_the_own_pattern_of_blend(x64):
+    """The own part of the pattern difference is xi times the uncoupled response; the cross part is of first order
+    too, and turns the sign of the key response."""
+    g, size = 0.37, 1e-4
+    (q, k, v), (dq, dk, _) = split(random_pair(10))
+    weights = pair_weights(
+        *(jnp.stack([c + size * d / 2, c - size * d / 2]) for c, d in ((q, dq), (k, dk))), g, "blend"
+    )
+    own = (weights[0, :, 0] - weights[1, :, 1]) @ v / size
+    cross = (weights[0, :, 1] - weights[1, :, 0]) @ v / size
+    free = first_order_difference(q, k, v, dq, dk, 0 * v, 0.0)
+    np.testing.assert_allclose(own, xi(g) * (free.query + free.key), atol=1e-7)
+    np.testing.assert_allclose(cross, g * xi(g) * (free.query - free.key), atol=1e-7)
+    assert np.abs(cross).max() > 0.1 * np.abs(own).max()
+
+
+# --- more replicas
+
+
+def replicas_at(size, common, changes, amplitudes):
+    """q, k, v (R, T, d) at the common point plus `size` times the change times each replica's amplitude."""
+    return [c + size * amplitudes[:, None, None] * d for c, d in zip(common, changes, strict=True)]
+
+
+@both
+def test_gates_mix_values_and_keys_and_leave_queries(x64, coupling):
+    """A general gate: replica a gets the row-normalised gate's mean of the changes on values and keys, its own on
+    queries."""
+    num, rng = 4, np.random.default_rng(11)
+    common, changes = split(random_pair(11))
+    gate = jnp.asarray(rng.uniform(0.1, 2, (num, num)))
+    amplitudes = jnp.asarray(rng.standard_normal(num))
+
+    def outputs(size):
+        return gated_attention(*replicas_at(size, common, changes, amplitudes), gate, coupling)
+
+    free = first_order_difference(*common, *changes, 0.0)
+    mixed = (gate / gate.sum(1, keepdims=True)) @ amplitudes
+    expected = mixed[:, None, None] * (free.routing + free.key) + amplitudes[:, None, None] * free.query
+    np.testing.assert_allclose(jax.jvp(outputs, (0.0,), (1.0,))[1], expected, atol=1e-13)
+
+
+@both
+@pytest.mark.parametrize("num", [2, 3, 5])
+def test_all_to_all_difference_modes_carry_rho_n(x64, num, coupling):
+    g, eye = 0.25, jnp.eye(num)
+    common, changes = split(random_pair(12))
+    amplitudes = jnp.arange(num) - (num - 1) / 2  # sums to zero: a difference mode
+
+    def outputs(size, amplitudes):
+        return gated_attention(*replicas_at(size, common, changes, amplitudes), eye + g * (1 - eye), coupling)
+
+    free = first_order_difference(*common, *changes, 0.0)
+    per_unit = rho_n(g, num) * (free.routing + free.key) + free.query
+    got = jax.jvp(lambda s: outputs(s, amplitudes), (0.0,), (1.0,))[1]
+    np.testing.assert_allclose(got, amplitudes[:, None, None] * per_unit, atol=1e-13)
+    together = jax.jvp(lambda s: outputs(s, jnp.ones(num)), (0.0,), (1.0,))[1]  # the common mode feels no gate
+    np.testing.assert_allclose(together, jnp.broadcast_to(free.total, together.shape), atol=1e-13)
+
+
+@both
+def test_closed_gate_is_uncoupled_in_value_and_slope(x64, coupling):
+    q, k, v = random_pair(13)
+    alone = jnp.stack(
+        [gated_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], jnp.ones((1, 1)), coupling)[0] for i in (0, 1)]
+    )
+    np.testing.assert_allclose(gated_attention(q, k, v, jnp.eye(2), coupling), alone, atol=1e-15)
+    slope = jax.jacobian(lambda g: pair_weights(q, k, g, coupling))(0.0)
+    ahead = (pair_weights(q, k, 1e-6, coupling) - pair_weights(q, k, 0.0, coupling)) / 1e-6
+    np.testing.assert_allclose(slope, ahead, atol=1e-4)
+
+
+def test_couplings_differ_at_third_order(x64):
+    """At zero distance both are the same; `joint` also moves weight between the replicas' keys."""
+    pair = random_pair(14)
+    gate = jnp.array([[1.0, 0.4], [0.4, 1.0]])
+    blend = gated_weights(*pair[:2], gate, "blend")
+    np.testing.assert_allclose(blend.sum(-1)[0, :, 0], xi(0.4), rtol=1e-14)
+    assert np.ptp(gated_weights(*pair[:2], gate, "joint").sum(-1)[0, :, 0]) > 0.01
+    common, diff = split(pair)
+    gaps = []
+    for size in (0.04, 0.02):
+        near = [jnp.stack([c + size * d / 2, c - size * d / 2]) for c, d in zip(common, diff, strict=True)]
+        out = [gated_attention(*near, gate, coupling) for coupling in ("joint", "blend")]
+        gaps.append(float(jnp.abs((out[0][0] - out[0][1]) - (out[1][0] - out[1][1])).max()))
+    assert np.log2(gaps[0] / gaps[1]) == pytest.approx(3, abs=0.05)

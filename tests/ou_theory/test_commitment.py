@@ -107,8 +107,8 @@ def test_more_energy_is_never_later(seed):
     more = q + np.random.default_rng(seed + 1).uniform(0, 0.2, q.shape)
     with jax.enable_x64(True):
         plain, raised = commitment(jnp.asarray(q), ell), commitment(jnp.asarray(more), ell)
-    assert np.all(raised.latched <= plain.latched + 1e-12)
-    assert np.all(raised.decided >= plain.decided)
+        assert np.all(raised.latched <= plain.latched + 1e-12)
+        assert np.all(raised.decided >= plain.decided)
 
 
 def test_nothing_decided_has_no_level():
@@ -125,28 +125,29 @@ def test_nothing_decided_has_no_level():
 def test_gradients_are_finite_beside_an_undecided_band():
     ell = np.linspace(-3, 3, 5)
     q = jnp.array([[0, 0.1], [0, 0.3], [0, 0.2], [0, 0.7], [0, 0.9]])
-    grad_latched = jax.grad(lambda q: commitment(q, ell).latched.sum())(q)
-    grad_level = jax.grad(lambda q: jnp.nansum(commitment(q, ell).level))(q)
+    grad_latched = jax.jit(jax.grad(lambda q: commitment(q, ell).latched.sum()))(q)
+    grad_level = jax.jit(jax.grad(lambda q: jnp.nansum(commitment(q, ell).level)))
     assert np.all(np.isfinite(grad_latched))
-    assert np.all(np.isfinite(grad_level))
+    assert np.all(np.isfinite(grad_level(q)))
     # raising the peak at the second step raises M there and at the third
     assert float(grad_latched[1, 1]) == pytest.approx(-3.0, rel=1e-5)
     assert float(grad_latched[2, 1]) == 0
-    assert float(jax.grad(lambda q: jnp.nansum(commitment(q, ell).level))(0.5 * q)[1, 1]) == pytest.approx(
-        2 * float(grad_level[1, 1]), rel=1e-4
-    )
+    # the level ignores the scale of Q, so its slope goes with the inverse scale
+    np.testing.assert_allclose(grad_level(0.5 * q), 2 * grad_level(q), rtol=1e-4, atol=1e-5)
 
 
 def test_leading_axes_broadcast():
     ell = draw(0)[1]
     q = jnp.asarray(draw(1, shape=(2, 4, STEPS, BANDS))[0])
-    whole, one = commitment(q, ell, start=-5.0), commitment(q[1, 2], ell, start=-5.0)
-    assert whole.level.shape == whole.decided.shape == whole.latched.shape == (2, 4, BANDS)
+
+    @jax.jit
+    def everything(q):
+        return *commitment(q, ell, start=-5.0), threshold_step(latch(q), ell, 0.4), crossing(q, ell)
+
+    whole, one = everything(q), everything(q[1, 2])
+    assert whole[0].shape == (2, 4, BANDS)
     for a, b in zip(whole, one, strict=True):
         np.testing.assert_allclose(a[1, 2], b, rtol=1e-6)
-    steps = threshold_step(latch(q), ell, 0.4)
-    np.testing.assert_allclose(steps[1, 2], threshold_step(latch(q[1, 2]), ell, 0.4), rtol=1e-6)
-    np.testing.assert_allclose(crossing(q, ell)[1, 2], crossing(q[1, 2], ell), rtol=1e-6)
 
 
 # --- the window
@@ -235,6 +236,13 @@ def test_threshold_step_interpolates_in_the_level():
     assert got == pytest.approx(expected, abs=1e-5)
 
 
+def test_threshold_step_counts_all_steps_of_a_windowed_maximum():
+    q, ell = column(0.1, 0.9, 0.1, 0.3, 0.7), np.arange(-8.0, -3.0)
+    m = commitment(q, ell, start=-6.0).latch
+    expected = {0.05: 2, 0.2: 2.5, 0.5: 3.5, 0.8: 5}
+    assert {t: float(threshold_step(m, ell, t)[0]) for t in expected} == pytest.approx(expected, abs=1e-5)
+
+
 def test_threshold_step_of_an_uncoupled_band_is_its_unit_snr_step(x64):
     clock = make_clock(1000)
     variances = np.array([20.0, 0.05])
@@ -244,10 +252,8 @@ def test_threshold_step_of_an_uncoupled_band_is_its_unit_snr_step(x64):
 
 def test_threshold_gap_jumps_to_zero(x64):
     clock, gaps, states = make_clock(50), [], []
+    dense = np.linspace(clock.log_snr[0], clock.log_snr[-1], 40_001)  # the continuous curve, read in sampler steps
     for g in (0, 0.01, 0.02, 0.05, 0.07, 0.0709, 0.072):
-        q = q_ode(np.array([20.0, 0.05]) * np.exp(clock.log_snr)[:, None], (1 - g) / (1 + g))
-        # the rule is first crossing of the continuous curve: a dense grid in the level, read in steps
-        dense = np.linspace(clock.log_snr[0], clock.log_snr[-1], 40_001)
         q = q_ode(np.array([20.0, 0.05]) * np.exp(dense)[:, None], (1 - g) / (1 + g))
         found = np.asarray(threshold_step(latch(q), dense, 0.5))
         levels = np.interp(found, np.arange(dense.size), dense)

@@ -72,23 +72,29 @@ def test_simulated_pairs_have_these_energies():
     np.testing.assert_allclose(got[:, 0], simulated, rtol=5 * np.sqrt(2 / 40_000))
 
 
-@pytest.mark.parametrize(("eta", "closed"), [(0.0, q_ode), (1.0, q_sde)])
-def test_thousand_steps_tend_to_the_closed_forms(x64, eta, closed):
-    clock, variances = make_clock(1000), np.array([20.0, 1.0, 0.05])
-    couplings = np.array([0, 0.05, 0.2, 1 / 3, 0.7])
-    got = coupled_energies(clock, variances, couplings, eta) / variances
-    snr = variances / clock.sigma[:, None] ** 2
-    expected = closed(snr, rho_of(couplings)[:, None, None], snr[0])
-    np.testing.assert_allclose(got, expected, atol=0.01)
-    other = q_sde if closed is q_ode else q_ode
-    assert np.abs(got - other(snr, rho_of(couplings)[:, None, None], snr[0])).max() > 0.02
+def ladder_error(num, eta, closed):
+    """Largest deviation of the recursion from a closed form, on `num` levels in geometric progression."""
+    sigma, variances = np.geomspace(150, 0.01, num), np.array([20.0, 1.0, 0.05])
+    gain = rho_of(np.array([0, 0.05, 0.2, 1 / 3, 0.7]))[:, None, None]
+    snr = variances / sigma[:, None] ** 2
+    energy = energies(gain * q_uncoupled(snr), sigma, variances + sigma[0] ** 2, eta)
+    return float(jnp.abs(energy / variances - closed(snr, gain, snr[0])).max())
+
+
+@pytest.mark.parametrize(("eta", "closed", "other"), [(0.0, q_ode, q_sde), (1.0, q_sde, q_ode)])
+def test_many_steps_tend_to_the_closed_forms(x64, eta, closed, other):
+    error = ladder_error(1000, eta, closed)
+    assert error < 0.01
+    assert ladder_error(2000, eta, closed) == pytest.approx(error / 2, rel=0.05)
+    assert ladder_error(1000, eta, other) > 0.05
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 1.0])
 def test_every_sampler_keeps_the_uncoupled_marginals(x64, eta):
-    clock, variances = make_clock(1000), np.array([20.0, 0.05])
-    got = coupled_energies(clock, variances, [0.0], eta)[0] / variances
-    np.testing.assert_allclose(got, q_uncoupled(variances / clock.sigma[:, None] ** 2), atol=0.01)
+    sigma = np.geomspace(150, 0.01, 1000)
+    expected = q_uncoupled(5 / sigma[:, None] ** 2)
+    got = energies(expected, sigma, 5 + sigma[:1] ** 2, eta) / 5
+    np.testing.assert_allclose(got, expected, atol=0.01)
 
 
 def test_stochasticity_between_the_ends_gives_energies_between(x64):
@@ -159,7 +165,8 @@ def latched_step_gaps(clock, variances, eta):
 )
 def test_table_of_latched_gaps(x64, num, variances, eta, expected):
     digits = 0.015 if num == 50 else np.where(np.array(expected) < 10, 0.015, 0.055)  # to the printed precision
-    assert np.all(np.abs(latched_step_gaps(make_clock(num), variances, eta) - expected) < digits)
+    got = latched_step_gaps(make_clock(num), variances, eta)
+    assert np.all(np.abs(got - np.array(expected)) < digits)
 
 
 def test_latched_gap_reference(x64):

@@ -1,0 +1,262 @@
+"""The report: the stored numbers, the verdicts, the warnings, and nothing from elsewhere."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from experiments import report
+from experiments.figures import FIGURES
+from experiments.store import RunFolder, StoreError
+
+pytestmark = pytest.mark.slow  # the figures are drawn once
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Cells of every table by its id, texts of elements by class, addresses, and open tags."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables, self.addresses, self.open, self.text = {}, [], [], []
+        self.rows: list = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.addresses += [found[name] for name in ("src", "href", "srcset", "data", "action") if found.get(name)]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.rows = self.tables.setdefault(found.get("id", f"table {len(self.tables)}"), [])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += f" {data.strip()}"
+
+
+def read(run) -> tuple[str, Page]:
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+@pytest.fixture(scope="module")
+def written(drawn_run) -> tuple[str, Page]:
+    assert report.write_report(drawn_run) == drawn_run.path / "report.html"
+    return read(drawn_run)
+
+
+@pytest.fixture
+def copy(drawn_run, tmp_path) -> RunFolder:
+    shutil.copytree(drawn_run.path, tmp_path / "run")
+    return RunFolder.open(tmp_path / "run")
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(found) for found in re.findall(r"-?\d+\.\d+", cell.replace("−", "-"))]
+
+
+def test_table_over_couplings_holds_the_stored_numbers(written, analysis):
+    rows = written[1].tables["couplings"][2:]
+    assert len(rows) == 10
+    network, recursion, ideal, blank = (
+        analysis.sel(source=source) for source in ("network", "measured gain", "ideal gain", "untrained")
+    )
+    columns = [
+        (network.tau[:, 1], network.tau_interval[:, 1], 0.005),
+        (network.tau[:, 6], network.tau_interval[:, 6], 0.005),
+        (network.decided[:, 1], network.decided_interval[:, 1], 0.0005),
+        (network.decided[:, 6], network.decided_interval[:, 6], 0.0005),
+        (network.gap, network.gap_interval, 0.005),
+        (network.gap_steps, network.gap_steps_interval, 0.05),
+        (recursion.gap, recursion.gap_interval, 0.005),
+        (ideal.gap, ideal.gap_interval, 0.005),
+        (blank.gap, blank.gap_interval, 0.005),
+    ]
+    for c, row in enumerate(rows):
+        assert row[0].strip() == f"{float(analysis.coupling[c]):.4g}"
+        for cell, (values, bounds, rounding) in zip(row[1:], columns, strict=True):
+            expected = [float(values[c]), *bounds[c].values]
+            if np.isnan(expected[0]):
+                assert cell.strip() == "–"
+            else:
+                np.testing.assert_allclose(numbers(cell), expected, atol=rounding * 1.001)
+    assert rows[9][8].strip() == "–"  # the ideal model decides nothing at g = 1
+    assert rows[1][9].strip() == "–"  # the untrained network was not run there
+
+
+def test_weak_levels_are_marked(written):
+    rows = written[1].tables["couplings"][2:]
+    assert [("†" in "".join(row)) for row in rows] == [False] * 9 + [True]
+    assert "†" in rows[9][1]
+
+
+def test_table_over_bands_holds_the_stored_numbers(written, analysis):
+    rows = written[1].tables["bands"][1:]
+    assert [row[0].strip() for row in rows] == ["DC", *(f"r = {r:.2f}" for r in analysis.radius.values[1:])]
+    at = analysis.isel(coupling=0)
+    for band, row in enumerate(rows):
+        network = at.sel(source="network").isel(band=band)
+        assert int(row[1]) == int(analysis["count"][band])
+        np.testing.assert_allclose(numbers(row[2]), [network.tau, *network.tau_interval.values], atol=0.00501)
+        np.testing.assert_allclose(numbers(row[3]), [network.tau_steps], atol=0.0501)
+        np.testing.assert_allclose(numbers(row[5]), [network.projection_level], atol=0.00501)
+        np.testing.assert_allclose(numbers(row[6]), [network.floor], atol=0.000501)
+
+
+def test_every_claim_has_its_verdict_value_and_interval(written, stored_run):
+    text, _ = written
+    for claim in stored_run.read_json("claims.json")["claims"]:
+        card = re.search(rf'<article class="claim" id="claim-{claim["id"]}">.*?</article>', text, re.S)[0]
+        assert claim["title"] in card
+        shown = "not tested here" if claim["verdict"] == "not tested" else claim["verdict"]
+        assert f">{shown}</span>" in card
+        if claim["value"] is not None:
+            assert f'<span class="value">{claim["value"]:.2f}</span>' in card
+            assert report.interval(claim["interval"]) in card
+        for control in claim["controls"]:
+            assert control["name"] in card
+            assert report.number(control["value"]) in card
+    assert '<span class="value">' not in re.search(r'id="claim-3">.*?</article>', text, re.S)[0]
+
+
+def test_a_control_that_also_holds_is_flagged_and_no_other(written):
+    text, _ = written
+    cards = dict(re.findall(r'<article class="claim" id="claim-(\d)">(.*?)</article>', text, re.S))
+    assert {number for number, card in cards.items() if "Also holds on: untrained network." in card} == {"4"}
+    summary = re.search(r'<ul class="summary">(.*?)</ul>', text, re.S)[1].split("</li>")
+    assert [("but also on untrained network" in line) for line in summary[:4]] == [False, False, False, True]
+    assert "<strong>yes</strong>" in cards["4"]
+    assert "<strong>yes</strong>" not in cards["1"]
+
+
+def test_nothing_is_loaded_from_elsewhere(written):
+    text, page = written
+    assert text.startswith("<!doctype html>")
+    assert page.open == []  # every element is closed
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert not re.search(r"https?:|url\(|@import|<script", text)
+    assert len(text.encode()) < 3_000_000
+
+
+def test_every_figure_is_embedded_with_a_caption(written, drawn_run):
+    text, page = written
+    embedded = {base64.b64decode(address.partition(",")[2]) for address in page.addresses}
+    assert embedded == {(drawn_run.path / f"figures/{name}.svg").read_bytes() for name in FIGURES}
+    for name in FIGURES:
+        caption = re.search(rf'id="figure-{name}">.*?<figcaption>(.*?)</figcaption>', text, re.S)[1]
+        assert len(caption) > 40
+
+
+def test_values_are_escaped(written):
+    text, page = written
+    assert "'runs/a <b>'" in "".join(page.text)
+    assert "<b>" not in text
+    assert "Statement 1, with 2 &lt; 3." in text
+
+
+def test_what_was_run_and_how_to_run_it_again(written, stored_run):
+    _, page = written
+    text = re.sub(r"\s+", " ", "".join(page.text))
+    assert "64 pairs of replicas of photos16-v (12 layers of width 96" in text
+    assert "50 DDIM steps, gate joint, guidance 1, seed 0" in text
+    assert "0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1" in text
+    assert "sampling 2 min 51 s" in text
+    facts = {row[0].strip(): row[1].strip() for row in page.tables["settings"]}
+    assert facts["weights digest"] == "ab12" * 16
+    assert facts["seed"] == "0"
+    assert f"numpy {np.__version__}" in facts["packages"]
+    assert stored_run.manifest["started"] in facts["started, finished"]
+    for word in (
+        "Commitment level",
+        "Decided fraction",
+        "Synchronization gap",
+        "One-pass gain",
+        "Noise floor",
+        "Interval",
+    ):
+        assert word in text
+
+
+def test_limits_speak_of_this_run(written):
+    text = re.sub(r"\s+", " ", "".join(written[1].text))
+    assert "The noise floor is 0.130 at most. It is above 0.1 in r = 1.21" in text
+    assert "ℓ ≥ −6.0" in text
+    assert "Too little is decided to rely on τ in: DC, r = 0.11 at g = 1." in text
+    assert "at most 0.00" in text  # the exact denoiser's deviation
+
+
+def test_limits_of_a_clean_run(analysis):
+    clean = analysis.assign(floor=0 * analysis.floor, weak=analysis.weak & False)
+    found = report.limits(clean)
+    assert (found["noisy"], found["weak"], found["floor"]) == ([], [], "0.000")
+
+
+def test_claims_without_values_are_dashes(copy):
+    claims = json.loads((copy.path / "claims.json").read_text())
+    claims["claims"][0].update(value=None, interval=[None, None])
+    (copy.path / "claims.json").write_text(json.dumps(claims))
+    report.write_report(copy)
+    assert '<span class="value">–</span> <span class="quiet">–</span>' in read(copy)[0]
+
+
+def test_an_unfinished_run_says_so(copy, written):
+    assert "This run is not finished" not in written[0]
+    copy.manifest["status"] = "running"
+    report.write_report(copy)
+    assert "This run is not finished" in read(copy)[0]
+
+
+def test_what_is_missing_is_named_and_the_old_page_stays(copy, written):
+    before = (copy.path / "report.html").read_bytes()
+    (copy.path / "figures/gap.svg").unlink()
+    with pytest.raises(StoreError, match=r"gap\.svg cannot be read.*syncgap report"):
+        report.write_report(copy)
+    (copy.path / "claims.json").unlink()
+    (copy.path / "figures/gap.svg").write_text("<svg/>")
+    with pytest.raises(StoreError, match=r"no claims\.json"):
+        report.write_report(copy)
+    assert (copy.path / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (1.005, 1, "1.0"),
+        (-0.31, 2, "−0.31"),
+        (-0.001, 2, "0.00"),
+        (np.nan, 2, "–"),
+        (None, 2, "–"),
+        (np.inf, 2, "–"),
+        (3, 0, "3"),
+    ],
+)
+def test_numbers(value, digits, shown):
+    assert report.number(value, digits) == shown
+
+
+@pytest.mark.parametrize(
+    ("bounds", "shown"), [([-1, 2.5], "[−1.00, 2.50]"), (None, "–"), ([None, 1.0], "–"), ([np.nan, np.nan], "–")]
+)
+def test_intervals(bounds, shown):
+    assert report.interval(bounds) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (245, "4 min 05 s"), (7380, "2 h 03 min")]
+)
+def test_durations(seconds, shown):
+    assert report.duration(seconds) == shown
