@@ -1,7 +1,7 @@
 """From stored measurements to estimates: commitment levels, decided fractions, gaps, with intervals, beside the theory.
 
 One estimator (`ou_theory.commitment`) serves the network, its controls and the exact recursions. Pairs are the unit of
-resampling: one draw of pairs serves all bands, steps, couplings, and the gains that feed the recursion.
+resampling: one draw of pairs serves all bands, steps and couplings of a source.
 """
 
 from dataclasses import dataclass
@@ -130,26 +130,28 @@ def _analyse(clock, network, untrained, wiener, eta, seed, draws):
     mean = energy.mean(1)
     start = guarded_start(mean[0] / mean[0, -1], mean[0, -1], ell)
 
-    def weights(dataset):
-        return np.asarray(resample(seed, dataset.sizes["pair"], draws), np.float64) / dataset.sizes["pair"]
+    def weights(pairs):
+        return np.asarray(resample(seed, pairs, draws), np.float64) / pairs
 
-    counts = weights(network)
+    def resampled(energy):  # (C, P, K, B) -> (draws, C, K, B)
+        return np.tensordot(weights(energy.shape[1]), energy, (1, 1))
+
     sources: dict[str, Estimates] = {}
     boots: dict[str, Estimates] = {}
     grids: dict[str, np.ndarray] = {}
 
-    def add(name, point, resampled, grid):
+    def add(name, point, drawn, grid):
         sources[name] = estimate(point, ell, start)
-        if resampled is not None:
-            boots[name] = estimate(resampled, ell, start)
+        if drawn is not None:
+            boots[name] = estimate(drawn, ell, start)
         grids[name] = grid
 
-    add("network", mean, np.tensordot(counts, energy, (1, 1)), couplings)
+    add("network", mean, resampled(energy), couplings)
 
     gain_pairs = int(np.isfinite(network.one_pass_energy.isel(coupling=0, step=0, band=0)).sum())
     one_pass = network.one_pass_energy.values[:, :gain_pairs]
     state = network.state_energy.values[:gain_pairs]
-    part = counts[:, :gain_pairs] / counts[:, :gain_pairs].sum(1, keepdims=True)
+    part = weights(gain_pairs)  # a draw of all pairs might hold none of these
     gain, band_gain = measured_gains(one_pass.mean(1), one_pass[0].mean(0), state.mean(0))
     gain_draws, band_gain_draws = measured_gains(
         np.tensordot(part, one_pass, (1, 1)),
@@ -162,17 +164,22 @@ def _analyse(clock, network, untrained, wiener, eta, seed, draws):
         theory_energy(gain_draws, band_gain_draws, clock, eta),
         couplings,
     )
-    variance = mean[0, -1]
+    variance, drawn_variance = mean[0, -1], resampled(energy[:1, :, -1:])[:, 0, 0]
     add(
         "ideal gain",
         ideal_energy(couplings, variance, clock, eta),
-        ideal_energy(couplings, np.tensordot(counts, energy[0, :, -1], (1, 0)), clock, eta),
+        ideal_energy(couplings, drawn_variance, clock, eta),
         couplings,
     )
     blank = _difference(untrained)
-    add("untrained", blank.mean(1), np.tensordot(weights(untrained), blank, (1, 1)), untrained.coupling.values)
+    add(
+        "untrained",
+        blank.mean(1),
+        resampled(blank),
+        untrained.coupling.values,
+    )
     exact = _difference(wiener)
-    add("wiener", exact.mean(1), np.tensordot(weights(wiener), exact, (1, 1)), wiener.coupling.values)
+    add("wiener", exact.mean(1), resampled(exact), wiener.coupling.values)
     add(
         "wiener theory",
         ideal_energy(wiener.coupling.values, wiener.variance.values, clock, eta),
@@ -180,7 +187,7 @@ def _analyse(clock, network, untrained, wiener, eta, seed, draws):
         wiener.coupling.values,
     )
     shuffled = network.energy_shuffled.values
-    order_control = estimate(np.tensordot(counts, shuffled, (1, 1)), ell, start)
+    order_control = estimate(resampled(shuffled), ell, start)
 
     dataset = _dataset(clock, network, sources, boots, grids)
     dataset["gain"] = (

@@ -91,7 +91,7 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
                 blank,
                 blank_interval,
                 _side(blank_interval) == "holds",
-                "The same architecture with random weights.",
+                f"The same architecture with random weights: {100 * blank / value:.0f} % of the network's gap.",
             ),
             Control(
                 "Wiener denoiser",
@@ -113,10 +113,11 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
 
 def _ratio(analysis: xr.Dataset, drawn: dict, source: str) -> tuple[float, list[float]]:
     gap = analysis.gap.sel(source=source).values
-    measured = gap[np.isfinite(gap)]
-    draws = drawn[source]["gap"]
+    gap, draws = gap[np.isfinite(gap)], drawn[source]["gap"]
     draws = draws[:, np.isfinite(draws).all(0)]  # a source may lack couplings, or have nothing left at the strongest
-    return float(measured[-1] / measured[0]), _interval(measured[-1] / measured[0], draws[:, -1] / draws[:, 0])
+    if min(gap.size, draws.shape[1]) < 2:
+        return np.nan, [np.nan, np.nan]
+    return float(gap[-1] / gap[0]), _interval(gap[-1] / gap[0], draws[:, -1] / draws[:, 0])
 
 
 def _collapsed(interval: list[float]) -> str:

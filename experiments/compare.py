@@ -50,7 +50,7 @@ class CompareConfig:
     guided_channels: GuidedChannels = "all"
     classes: tuple[int, ...] | None = None  # labels that the pairs take in turn; all classes by default
     seed: int = 0
-    block: int = 16  # pairs that run together; what an interruption may lose
+    block: int = 4  # pairs that run together; what an interruption may lose
     gain_pairs: int = 32  # pairs on which the one-pass gain is measured
     untrained_pairs: int = 16
 
@@ -60,11 +60,11 @@ class CompareConfig:
             raise ValueError(f"couplings must be finite and >= 0, got {self.couplings}")
         if np.unique(couplings).size < 2 or 0 not in couplings:
             raise ValueError(f"couplings must hold 0, the reference, and at least one more value, got {self.couplings}")
-        for name in ("pairs", "block", "gain_pairs", "untrained_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.pairs < 2:
-            raise ValueError("pairs must be at least 2: intervals come from resampling them")
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}")
+        for name in ("pairs", "gain_pairs", "untrained_pairs"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2: intervals come from resampling pairs")
         if self.gate not in COUPLINGS:
             raise ValueError(f"gate {self.gate!r} is not one of {', '.join(COUPLINGS)}")
         if not np.isfinite(self.guidance):
@@ -130,10 +130,11 @@ class Instrument:
         """Measurements of a block of pairs on a network, with the one-pass gain if asked for."""
         found = dict(self._network_run(model, couplings, pairs, labels))
         states = found.pop("states")
-        shape = (len(couplings), len(pairs), len(self.clock), len(self.bands))
-        found["one_pass_energy"] = (
-            self._network_gain(model, couplings, states, labels) if with_gain else np.full(shape, np.nan, np.float32)
-        )
+        energy = found["energy"][..., 1]
+        gains = jnp.full(energy.shape, jnp.nan)
+        if with_gain:  # at zero coupling the trajectory itself is the one pass
+            gains = jnp.concatenate([energy[:1], self._network_gain(model, couplings[1:], states, labels)])
+        found["one_pass_energy"] = gains
         return jax.device_get(found)
 
     def wiener(self, variance, couplings, pairs, labels) -> dict[str, np.ndarray]:
@@ -232,26 +233,30 @@ def compare(
 
     grid = config.grid
     few = grid[np.unique([0, len(grid) // 2, len(grid) - 1])]
-    bar = tqdm(total=_work(config, grid, few), unit="img", unit_scale=True, desc="sampling", disable=not progress)
     filled = CompareConfig(**{**asdict(config), "classes": classes})
-    blank = untrained_model(model.config, config.seed)
-    with bar:
-        for group, subject, couplings, pairs in (
-            ("network", model, grid, config.pairs),
-            ("untrained", blank, few, min(config.untrained_pairs, config.pairs)),
-        ):
-            run.declare(group, template(filled, couplings, pairs, clock, bands))
-            for first in range(0, pairs, config.block):
-                block = np.arange(first, min(first + config.block, pairs))
-                with_gain = group == "network" and first < config.gain_pairs
-                if first not in run.finished(group):
-                    labels = pair_labels(block, classes)
-                    found = instrument.network(subject, jnp.asarray(couplings), jnp.asarray(block), labels, with_gain)
-                    samples = found.pop("sample")
-                    if group == "network" and first == 0:
-                        run.put("pictures", _pictures(samples, grid, labels, manifest))
-                    run.write(group, _block(found, block), first)
-                bar.update(_images(config, couplings, len(block), with_gain))
+    subjects = (
+        ("network", model, grid, config.pairs, config.gain_pairs),
+        ("untrained", untrained_model(model.config, config.seed), few, min(config.untrained_pairs, config.pairs), 0),
+    )
+    blocks = [
+        (group, subject, couplings, np.arange(first, min(first + config.block, pairs)), first < gain_pairs)
+        for group, subject, couplings, pairs, gain_pairs in subjects
+        for first in range(0, pairs, config.block)
+    ]
+    for group, _, couplings, pairs, _ in subjects:
+        run.declare(group, template(filled, couplings, pairs, clock, bands))
+    total = sum(_images(config, len(couplings), len(pairs), gain) for _, _, couplings, pairs, gain in blocks)
+    with tqdm(total=total, unit="img", unit_scale=True, desc="sampling", disable=not progress) as bar:
+        for group, subject, couplings, pairs, with_gain in blocks:
+            first = int(pairs[0])
+            if first not in run.finished(group):
+                labels = pair_labels(pairs, classes)
+                found = instrument.network(subject, jnp.asarray(couplings), jnp.asarray(pairs), labels, with_gain)
+                samples = found.pop("sample")
+                if group == "network" and first == 0:
+                    run.put("pictures", _pictures(samples, grid, labels, manifest))
+                run.write(group, _block(found, pairs), first)
+            bar.update(_images(config, len(couplings), len(pairs), with_gain))
     network = run.load("network")
     variance = network.energy.sel(parity="difference").isel(coupling=0, step=-1).mean("pair").values.astype(np.float64)
     pairs = np.arange(config.pairs)
@@ -264,7 +269,7 @@ def compare(
     eta = 0.0 if config.sampler == "ddim" else 1.0
     analysis, drawn = analyse(clock, network, run.load("untrained"), run.load("wiener"), eta=eta, seed=config.seed)
     analysis.attrs.update(
-        model=config.weights,
+        model=source.name,
         prediction=model.config.prediction,
         sampler=config.sampler,
         gate=config.gate,
@@ -289,20 +294,11 @@ def _block(found: dict[str, np.ndarray], pairs: np.ndarray) -> xr.Dataset:
     return xr.Dataset({name: (dims[name], values) for name, values in found.items()}, coords={"pair": pairs})
 
 
-def _images(config: CompareConfig, couplings: np.ndarray, pairs: int, with_gain: bool) -> int:
+def _images(config: CompareConfig, couplings: int, pairs: int, with_gain: bool) -> int:
     """Images that the network denoises for a block of pairs."""
     doubled = 2 if config.guidance != 1 else 1
-    return 2 * doubled * pairs * len(couplings) * len(make_clock(config.steps)) * (2 if with_gain else 1)
-
-
-def _work(config: CompareConfig, grid: np.ndarray, few: np.ndarray) -> int:
-    blocks = range(0, config.pairs, config.block)
-    gain = min(config.pairs, sum(config.block for first in blocks if first < config.gain_pairs))
-    return (
-        _images(config, grid, config.pairs, False)
-        + _images(config, grid, gain, False)
-        + _images(config, few, min(config.untrained_pairs, config.pairs), False)
-    )
+    passes = couplings + (couplings - 1 if with_gain else 0)
+    return 2 * doubled * pairs * passes * len(make_clock(config.steps))
 
 
 def _pictures(samples: np.ndarray, grid: np.ndarray, labels: np.ndarray, manifest: dict) -> xr.Dataset:

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import betainc, betaln, xlogy
+from jax.scipy.special import betainc, betaln, entr
 from jax.typing import ArrayLike
 from scipy.optimize import brentq
 
@@ -117,27 +117,25 @@ def peak_ode(rho: ArrayLike) -> jax.Array:
 
 def peak_sde(rho: ArrayLike) -> jax.Array:
     """SNR at which `q_sde` peaks (x0 = 0); infinite at rho = 1."""
-    return jnp.expm1(_minus_log_peak_noise(jnp.asarray(rho, float)))
-
-
-def _minus_log_peak_noise(rho: jax.Array) -> jax.Array:
-    return log1prel(1 - 2 * rho)  # -log(2 (1 - rho)) / (2 rho - 1)
+    return jnp.expm1(log1prel(1 - 2 * jnp.asarray(rho, float)))  # -log(2 (1 - rho)) / (2 rho - 1) inside
 
 
 def w_ode(rho: ArrayLike) -> jax.Array:
-    """Peak of `q_ode` (x0 = 0): the share of a band that is ever decided individually; 1 at rho = 1, 0 at rho = 0."""
+    """Peak of `q_ode` (x0 = 0): the share of a band that is ever decided individually; 1 at rho = 1, where its
+    slope is infinite; 0 at rho = 0."""
     rho = jnp.asarray(rho, float)
     rest = 1 - rho
-    return rho**2 * jnp.exp(xlogy(rest, rest) - (1 + rest) * jnp.log1p(rest))
+    return rho**2 * jnp.exp(-entr(rest) - (1 + rest) * jnp.log1p(rest))
 
 
 def w_sde(rho: ArrayLike) -> jax.Array:
-    """Peak of `q_sde` (x0 = 0)."""
+    """Peak of `q_sde` (x0 = 0). Its slope at rho = 1 is infinite too."""
     rho = jnp.asarray(rho, float)
-    twice_rest = 2 * (1 - rho)
-    inside = twice_rest > 0
-    log_peak = -jnp.where(inside, twice_rest, 1) * _minus_log_peak_noise(jnp.where(inside, rho, 0.5))
-    return rho**2 * jnp.where(inside, jnp.exp(log_peak), 1.0)
+    z = 1 - 2 * rho
+    near = jnp.abs(z) < 0.5  # around the removable point rho = 1/2
+    safe_near, safe = jnp.where(near, z, 0.0), jnp.where(near, 1.0, z)
+    log_peak = jnp.where(near, (1 + safe_near) * log1prel(safe_near), -entr(1 + safe) / safe)
+    return rho**2 * jnp.exp(-log_peak)
 
 
 def critical_rho(threshold: float, flow: Flow = "ode") -> float:

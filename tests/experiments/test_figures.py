@@ -50,6 +50,8 @@ def test_headline_shows_the_stored_gaps(analysis):
         stored = analysis.gap.sel(source=source).dropna("coupling")
         np.testing.assert_array_equal(shown[style["label"]], stored)
         assert style["label"] in texts(ax)
+        (line,) = [line for line in ax.get_lines() if line.get_label() == style["label"]]
+        assert (line.get_linestyle() == "-") == (source in ("network", "untrained"))  # what was measured is solid
     assert len(shown["recursion, ideal gain"]) == 9  # nothing is decided at g = 1 under the ideal gain
     np.testing.assert_array_equal(whiskers(ax)[-1], analysis.gap_interval.sel(source="network"))
 

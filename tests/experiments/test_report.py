@@ -180,6 +180,7 @@ def test_what_was_run_and_how_to_run_it_again(written, stored_run):
     assert facts["seed"] == "0"
     assert f"numpy {np.__version__}" in facts["packages"]
     assert stored_run.manifest["started"] in facts["started, finished"]
+    assert "Low is r = 0.11, high is r = 1.21" in text
     for word in (
         "Commitment level",
         "Decided fraction",

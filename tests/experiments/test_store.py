@@ -176,6 +176,16 @@ def test_a_group_that_was_half_declared_or_lost_starts_afresh(tmp_path):
     assert np.isnan(again.load("network").energy).all()
 
 
+def test_a_lost_group_forgets_its_blocks_before_it_is_made_again(tmp_path, monkeypatch):
+    run = started(tmp_path / "run")
+    write_block(run, 0)
+    shutil.rmtree(run.path / "data.zarr")
+    fail_at_zarr(monkeypatch)
+    with pytest.raises(OSError, match="no space left"):
+        started(run.path, resume=True)
+    assert RunFolder.open(run.path).finished("network") == set()
+
+
 def test_put_replaces_a_group_in_one_move(tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "run", SETTINGS)
     flags = measured().assign(weak=("pair", np.arange(PAIRS) > 3), image=("pair", np.arange(PAIRS, dtype=np.uint8)))
