@@ -60,8 +60,7 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     shown = [name for name in SOURCES if _any(analysis.gap.sel(source=name))]
     for name in reversed(shown):
         at = analysis.sel(source=name)
-        strong = name == "network"
-        _curve(ax, at.gap, at.gap_interval, band=name in (*THEORIES, "network"), whiskers=strong, **SOURCES[name])
+        _curve(ax, at.gap, at.gap_interval, band=name != "untrained", whiskers=name not in THEORIES, **SOURCES[name])
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     _coupling_axis(ax, analysis.coupling.values)
     ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
@@ -182,12 +181,16 @@ def figure_pictures(pictures: xr.Dataset) -> Figure:
     """Replica A above replica B of several pairs, at the first and the last coupling."""
     image = pictures.image
     couplings, pairs, replicas = (image.sizes[name] for name in ("coupling", "pair", "replica"))
-    figure = Figure(figsize=(7.2, 0.55 + couplings * (0.2 + replicas * 7.2 / (pairs + 1))), layout="constrained")
+    columns = max(pairs, 6)  # a few pairs are not blown up
+    figure = Figure(figsize=(7.2, 0.55 + couplings * (0.2 + replicas * 7.2 / (columns + 1))), layout="constrained")
     for block, part in enumerate(figure.subfigures(couplings, 1, squeeze=False, hspace=0.02).flat):
         g = float(pictures.coupling[block])
         part.suptitle(f"$g$ = {g:g}" + (", independent" if g == 0 else ""), x=0.01, ha="left", fontsize=10)
-        axes = part.subplots(replicas, pairs, squeeze=False, gridspec_kw={"hspace": 0.02, "wspace": 0.02})
+        axes = part.subplots(replicas, columns, squeeze=False, gridspec_kw={"hspace": 0.02, "wspace": 0.02})
         for (replica, pair), ax in np.ndenumerate(axes):
+            if pair >= pairs:
+                ax.set_visible(False)
+                continue
             ax.imshow(image[block, pair, replica].values, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -219,10 +222,11 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
     ax.axhline(limit, color=SOURCES["measured gain"]["color"], linestyle="--", linewidth=1.2)
     ax.annotate(
         f"limit {limit:g}",
-        (0, limit),
-        (4, 3),
+        (1, limit),
+        (4, 0),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
+        va="center",
         color=SOURCES["measured gain"]["color"],
         fontsize=8,
     )

@@ -191,6 +191,15 @@ def test_pictures_are_the_stored_ones(pictures):
     assert "= 1" in last.get_suptitle()
 
 
+def test_a_few_pictures_keep_their_size(pictures):
+    def sizes(figure):
+        return [ax.get_window_extent().width for ax in figure.subfigs[0].axes if ax.get_visible()]
+
+    few, many = (sizes(plain(figures.figure_pictures(p))) for p in (pictures.isel(pair=slice(2)), pictures))
+    assert (len(few), len(many)) == (4, 12)
+    np.testing.assert_allclose(few, many[0], rtol=0.05)
+
+
 def test_class_names_are_not_formulas(pictures):
     names = ["$x", "$\\nonsense$", "a_b", "^", "%", "&"]
     plain(figures.figure_pictures(pictures.assign_coords(label_name=("pair", names))))
