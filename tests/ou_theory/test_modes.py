@@ -58,6 +58,11 @@ def test_transform_keeps_the_dtype():
     assert idct2(jnp.ones((4, 4, 1), jnp.float32)).dtype == jnp.float32
 
 
+def test_whole_numbers_are_transformed_as_floats():
+    pixels = np.arange(48).reshape(4, 4, 3)
+    np.testing.assert_allclose(idct2(dct2(pixels)), pixels, atol=1e-4)
+
+
 # --- common and difference mode
 
 

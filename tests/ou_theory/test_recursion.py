@@ -141,6 +141,20 @@ def test_gradients_in_the_gain_are_finite():
         assert np.all(np.isfinite(grad))
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_gradients_in_the_levels(x64, eta):
+    sigma = jnp.asarray(make_clock(6).sigma)
+
+    def total(sigma):
+        return recursion_energy(q_uncoupled(2 / sigma[:, None] ** 2), sigma, jnp.ones(1), eta).sum()
+
+    grad = jax.grad(total)(sigma)
+    for k in (0, 3, 5):  # the last level too, whose next one is 0
+        h = 1e-6 * sigma[k]
+        slope = (total(sigma.at[k].add(h)) - total(sigma.at[k].add(-h))) / (2 * h)
+        np.testing.assert_allclose(grad[k], slope, rtol=1e-6, atol=1e-9)
+
+
 # --- the recursion through the estimator: tables of docs/theory.md, section 7
 
 
