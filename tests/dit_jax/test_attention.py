@@ -1,0 +1,293 @@
+"""Coupled attention: limits, symmetries, and what a gate does to a difference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_jax.attention import COUPLINGS, anisotropic_gate, attend, symmetric_gate
+from dit_jax.config import DiTConfig
+from dit_jax.model import DiT
+from ou_theory.attention import exact_difference, first_order_difference, rho_n
+
+HEADS, DIM, TOKENS, BATCH = 2, 4, 5, 3
+couplings = pytest.mark.parametrize("coupling", COUPLINGS)
+
+
+def qkv(replicas=2, seed=0, scale=1.0):
+    return scale * jax.random.normal(jax.random.key(seed), (3, replicas, BATCH, TOKENS, HEADS, DIM))
+
+
+def gate(g, replicas=2):
+    return jnp.broadcast_to(symmetric_gate(g, replicas), (BATCH, replicas, replicas))
+
+
+# --- limits
+
+
+@couplings
+def test_zero_gate_is_independent_attention_bit_for_bit(coupling):
+    q, k, v = qkv()
+    coupled, _ = attend(q, k, v, gate(0.0), coupling)
+    free, _ = attend(q, k, v)
+    np.testing.assert_allclose(coupled, free, atol=1e-6)
+    alone = jnp.concatenate([attend(q[i : i + 1], k[i : i + 1], v[i : i + 1])[0] for i in range(2)])
+    np.testing.assert_array_equal(free, alone)
+
+
+@couplings
+def test_zero_gate_has_a_finite_and_true_slope(coupling, x64):
+    q, k, v = qkv(seed=1).astype(jnp.float64)
+
+    def total(g):
+        return jnp.sum(jnp.sin(attend(q, k, v, gate(g), coupling)[0]))
+
+    slope = jax.grad(total)(0.0)
+    forward = jax.jvp(total, (0.0,), (1.0,))[1]
+    step = 1e-6
+    difference = (total(step) - total(0.0)) / step
+    np.testing.assert_allclose(slope, forward, rtol=1e-10)
+    np.testing.assert_allclose(slope, difference, rtol=1e-4)
+    by_input = jax.grad(lambda q: jnp.sum(attend(q, k, v, gate(0.0), coupling)[0] ** 2))(q)
+    uncoupled = jax.grad(lambda q: jnp.sum(attend(q, k, v)[0] ** 2))(q)
+    np.testing.assert_allclose(by_input, uncoupled, atol=1e-12)
+
+
+@couplings
+def test_a_closed_replica_with_huge_logits_does_no_harm(coupling):
+    """Keys of the other replica that would dominate by e^400 are not read at g = 0, in value or slope."""
+    q, k, v = qkv(seed=2)
+    k = k.at[1].mul(200.0)
+    out, _ = attend(q, k, v, gate(0.0), coupling)
+    free, _ = attend(q, k, v)
+    np.testing.assert_allclose(out, free, atol=1e-5)
+    assert np.isfinite(jax.grad(lambda g: attend(q, k, v, gate(g), coupling)[0].sum())(0.0))
+
+
+@couplings
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(g=st.floats(0, 3))
+def test_identical_replicas_ignore_the_gate(coupling, g):
+    q, k, v = (jnp.stack([x[0], x[0]]) for x in qkv())
+    coupled, _ = attend(q, k, v, gate(jnp.float32(g)), coupling)
+    np.testing.assert_allclose(coupled, attend(q, k, v)[0], atol=2e-6)
+
+
+def test_couplings_agree_where_blocks_weigh_the_same():
+    """With one token per replica blend differs from joint; with equal block masses they are the same."""
+    q, k, v = qkv()
+    k = jnp.stack([k[0], k[0]])
+    joint, _ = attend(q, k, v, gate(0.4), "joint")
+    blend, _ = attend(q, k, v, gate(0.4), "blend")
+    np.testing.assert_allclose(joint, blend, atol=2e-6)
+    k = jnp.stack([k[0], 2 * k[0]])
+    assert np.abs(attend(q, k, v, gate(0.4), "joint")[0] - attend(q, k, v, gate(0.4), "blend")[0]).max() > 1e-2
+
+
+# --- symmetries
+
+
+@couplings
+def test_exchanging_replicas_commutes(coupling):
+    q, k, v = qkv()
+    there = attend(q, k, v, gate(0.3), coupling)[0]
+    back = attend(q[::-1], k[::-1], v[::-1], gate(0.3), coupling)[0][::-1]
+    np.testing.assert_allclose(there, back, atol=1e-6)
+
+
+@couplings
+def test_permuting_the_tokens_of_one_replica_permutes_its_output(coupling):
+    q, k, v = qkv()
+    order = np.array([3, 0, 4, 1, 2])
+    permuted = [x.at[1].set(x[1][:, order]) for x in (q, k, v)]
+    out, moved = (attend(*x, gate(0.3), coupling)[0] for x in ((q, k, v), permuted))
+    np.testing.assert_allclose(moved[0], out[0], atol=1e-6)
+    np.testing.assert_allclose(moved[1], out[1][:, order], atol=1e-6)
+
+
+def test_joint_inverse_gate_exchanges_own_and_other_keys():
+    q, k, v = qkv()
+    direct = attend(q, k, v, gate(0.25), "joint")[0]
+    exchanged = attend(q, k[::-1], v[::-1], gate(4.0), "joint")[0]
+    np.testing.assert_allclose(direct, exchanged, atol=2e-6)
+
+
+@couplings
+def test_pattern_rows_are_distributions_that_make_the_output(coupling):
+    q, k, v = qkv(3)
+    out, pattern = attend(q, k, v, gate(0.6, 3), coupling)
+    np.testing.assert_allclose(pattern.sum((-2, -1)), 1, atol=1e-6)
+    assert (pattern >= 0).all()
+    np.testing.assert_allclose(jnp.einsum("nhaqbk,bnkhd->anqhd", pattern, v), out, atol=2e-6)
+
+
+@couplings
+def test_gates_belong_to_their_pair(coupling):
+    q, k, v = qkv()
+    couplings = jnp.array([0.0, 0.5, 2.0])
+    mixed, _ = attend(q, k, v, symmetric_gate(couplings), coupling)
+    for n, g in enumerate(couplings):
+        np.testing.assert_allclose(mixed[:, n], attend(q, k, v, gate(g), coupling)[0][:, n], atol=1e-6)
+
+
+@couplings
+def test_anisotropic_gate_is_one_way(coupling):
+    q, k, v = qkv()
+    one_way = jnp.broadcast_to(anisotropic_gate(0.8, 0.0), (BATCH, 2, 2))
+    out, _ = attend(q, k, v, one_way, coupling)
+    np.testing.assert_allclose(out[1], attend(q, k, v)[0][1], atol=1e-6)
+    np.testing.assert_allclose(out[0], attend(q, k, v, gate(0.8), coupling)[0][0], atol=1e-6)
+
+
+# --- what a gate does to a difference
+
+
+def heads(x):  # (R, N, T, h, d) -> list of single-head (R, T, d)
+    return [x[:, n, :, h] for n in range(BATCH) for h in range(HEADS)]
+
+
+@couplings
+@pytest.mark.parametrize("g", [0.0, 0.2, 1.0, 2.5])
+def test_first_order_difference(coupling, g, x64):
+    q, k, v = qkv(1).astype(jnp.float64)
+    dq, dk, dv = qkv(1, seed=7).astype(jnp.float64)
+
+    def difference(size):
+        pair = [jnp.concatenate([x + size * d / 2, x - size * d / 2]) for x, d in ((q, dq), (k, dk), (v, dv))]
+        out = attend(*pair, gate(g), coupling)[0]
+        return out[0] - out[1]
+
+    value, slope = jax.jvp(difference, (0.0,), (1.0,))
+    np.testing.assert_allclose(value, 0, atol=1e-12)
+    parts = zip(*(heads(x) for x in (q, k, v, dq, dk, dv)), strict=True)
+    expected = [first_order_difference(*(x[0] for x in part), g).total for part in parts]
+    found = [slope[n, :, h] for n in range(BATCH) for h in range(HEADS)]
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+@couplings
+@pytest.mark.parametrize("g", [0.2, 1.0])
+def test_exact_difference(coupling, g, x64):
+    q, k, v = qkv(seed=3, scale=1.5).astype(jnp.float64)
+    out, pattern = attend(q, k, v, gate(g), coupling)
+    own = (pattern[:, :, 0, :, 0] + pattern[:, :, 1, :, 1]) / 2
+    other = (pattern[:, :, 0, :, 1] + pattern[:, :, 1, :, 0]) / 2
+    change = (pattern[:, :, 0] - pattern[:, :, 1]).sum(-2)
+    np.testing.assert_allclose(change.sum(-1), 0, atol=1e-12)
+    routing = jnp.einsum("nhqk,nkhd->nqhd", own - other, v[0] - v[1])
+    by_pattern = jnp.einsum("nhqk,nkhd->nqhd", change, v.mean(0))
+    np.testing.assert_allclose(out[0] - out[1], routing + by_pattern, atol=1e-12)
+    for i, part in enumerate(zip(heads(q), heads(k), heads(v), strict=True)):
+        n, h = divmod(i, HEADS)
+        split = exact_difference(*part, g, coupling)
+        np.testing.assert_allclose(split.routing, routing[n, :, h], atol=1e-12)
+        np.testing.assert_allclose(split.key + split.query, by_pattern[n, :, h], atol=1e-12)
+        if g == 1:
+            np.testing.assert_allclose(split.key, 0, atol=1e-12)
+
+
+@couplings
+@pytest.mark.parametrize("replicas", [2, 3, 5])
+def test_difference_modes_of_many_replicas(coupling, replicas, x64):
+    """Values and keys of a difference mode carry rho_N, queries 1; the common mode carries 1."""
+    q, k, v = qkv(1, seed=4).astype(jnp.float64)
+    dq, dk, dv = qkv(1, seed=5).astype(jnp.float64)
+    g = 0.3
+    weights = jnp.arange(replicas) - (replicas - 1) / 2
+
+    def response(weights, dq, dk, dv):
+        shape = (replicas, 1, 1, 1, 1)
+
+        def outputs(size):
+            moved = [x + size * weights.reshape(shape) * d for x, d in ((q, dq), (k, dk), (v, dv))]
+            return attend(*moved, gate(g, replicas), coupling)[0]
+
+        return jax.jvp(outputs, (0.0,), (1.0,))[1]
+
+    zero = jnp.zeros_like(dq)
+    single = {name: response(jnp.ones(replicas), *parts) for name, parts in
+              {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()}
+    free = {name: jax.jvp(lambda s, p=parts: attend(q + s * p[0], k + s * p[1], v + s * p[2])[0], (0.0,), (1.0,))[1]
+            for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()}
+    for name in free:
+        np.testing.assert_allclose(single[name], jnp.broadcast_to(free[name], single[name].shape), atol=1e-10)
+    shape = weights.reshape(replicas, 1, 1, 1, 1)
+    np.testing.assert_allclose(response(weights, dq, zero, zero), shape * free["query"], atol=1e-10)
+    np.testing.assert_allclose(response(weights, zero, dk, dv), rho_n(g, replicas) * shape * free["rest"], atol=1e-10)
+
+
+# --- gates and the network
+
+
+@pytest.mark.parametrize("bad", [-0.1, np.nan, np.inf])
+def test_impossible_couplings_are_refused(bad):
+    with pytest.raises(ValueError, match="coupling"):
+        symmetric_gate(bad)
+    with pytest.raises(ValueError, match="coupling"):
+        anisotropic_gate(0.1, bad)
+
+
+def test_unknown_coupling_is_named():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="sum"):
+        attend(q, k, v, gate(0.1), "sum")  # pyright: ignore[reportArgumentType]
+
+
+CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = DiT(CONFIG, nnx.Rngs(0))
+    leaves, tree = jax.tree.flatten(nnx.state(model, nnx.Param))
+    drawn = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
+    nnx.update(model, jax.tree.unflatten(tree, drawn))
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return jax.random.normal(jax.random.key(9), (2, 2, 8, 8, 3)), jnp.array([10, 800]), jnp.array([1, 3])
+
+
+run = jax.jit(lambda model, x, t, y, gate=None: model(x, t, y, gate))
+
+
+def test_network_with_a_closed_gate_is_two_networks(model, pair):
+    x, t, y = pair
+    coupled = run(model, x, t, y, jnp.broadcast_to(jnp.eye(2), (2, 2, 2)))
+    for replica in range(2):
+        alone = np.asarray(run(model, x[replica], t, y))
+        np.testing.assert_allclose(coupled[replica], alone, atol=2e-6 * np.abs(alone).max())
+
+
+def test_gate_shapes_broadcast_over_layers_and_pairs(model, pair):
+    x, t, y = pair
+    one = symmetric_gate(0.7)
+    reference = np.asarray(run(model, x, t, y, one))
+    for shape in ((2, 2, 2), (1, 2, 2), (3, 1, 2, 2), (3, 2, 2, 2)):
+        out = run(model, x, t, y, jnp.broadcast_to(one, shape))
+        np.testing.assert_allclose(out, reference, atol=2e-6 * np.abs(reference).max())
+
+
+def test_layers_take_their_own_gate(model, pair):
+    """Opening one layer differs from opening none and all; opening the last changes nothing before it."""
+    x, t, y = pair
+    gates = {layer: jnp.stack([symmetric_gate(0.9 * (i == layer)) for i in range(3)])[:, None] for layer in range(3)}
+    outs = [np.asarray(run(model, x, t, y, g)) for g in gates.values()]
+    closed = np.asarray(run(model, x, t, y, jnp.eye(2)))
+    for out in outs:
+        assert np.abs(out - closed).max() > 1e-3
+    streams = jax.jit(lambda m, g: m(x, t, y, g, tap=lambda layer, a: a["resid_post"])[1])
+    last, none = streams(model, gates[2]), streams(model, jnp.broadcast_to(jnp.eye(2), (3, 1, 2, 2)))
+    np.testing.assert_allclose(last[:2], none[:2], atol=1e-5)
+    assert np.abs(last[2] - none[2]).max() > 1e-3
+
+
+def test_a_gate_needs_replicas(model, pair):
+    x, t, y = pair
+    with pytest.raises(ValueError, match="replicas"):
+        model(x[0], t, y, jnp.eye(2))
