@@ -208,10 +208,14 @@ def test_difference_modes_of_many_replicas(coupling, replicas, x64):
         return jax.jvp(outputs, (0.0,), (1.0,))[1]
 
     zero = jnp.zeros_like(dq)
-    single = {name: response(jnp.ones(replicas), *parts) for name, parts in
-              {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()}
-    free = {name: jax.jvp(lambda s, p=parts: attend(q + s * p[0], k + s * p[1], v + s * p[2])[0], (0.0,), (1.0,))[1]
-            for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()}
+    single = {
+        name: response(jnp.ones(replicas), *parts)
+        for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()
+    }
+    free = {
+        name: jax.jvp(lambda s, p=parts: attend(q + s * p[0], k + s * p[1], v + s * p[2])[0], (0.0,), (1.0,))[1]
+        for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()
+    }
     for name in free:
         np.testing.assert_allclose(single[name], jnp.broadcast_to(free[name], single[name].shape), atol=1e-10)
     shape = weights.reshape(replicas, 1, 1, 1, 1)

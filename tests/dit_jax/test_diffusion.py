@@ -150,7 +150,7 @@ def test_ancestral_updates_from_the_recorded_predictions(trajectories, x64):
         if step == len(clock) - 1:
             close(mean, states[step + 1], 1e-11)
             continue
-        # the recorded variance is a log-linear mix; its position, from the noise that was drawn, is one number per pixel
+        # where the learned variance stands between its bounds follows from the noise that was drawn
         large = np.abs(noises[step]) > 0.3
         log_variance = 2 * np.log(np.abs(noise[large] / noises[step][large]))
         fraction = (log_variance - low[step]) / (high[step] - low[step])
@@ -287,7 +287,14 @@ def test_the_denoiser_inverts_every_kind_of_prediction(prediction):
     from dit_jax.objective import add_noise, target
 
     config = DiTConfig(
-        input_size=4, in_channels=2, hidden_size=8, depth=1, num_heads=1, num_classes=3, prediction=prediction, learn_sigma=False
+        input_size=4,
+        in_channels=2,
+        hidden_size=8,
+        depth=1,
+        num_heads=1,
+        num_classes=3,
+        prediction=prediction,
+        learn_sigma=False,
     )
     x0, noise = jax.random.normal(jax.random.key(5), (2, 3, 4, 4, 2))
 
