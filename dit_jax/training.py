@@ -131,7 +131,7 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
             "t": t,
             "mse": terms.mse,
             "vb": terms.vb,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return {"params": params, "ema": ema, "opt": opt, "step": step}, metrics
 

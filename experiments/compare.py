@@ -244,7 +244,7 @@ def compare(
         for first in range(0, pairs, config.block)
     ]
     for group, _, couplings, pairs, _ in subjects:
-        run.declare(group, template(filled, couplings, pairs, clock, bands))
+        run.declare(group, template(filled, couplings, pairs, clock, bands), chunk=config.block)
     total = sum(_images(config, len(couplings), len(pairs), gain) for _, _, couplings, pairs, gain in blocks)
     with tqdm(total=total, unit="img", unit_scale=True, desc="sampling", disable=not progress) as bar:
         for group, subject, couplings, pairs, with_gain in blocks:
