@@ -202,8 +202,11 @@ def _analyse(clock, network, untrained, wiener, eta, seed, draws):
     ):
         aligned = np.asarray(oc.projection(data[0].mean(0), measured[0, :, -1].mean(0)))
         opening = int(np.searchsorted(ell, start))
-        floors[name] = np.asarray(oc.noise_floor(sources[name].relative_energy[0], aligned))[opening]
-        projected[name] = np.asarray(oc.crossing(jnp.asarray(aligned), jnp.asarray(ell)))
+        share = oc.aligned_share(aligned, stochastic=eta > 0)
+        floors[name] = np.asarray(oc.noise_floor(sources[name].relative_energy[0], aligned, stochastic=eta > 0))[
+            opening
+        ]
+        projected[name] = np.asarray(oc.crossing(share, ell, 0.5))
     for variable, values in (("floor", floors), ("projection_level", projected)):
         table = np.full((dataset.sizes["source"], dataset.sizes["band"]), np.nan)
         for name, row in values.items():

@@ -233,7 +233,8 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
     ax.set_ylim(min(0.0, 1.25 * np.nanmin(floor, initial=0.0)), 1.25 * np.nanmax(floor, initial=limit))
     ax.set_xticks(np.arange(len(floor)), band_names(analysis))
     ax.set_xlabel("band")
-    ax.set_ylabel("noise floor  $Q - a^2$")
+    aligned = "a^2" if analysis.attrs.get("sampler") == "ddim" else "a"
+    ax.set_ylabel(f"noise floor  $Q - {aligned}$")
     ax.set_title(f"Noise floor of the network at $\\ell = {analysis.attrs['ell_start']:.1f}$, $g = 0$")
     return figure
 

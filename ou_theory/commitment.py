@@ -106,9 +106,19 @@ def projection(inner: jax.Array, end_energy: jax.Array) -> jax.Array:
     return inner / end_energy[..., None, :]
 
 
-def noise_floor(q: ArrayLike, a: ArrayLike) -> jax.Array:
-    """What Q holds beyond its aligned part, ``Q - a^2``: an estimate of the denoiser's error energy."""
-    return jnp.asarray(q) - jnp.asarray(a) ** 2
+def aligned_share(a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
+    """What Q would be if a Gaussian mode were as aligned with its end as `a` says.
+
+    ``a^2`` under a deterministic sampler, where the mode only changes its size. ``a`` under a stochastic one, whose
+    exact denoised is a martingale: what is added later does not correlate with what is there.
+    """
+    a = jnp.asarray(a)
+    return a if stochastic else a**2
+
+
+def noise_floor(q: ArrayLike, a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
+    """What Q holds beyond its aligned share: an estimate of the denoiser's error energy."""
+    return jnp.asarray(q) - aligned_share(a, stochastic=stochastic)
 
 
 def crossing(a: jax.Array, ell: ArrayLike, threshold: float = 0.5**0.5) -> jax.Array:

@@ -54,9 +54,14 @@ def test_ddim_on_gaussian_modes_has_no_sampling_noise(ddim):
     np.testing.assert_allclose(relative(ddim["energy"][..., 1]), theory(0.0), atol=2e-5)
 
 
-def test_ancestral_agrees_within_sampling_error(subject):
+@pytest.fixture(scope="module")
+def ancestral(subject):
+    return measured(subject, "ancestral")
+
+
+def test_ancestral_agrees_within_sampling_error(ancestral):
     """Each band averages n = pairs x coefficients x channels squares of normals: relative error sqrt(2 / n), twice."""
-    found = relative(measured(subject, "ancestral")["energy"][..., 1])
+    found = relative(ancestral["energy"][..., 1])
     expected = theory(1.0)
     error = 2 * np.sqrt(2 / (PAIRS * CHANNELS * np.asarray(BANDS.count)))
     assert np.all(np.abs(found - expected) < 4 * error * expected + 1e-6)
@@ -84,6 +89,16 @@ def test_projection_on_the_outcome_is_the_root_of_q(ddim):
     end = np.asarray(ddim["energy"][0, :, -1, :, 1], np.float64).mean(0)
     aligned = np.asarray(ddim["projection"][0], np.float64).mean(0) / end
     np.testing.assert_allclose(aligned, np.sqrt(theory(0.0)[0]), atol=2e-5)
+
+
+def test_projection_on_the_outcome_is_q_under_a_stochastic_sampler(ancestral):
+    """The denoised is then a martingale: the end differs from it by what is added later, which does not correlate."""
+    end = np.asarray(ancestral["energy"][0, :, -1, :, 1], np.float64).mean(0)
+    aligned = np.asarray(ancestral["projection"][0], np.float64).mean(0) / end
+    q = theory(1.0)[0]
+    error = 2 * np.sqrt(2 / (PAIRS * CHANNELS * np.asarray(BANDS.count)))
+    assert np.all(np.abs(aligned - q)[:, 1:] < 4 * error[1:] * np.sqrt(q[:, 1:]))
+    assert np.abs(aligned - np.sqrt(q))[:, 1:].max() > 0.15  # the deterministic relation does not hold
 
 
 def test_shuffled_bands_keep_sizes_and_lose_order(ddim):
