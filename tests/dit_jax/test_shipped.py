@@ -1,0 +1,53 @@
+"""The models that come with the package: whole, documented, small, and better than no model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.checkpoint import CheckpointError, load_manifest, load_model, shipped_model
+from dit_jax.diffusion import network_denoiser
+from experiments.compare import DEFAULT_WEIGHTS, untrained_model
+from ou_theory.clock import make_clock
+
+NAMES = {"photos16-v": "v", "photos16-epsilon": "epsilon"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_model_says_where_it_comes_from(name):
+    folder = shipped_model(name)
+    manifest = load_manifest(folder)
+    assert manifest["config"]["prediction"] == NAMES[name]
+    assert manifest["command"].startswith("syncgap train")
+    assert manifest["training"]["steps"] == manifest["final_loss"]["step"]
+    assert len(manifest["data"]["class_names"]) == manifest["config"]["num_classes"]
+    card = (folder / "README.md").read_text()
+    assert manifest["command"] in card
+    assert "Licence" in card
+
+
+def test_the_default_is_shipped_and_all_stay_small():
+    assert DEFAULT_WEIGHTS in NAMES
+    files = [path for name in NAMES for path in shipped_model(name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16e6
+    with pytest.raises(CheckpointError, match="photos16-v"):
+        shipped_model("photos99")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_model_denoises(name):
+    """Smooth random images of unit variance, noise of a tenth of it: a trained network takes out most of the noise
+    (the error of doing nothing is 0.1), the same architecture untrained does not."""
+    model = load_model(shipped_model(name))
+    clock = make_clock(1000)
+    step = int(np.searchsorted(clock.log_snr, np.log(10)))
+    corners = jax.random.normal(jax.random.key(0), (8, 2, 2, 3))
+    clean = jax.image.resize(corners, (8, 16, 16, 3), "linear")
+    clean = (clean - clean.mean()) / clean.std()
+    ab = clock.alpha_bar[step]
+    noisy = np.sqrt(ab) * clean + np.sqrt(1 - ab) * jax.random.normal(jax.random.key(1), clean.shape)
+    run = jax.jit(lambda model: network_denoiser(model, clock)(noisy, jnp.asarray(step), jnp.arange(8)).denoised)
+    error = float(jnp.square(run(model) - clean).mean())
+    untrained = float(jnp.square(run(untrained_model(model.config, 0)) - clean).mean())
+    assert error < 0.03
+    assert untrained > 0.06
