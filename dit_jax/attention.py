@@ -1,8 +1,14 @@
 """Multi-head attention of coupled replicas (docs/theory.md, section 6).
 
 A gate is a non-negative matrix with unit diagonal: entry (a, b) weighs replica b's keys for replica a's queries.
-Both couplings are computed block by block, one block per ordered pair of replicas, so that a zero gate adds
-exact zeros: the uncoupled model is a special case in value and in derivative, with no logarithm of zero.
+
+Two implementations agree to rounding. *Explicit* has the attention weights in hand, block by block, one block per
+ordered pair of replicas: a zero gate adds exact zeros, so that the uncoupled model is a special case in value and in
+derivative. *Fused* calls `jax.nn.dot_product_attention`, which never stores the weights on a GPU. There the log of the
+gate, constant over a block, rides inside the product of queries and keys as a few more features per head: no bias
+tensor, whatever the number of tokens.
+
+Shape letters: R (a, b) replicas, N batch, T tokens (q of queries, k of keys), H heads, d features of a head.
 """
 
 from typing import Literal
@@ -14,6 +20,10 @@ from jax.core import Tracer
 
 Coupling = Literal["joint", "blend"]
 COUPLINGS: tuple[Coupling, ...] = ("joint", "blend")
+Implementation = Literal["auto", "explicit", "fused"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "explicit", "fused")
+
+CLOSED = -1e4  # log of a zero gate on the fused path: exp of it is exactly 0, and 0 times it is not nan
 
 
 def symmetric_gate(g, num_replicas: int = 2) -> jax.Array:
@@ -50,41 +60,69 @@ def check_coupling(g) -> None:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None = None, coupling: Coupling = "joint"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gate: jax.Array | None = None,
+    coupling: Coupling = "joint",
+    implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of R replicas that may read each other's keys and values.
 
     Args:
-      q, k, v: (R, N, T, heads, head_dim).
+      q, k, v: (R, N, T, H, d).
       gate: (N, R, R) or (1, R, R), non-negative, unit diagonal; None leaves the replicas uncoupled.
       coupling: ``"joint"``: one softmax over all replicas' keys, the log of the gate added to the logits.
         ``"blend"``: a softmax per replica of keys, averaged with the gate's rows as weights.
+      implementation: ``"explicit"``, ``"fused"``, or ``"auto"``: fused in bfloat16 on a GPU, else explicit. The fused
+        path has no derivative with respect to a gate entry that is 0, and takes a zero gate for closed as long as no
+        logit behind it exceeds the open ones by 10,000.
 
     Returns:
-      out: (R, N, T, heads, head_dim), in the dtype of `v`.
-      pattern: (N, heads, R, T, R, T) attention weights, (query replica, query, key replica, key); for
-        ``gate=None``, (N, heads, R, T, 1, T). Each row sums to 1. Free if unused under jit.
+      out: (R, N, T, H, d), in the dtype of `v`.
+      pattern: (N, H, R, T, R, T) attention weights, (query replica, query, key replica, key); for
+        ``gate=None``, (N, H, R, T, 1, T). Each row sums to 1. Free if unused under jit.
+
+    Raises:
+      ValueError: unknown `coupling` or `implementation`.
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
-    precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    accum = jnp.promote_types(q.dtype, jnp.float32)
-    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    if gate is None:
-        logits = jnp.einsum("anqhd,ankhd->nhaqk", q, k, precision=precision, preferred_element_type=accum)
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        mass = weights.sum(-1)
-        out = jnp.einsum("nhaqk,ankhd->anqhd", weights.astype(v.dtype), v, precision=precision)
-        weights, mass = weights[..., None, :], mass[..., None]
-    else:
-        logits = jnp.einsum("anqhd,bnkhd->nhaqbk", q, k, precision=precision, preferred_element_type=accum)
-        gate = gate.astype(accum)[:, None, :, None, :]  # (n, h, a, q, b)
-        weights = (_joint_weights if coupling == "joint" else _blend_weights)(logits, gate)
-        mass = weights.sum((-2, -1))[..., None]
-        out = jnp.einsum("nhaqbk,bnkhd->anqhd", weights.astype(v.dtype), v, precision=precision)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "auto":
+        implementation = "fused" if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" else "explicit"
+    weights, mass = _weights(q, k, gate, coupling)
+    pattern = weights / mass
+    if implementation == "fused":
+        return _fused(q, k, v, gate, coupling), pattern
     # normalised after the product with v, where there are fewer numbers
-    out = out / jnp.einsum("nhaqb->anqhb", mass).astype(v.dtype)
-    return out, weights / mass[..., None]
+    out = _read(weights, v) / jnp.moveaxis(mass[..., 0], 1, 3).swapaxes(0, 1)
+    return out.astype(v.dtype), pattern
+
+
+def read_pattern(pattern: jax.Array, v: jax.Array) -> jax.Array:
+    """The output (R, N, T, H, d) that an attention pattern, as `attend` returns it, reads from `v` (R, N, T, H, d)."""
+    return _read(pattern, v).astype(v.dtype)
+
+
+def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, coupling: Coupling) -> tuple[jax.Array, jax.Array]:
+    """Weights (N, H, R, T, B, T) before normalisation, at least float32, and their row sums (N, H, R, T, 1, 1).
+
+    B is 1 without a gate, else R. All replicas' tokens go into one product per pair and head, of contiguous matrices.
+    """
+    replicas, batch, tokens, heads, dim = q.shape
+    q = q * jnp.asarray(dim**-0.5, q.dtype)
+    if gate is None:
+        logits = _product("...qd,...kd->...qk", _heads_out(q), _heads_out(k))  # (R, N, H, T, T)
+        logits = jnp.moveaxis(logits, 0, 2)[..., None, :]
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    else:
+        logits = _product("...qd,...kd->...qk", _joined(q), _joined(k))
+        logits = logits.reshape(batch, heads, replicas, tokens, replicas, tokens)
+        gate = gate.astype(logits.dtype)[:, None, :, None, :]  # (N, 1, a, 1, b)
+        weights = (_joint_weights if coupling == "joint" else _blend_weights)(logits, gate)
+    return weights, weights.sum((-2, -1), keepdims=True)
 
 
 def _joint_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
@@ -99,3 +137,90 @@ def _blend_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
     """A softmax per block, the blocks weighted by the gate's rows."""
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits).max(-1, keepdims=True))
     return weights * (gate / gate.sum(-1, keepdims=True) / weights.sum(-1))[..., None]
+
+
+def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Weights (N, H, R, T, B, T) times values (R, N, T, H, d), at least float32."""
+    batch, heads, replicas, tokens, blocks, _ = weights.shape
+    weights = weights.astype(v.dtype)
+    if blocks == 1:
+        out = _product("...qk,...kd->...qd", jnp.moveaxis(weights[..., 0, :], 2, 0), _heads_out(v))
+        return out.swapaxes(2, 3)
+    out = _product("...qk,...kd->...qd", weights.reshape(batch, heads, replicas * tokens, -1), _joined(v))
+    return _parted(out.swapaxes(1, 2), replicas)
+
+
+def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, coupling: Coupling) -> jax.Array:
+    replicas, batch, tokens, heads, dim = q.shape
+    cudnn = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+
+    def attention(q, k, v):  # (batch, tokens, H, features)
+        return jax.nn.dot_product_attention(q, k, v, scale=dim**-0.5, implementation="cudnn" if cudnn else "xla")
+
+    def flat(x):
+        return x.reshape(-1, *x.shape[-3:])
+
+    if gate is None:
+        return attention(flat(q), flat(k), flat(v)).reshape(q.shape)
+    gate = jnp.broadcast_to(gate, (batch, replicas, replicas))
+    if coupling == "blend":
+        queries = jnp.broadcast_to(q[:, None], (replicas, *q.shape))
+        keys, values = (jnp.broadcast_to(x[None], (replicas, *x.shape)) for x in (k, v))
+        each = attention(flat(queries), flat(keys), flat(values)).reshape(queries.shape)  # (a, b, N, T, H, d)
+        rows = gate / gate.sum(-1, keepdims=True)
+        return jnp.einsum("nab,abnthd->anthd", rows.astype(v.dtype), each, precision=_precision(v))
+
+    def sequence(x):  # (R, N, T, H, d) -> (N, R * T, H, d)
+        return jnp.moveaxis(x, 0, 1).reshape(batch, replicas * tokens, heads, -1)
+
+    for_queries, for_keys = _gate_features(gate, dim, q.dtype)
+    lead = (replicas, batch, tokens, heads)
+    q = jnp.concatenate([q, jnp.broadcast_to(for_queries[:, :, None, None], (*lead, for_queries.shape[-1]))], -1)
+    k = jnp.concatenate([k, jnp.broadcast_to(for_keys[:, None, None, None], (*lead, for_keys.shape[-1]))], -1)
+    v = jnp.pad(v, [(0, 0)] * 4 + [(0, for_keys.shape[-1])])
+    out = attention(sequence(q), sequence(k), sequence(v))[..., :dim]
+    return _parted(out, replicas)
+
+
+def _gate_features(gate: jax.Array, dim: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """Features whose product, times ``dim ** -0.5``, is the log of the gate: queries (R, N, F) and keys (R, F).
+
+    The keys of replica b are one-hot in b. In bfloat16 a log is split over three features, which add up to float32
+    accuracy in the accumulator. F fills the head dimension to a multiple of 8, as cuDNN wants it.
+    """
+    replicas = gate.shape[-1]
+    log = jnp.where(gate > 0, jnp.log(jnp.where(gate > 0, gate, 1.0)), CLOSED)
+    rest = jnp.maximum(log, CLOSED) * dim**0.5
+    parts = []
+    for _ in range(3 if dtype == jnp.bfloat16 else 1):
+        parts.append(rest.astype(dtype))
+        rest = rest - parts[-1].astype(rest.dtype)
+    queries = jnp.moveaxis(jnp.concatenate(parts, -1), 0, 1)
+    keys = jnp.tile(jnp.eye(replicas, dtype=dtype), (1, len(parts)))
+    fill = -(dim + keys.shape[-1]) % 8
+    return jnp.pad(queries, [(0, 0), (0, 0), (0, fill)]), jnp.pad(keys, [(0, 0), (0, fill)])
+
+
+def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    accum = jnp.promote_types(left.dtype, jnp.float32)
+    return jnp.einsum(subscripts, left, right, precision=_precision(left), preferred_element_type=accum)
+
+
+def _precision(x: jax.Array):
+    return None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+
+def _heads_out(x: jax.Array) -> jax.Array:
+    """(..., T, H, d) -> (..., H, T, d)."""
+    return x.swapaxes(-3, -2)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """(R, N, T, H, d) -> (N, H, R * T, d): the tokens of all replicas as one sequence."""
+    replicas, batch, tokens, heads, dim = x.shape
+    return jnp.transpose(x, (1, 3, 0, 2, 4)).reshape(batch, heads, replicas * tokens, dim)
+
+
+def _parted(x: jax.Array, replicas: int) -> jax.Array:
+    """(N, R * T, H, d) -> (R, N, T, H, d)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], replicas, -1, *x.shape[2:]), 1, 0)

@@ -11,24 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.attention import Coupling
-from dit_jax.model import DiT
+from dit_jax.attention import Coupling, Implementation
+from dit_jax.config import Prediction as Kind
+from dit_jax.model import DiT, Edit, Tap
 from dit_jax.objective import denoised_from, posterior_tables
 from ou_theory.clock import Clock
 
 GuidedChannels = Literal["official", "all"]
+GuidedCoupling = Literal["both", "conditional"]
 Sampler = Literal["ddim", "ancestral"]
 
 
 class Prediction(NamedTuple):
-    """What a denoiser may return. Both of the shape of the state."""
+    """What a denoiser may return. The arrays are of the shape of the state."""
 
     denoised: jax.Array  # predicted clean image
     fraction: jax.Array | None = None  # log-variance of the ancestral step: 1 is log beta, 0 the posterior's
+    taps: Any = None  # whatever else is to be observed
 
 
 Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array | Prediction]
-Observer = Callable[[jax.Array, jax.Array, jax.Array], Any]
+Observer = Callable[..., Any]
 Step = Callable[[jax.Array, jax.Array, Prediction, jax.Array | None], jax.Array]
 
 
@@ -46,27 +49,44 @@ def guided_output(
     y: jax.Array,
     gate: jax.Array | None = None,
     *,
-    scale: float,
+    scale: float | jax.Array,
     channels: GuidedChannels = "all",
-    coupling: Coupling = "joint",
-) -> jax.Array:
-    """Network output under classifier-free guidance, from one batch of twice the size; both halves are coupled.
+    guided_coupling: GuidedCoupling = "both",
+    **options: Any,
+) -> Any:
+    """Network output under classifier-free guidance, from one batch of twice the size.
 
     Args:
-      x, t, y, gate, coupling: as `DiT.__call__`.
+      x, t, y, gate: as `DiT.__call__`.
       scale: guidance scale; 1 gives the conditional output.
       channels: ``"official"`` guides the first three channels only, as the released sampling code does (an accident
         that its authors keep for reproducibility); ``"all"`` guides every image channel.
+      guided_coupling: ``"both"`` halves are coupled by the gate, or only the ``"conditional"`` one.
+      options: further arguments of `DiT.__call__`. A tap sees the doubled batch, conditional half first, and comes
+        back beside the output.
+
+    Raises:
+      ValueError: unknown `channels` or `guided_coupling`.
     """
+    if channels not in ("official", "all"):
+        raise ValueError(f"guided channels {channels!r} are not one of official, all")
+    if guided_coupling not in ("both", "conditional"):
+        raise ValueError(f"guided coupling {guided_coupling!r} is not one of both, conditional")
     axis = x.ndim - 4
     twice = jnp.concatenate([x, x], axis)
     null = jnp.full_like(y, model.config.num_classes)
-    if gate is not None and gate.ndim > 2 and gate.shape[-3] > 1:
+    if gate is not None and guided_coupling == "conditional":
+        gate = jnp.broadcast_to(gate, (*gate.shape[:-3], len(y), *gate.shape[-2:]))
+        closed = jnp.broadcast_to(jnp.eye(gate.shape[-1], dtype=gate.dtype), gate.shape)
+        gate = jnp.concatenate([gate, closed], -3)
+    elif gate is not None and gate.ndim > 2 and gate.shape[-3] > 1:
         gate = jnp.concatenate([gate, gate], -3)
-    out = model(twice, jnp.concatenate([t, t]), jnp.concatenate([y, null]), gate, coupling=coupling)
+    out = model(twice, jnp.concatenate([t, t]), jnp.concatenate([y, null]), gate, **options)
+    out, *taps = out if isinstance(out, tuple) else (out,)
     conditional, unconditional = jnp.split(out, 2, axis)
     count = model.config.in_channels if channels == "all" else min(3, model.config.in_channels)
-    return guide(conditional, unconditional, scale, count)
+    out = guide(conditional, unconditional, scale, count)
+    return (out, *taps) if taps else out
 
 
 def network_denoiser(
@@ -75,35 +95,58 @@ def network_denoiser(
     gate: jax.Array | None = None,
     *,
     coupling: Coupling = "joint",
+    attention: Implementation = "auto",
     guidance: float = 1.0,
     channels: GuidedChannels = "all",
+    guided_coupling: GuidedCoupling = "both",
+    tap: Tap | None = None,
+    edit: Edit | None = None,
 ) -> Denoiser:
     """The denoiser of a DiT: state (N, H, W, C) or (R, N, H, W, C), labels (N,).
 
     The network is given the original timestep of the step. Build it inside the jitted function that uses it, so that
     weights and gate are arguments of the compilation, not constants in it.
+
+    Args:
+      gate: as `DiT.__call__`, or (n, layers, pairs, R, R) with a gate for each of the n steps of the clock.
+      guidance, channels, guided_coupling: see `guided_output`; guidance 1 needs no doubled batch.
+      coupling, attention, tap, edit: see `DiT.__call__`; what is tapped goes into `Prediction.taps`. For an
+        edit that depends on the step, write a denoiser that builds this one with the edit of its step.
+
+    Raises:
+      ValueError: a gate per step that is not as long as the clock.
     """
     timesteps = np.asarray(clock.timesteps)
     config = model.config
+    if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
+        raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
+    options: dict[str, Any] = {"coupling": coupling, "attention": attention, "tap": tap, "edit": edit}
+    if guidance != 1.0:
+        options.update(scale=guidance, channels=channels, guided_coupling=guided_coupling)
 
     def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
         t = jnp.full(labels.shape, jnp.asarray(timesteps)[step])
-        if guidance == 1.0:
-            out = model(x, t, labels, gate, coupling=coupling)
-        else:
-            out = guided_output(model, x, t, labels, gate, scale=guidance, channels=channels, coupling=coupling)
+        now = gate
+        if gate is not None and gate.ndim == 5:
+            now = gate[0] if gate.shape[0] == 1 else gate[step]
+        found = (
+            model(x, t, labels, now, **options)
+            if guidance == 1.0
+            else guided_output(model, x, t, labels, now, **options)
+        )
+        out, taps = found if tap is not None else (found, None)
         out = out.astype(x.dtype)
-        mean_part, variance_part = out[..., : config.in_channels], out[..., config.in_channels :]
-        alpha_bar = jnp.asarray(clock.alpha_bar, x.dtype)[step]
-        denoised = _denoised(mean_part, x, clock, step, alpha_bar, config.prediction)
-        return Prediction(denoised, (variance_part + 1) / 2 if config.learn_sigma else None)
+        denoised = denoised_at(clock, step, x, out[..., : config.in_channels], config.prediction)
+        fraction = (out[..., config.in_channels :] + 1) / 2 if config.learn_sigma else None
+        return Prediction(denoised, fraction, taps)
 
     return denoise
 
 
-def _denoised(out, x, clock: Clock, step, alpha_bar, prediction):
-    if prediction != "epsilon":
-        return denoised_from(out, x, alpha_bar, prediction)
+def denoised_at(clock: Clock, step: jax.Array, x: jax.Array, out: jax.Array, kind: Kind) -> jax.Array:
+    """The clean image that a prediction `out` (..., H, W, C) of this kind stands for, at state `x` of a step."""
+    if kind != "epsilon":
+        return denoised_from(out, x, jnp.asarray(clock.alpha_bar, x.dtype)[step], kind)
     # 1 / ab - 1 in float64 first: at the clean end it loses three digits in float32
     return _at(np.sqrt(1 / clock.alpha_bar), step, x) * x - _at(np.sqrt(1 / clock.alpha_bar - 1), step, x) * out
 
@@ -167,8 +210,9 @@ def sample(
       eta: stochasticity of DDIM; 0 is deterministic.
       noise: ``noise(step)``, unit Gaussian of the shape of `x`; needed unless DDIM with `eta` = 0.
       clip: bound on the absolute value of the predicted clean image; None leaves it alone.
-      observe: ``observe(step, x, denoised)`` is called with the state that the denoiser saw; what it returns is
-        stacked over steps, and nothing else is kept.
+      observe: ``observe(step, x, denoised)`` is called with the state that the denoiser saw, and with
+        `Prediction.taps` as a fourth argument if there are any; what it returns is stacked over steps, and nothing
+        else is kept.
 
     Returns:
       the sample, and the observations with a leading axis n (None without an observer).
@@ -189,7 +233,8 @@ def sample(
             prediction = Prediction(prediction)
         if clip is not None:
             prediction = prediction._replace(denoised=jnp.clip(prediction.denoised, -clip, clip))
-        kept = None if observe is None else observe(step, x, prediction.denoised)
+        taps = () if prediction.taps is None else (prediction.taps,)
+        kept = None if observe is None else observe(step, x, prediction.denoised, *taps)
         return update(step, x, prediction, noise(step) if stochastic and noise is not None else None), kept
 
     return jax.lax.scan(body, x, jnp.arange(len(clock)))

@@ -7,17 +7,36 @@ Shape letters: R replicas, N batch, T tokens, D width.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.attention import Coupling, attend
+from dit_jax.attention import Coupling, Implementation, attend, read_pattern
 from dit_jax.config import DiTConfig
 
 Tap = Callable[[jax.Array, dict[str, jax.Array]], Any]
+Edit = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+# What a tap is given and an edit may change in every block, in the order in which it is computed.
+ACTIVATIONS = {
+    "resid_pre": "(R, N, T, D) residual stream before the block",
+    "adaln": "(N, 6D) shift, scale and gate of attention, then of the MLP",
+    "norm1": "(R, N, T, D) normalised residual, before shift and scale",
+    "q": "(R, N, T, heads, head_dim) queries",
+    "k": "(R, N, T, heads, head_dim) keys",
+    "v": "(R, N, T, heads, head_dim) values",
+    "pattern": "(N, heads, R, T, R or 1, T) attention weights, see `dit_jax.attention.attend`",
+    "head_out": "(R, N, T, heads, head_dim) what each head read, before the output projection",
+    "attn_out": "(R, N, T, D) attention output, before its gate",
+    "resid_mid": "(R, N, T, D) residual stream between attention and MLP",
+    "norm2": "(R, N, T, D) normalised residual, before shift and scale",
+    "mlp_hidden": "(R, N, T, 4D) MLP features after the GELU",
+    "mlp_out": "(R, N, T, D) MLP output, before its gate",
+    "resid_post": "(R, N, T, D) residual stream after the block",
+}
 
 FREQUENCY_FEATURES = 256
 _xavier = nnx.initializers.xavier_uniform()
@@ -76,18 +95,29 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` in the config's compute dtype, at full float32 precision on any device (no TF32)."""
+    """`nnx.Linear` in the config's compute dtype: full float32 precision on any device (no TF32), and sums in float32
+    where that dtype is narrower."""
 
     def __init__(self, fan_in: int, fan_out: int, config: DiTConfig, rngs: nnx.Rngs, init=_xavier):
+        self.compute_dtype = jnp.dtype(config.dtype)
         super().__init__(
             fan_in,
             fan_out,
-            dtype=jnp.dtype(config.dtype),
             param_dtype=param_dtype(config),
             precision=None if config.dtype == "bfloat16" else jax.lax.Precision.HIGHEST,
             kernel_init=init,
             rngs=rngs,
         )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        dtype = self.compute_dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        assert self.bias is not None
+        # a bfloat16 result would cost the bias its last digits, and XLA on CPUs its matrix units
+        out = jnp.dot(
+            inputs.astype(dtype), self.kernel[...].astype(dtype), precision=self.precision, preferred_element_type=wide
+        )
+        return (out + self.bias[...].astype(wide)).astype(dtype)
 
 
 def param_dtype(config: DiTConfig):
@@ -111,11 +141,14 @@ class Attention(nnx.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size, config, rngs)
         self.num_heads = config.num_heads
 
-    def __call__(self, x: jax.Array, gate: jax.Array | None, coupling: Coupling) -> tuple[jax.Array, dict]:
+    def __call__(self, x: jax.Array, gate: jax.Array | None, options: "Options", at: "Point") -> jax.Array:
         qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
-        q, k, v = (qkv[..., i, :, :] for i in range(3))
-        out, pattern = attend(q, k, v, gate, coupling)
-        return self.proj(out.reshape(x.shape)), {"q": q, "k": k, "v": v, "pattern": pattern}
+        q, k, v = (at(name, qkv[..., i, :, :]) for i, name in enumerate("qkv"))
+        out, pattern = attend(q, k, v, gate, options.coupling, options.attention)
+        edited = at("pattern", pattern)
+        if edited is not pattern:
+            out = read_pattern(edited, v)
+        return self.proj(at("head_out", out).reshape(x.shape))
 
 
 class Mlp(nnx.Module):
@@ -123,8 +156,37 @@ class Mlp(nnx.Module):
         self.fc1 = Linear(config.hidden_size, config.mlp_size, config, rngs)
         self.fc2 = Linear(config.mlp_size, config.hidden_size, config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
+    def __call__(self, x: jax.Array, at: "Point") -> jax.Array:
+        return self.fc2(at("mlp_hidden", nnx.gelu(self.fc1(x), approximate=True)))
+
+
+class Options(NamedTuple):
+    """How blocks are run; nothing of it is traced."""
+
+    coupling: Coupling
+    attention: Implementation
+    edit: Edit | None
+
+
+class Point:
+    """Names the activations of one block as they come up: ``at(name, value)`` gives back the value, edited if asked."""
+
+    def __init__(self, layer: jax.Array, edit: Edit | None):
+        self.layer, self.edit = layer, edit
+        self.activations: dict[str, jax.Array] = {}
+
+    def __call__(self, name: str, value: jax.Array) -> jax.Array:
+        if self.edit is not None:
+            edited = self.edit(name, self.layer, value)
+            if not hasattr(edited, "shape") or edited.shape != value.shape or edited.dtype != value.dtype:
+                found = f"{edited.dtype}{edited.shape}" if hasattr(edited, "shape") else type(edited).__name__
+                raise ValueError(
+                    f"an edit must return {name} as it got it, {value.dtype}{value.shape} {ACTIVATIONS[name]}; got "
+                    f"{found} (return the value itself where there is nothing to change)"
+                )
+            value = edited
+        self.activations[name] = value
+        return value
 
 
 class Block(nnx.Module):
@@ -134,27 +196,19 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
         self.adaln = Linear(config.hidden_size, 6 * config.hidden_size, config, rngs, _zeros)
 
-    def __call__(self, x: jax.Array, c: jax.Array, gate: jax.Array | None, coupling: Coupling):
+    def __call__(
+        self, layer: jax.Array, x: jax.Array, c: jax.Array, gate: jax.Array | None, options: Options
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x (R, N, T, D), c (N, D) -> x and the named activations of this block."""
-        adaln = self.adaln(nnx.silu(c))
+        at = Point(layer, options.edit)
+        x = at("resid_pre", x)
+        adaln = at("adaln", self.adaln(nnx.silu(c)))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(adaln, 6, -1)
-        norm1 = self.norm(x)
-        attn_out, inside = self.attn(modulate(norm1, shift_attn, scale_attn), gate, coupling)
-        middle = x + gate_attn[..., None, :] * attn_out
-        norm2 = self.norm(middle)
-        mlp_out = self.mlp(modulate(norm2, shift_mlp, scale_mlp))
-        after = middle + gate_mlp[..., None, :] * mlp_out
-        return after, {
-            "resid_pre": x,
-            "adaln": adaln,
-            "norm1": norm1,
-            "attn_out": attn_out,
-            "resid_mid": middle,
-            "norm2": norm2,
-            "mlp_out": mlp_out,
-            "resid_post": after,
-            **inside,
-        }
+        h = modulate(at("norm1", self.norm(x)), shift_attn, scale_attn)
+        x = at("resid_mid", x + gate_attn[..., None, :] * at("attn_out", self.attn(h, gate, options, at)))
+        h = modulate(at("norm2", self.norm(x)), shift_mlp, scale_mlp)
+        x = at("resid_post", x + gate_mlp[..., None, :] * at("mlp_out", self.mlp(h, at)))
+        return x, at.activations
 
 
 class FinalLayer(nnx.Module):
@@ -207,6 +261,11 @@ class DiT(nnx.Module):
         """Timesteps and labels (N,) -> conditioning vector (N, D)."""
         return self.t_embedder(t) + self.y_embedder(y)
 
+    def readout(self, h: jax.Array, c: jax.Array) -> jax.Array:
+        """The final layer on a residual stream: tokens (..., N, T, D), conditioning (N, D) -> (..., N, H, W, C_out)."""
+        out = unpatchify(self.final_layer(h, c), self.config.patch_size)
+        return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+
     def __call__(
         self,
         x: jax.Array,
@@ -215,7 +274,9 @@ class DiT(nnx.Module):
         gate: jax.Array | None = None,
         *,
         coupling: Coupling = "joint",
+        attention: Implementation = "auto",
         tap: Tap | None = None,
+        edit: Edit | None = None,
         unroll: int = 1,
     ) -> Any:
         """Raw network output.
@@ -224,18 +285,22 @@ class DiT(nnx.Module):
           x: (N, H, W, C), or (R, N, H, W, C) for R replicas of N pairs.
           t: (N,) timesteps on the original 0..999 grid; replicas share them.
           y: (N,) int labels; `config.num_classes` is the null label.
-          gate: coupling of the replicas, broadcast to (depth, N, R, R); None runs them uncoupled.
-          coupling: see `dit_jax.attention.attend`.
+          gate: coupling of the replicas, broadcast to (depth, N, R, R): per layer, per pair, or both. None runs them
+            uncoupled.
+          coupling, attention: see `dit_jax.attention.attend`.
+          tap: called as ``tap(layer, activations)`` in every block, `layer` a traced int, `activations` a dict with
+            the names and shapes of `ACTIVATIONS` and with ``"conditioning"`` (N, D), the same in all blocks; whatever
+            pytree it returns comes back stacked over layers. What it does not return is not kept.
+          edit: called as ``edit(name, layer, value)`` for every name of `ACTIVATIONS`; what it returns, of the same
+            shape and dtype, is used in place of `value`, and is what a tap sees. Both functions must be pure.
           unroll: layers per scan iteration; more compile longer and run faster on CPUs, with the same result.
-          tap: called as ``tap(layer, activations)`` in every block, `layer` a traced int; whatever pytree it
-            returns comes back stacked over layers. Names: resid_pre, norm1, attn_out, resid_mid, norm2, mlp_out,
-            resid_post, each (R, N, T, D); adaln (N, 6D); q, k, v (R, N, T, heads, head_dim); pattern, see `attend`.
 
         Returns:
           (..., H, W, out_channels) of the shape of `x` but for channels; with `tap`, that and the taps.
 
         Raises:
-          ValueError: the image does not fit the config, or a gate comes without a replica axis.
+          ValueError: the image does not fit the config, a gate comes without a replica axis or does not broadcast, or
+            an edit changes a shape or dtype.
         """
         config = self.config
         image = (config.input_size, config.input_size, config.in_channels)
@@ -250,21 +315,30 @@ class DiT(nnx.Module):
             x = x[None]
         h = self.embed(x.astype(config.dtype))
         c = self.condition(t, y)
-        gates = None
-        if gate is not None:
-            replicas = x.shape[0]
-            lead = jnp.broadcast_shapes(gate.shape[:-2], (config.depth, 1))
-            gates = jnp.broadcast_to(gate, (*lead, replicas, replicas))
+        gates = None if gate is None else _gates(gate, config.depth, *x.shape[:2])
+        options = Options(coupling, attention, edit)
         graph, weights = nnx.split(self.blocks)
 
         def layer(h, scanned):
             index, weights, gate = scanned
-            h, activations = nnx.merge(graph, weights)(h, c, gate, coupling)
-            return h, None if tap is None else tap(index, activations)
+            h, activations = nnx.merge(graph, weights)(index, h, c, gate, options)
+            return h, None if tap is None else tap(index, {**activations, "conditioning": c})
 
         h, taps = jax.lax.scan(layer, h, (jnp.arange(config.depth), weights, gates), unroll=unroll)
-        out = unpatchify(self.final_layer(h, c), config.patch_size)
-        out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
-        if single:
-            out = out[0]
+        out = self.readout(h[0] if single else h, c)
         return out if tap is None else (out, taps)
+
+
+def _gates(gate: jax.Array, depth: int, replicas: int, pairs: int) -> jax.Array:
+    """A gate broadcast to (depth, N or 1, R, R)."""
+    full = (depth, pairs, replicas, replicas)
+    fits = 2 <= gate.ndim <= 4 and all(
+        n in (1, m) for n, m in zip(gate.shape[:-2][::-1], full[:-2][::-1], strict=False)
+    )
+    if not fits or gate.shape[-2:] != full[-2:]:
+        raise ValueError(
+            f"gate {gate.shape} does not broadcast to (layers, pairs, replicas, replicas) = {full}; see "
+            "dit_jax.attention.symmetric_gate"
+        )
+    lead = jnp.broadcast_shapes(gate.shape[:-2], (depth, 1))
+    return jnp.broadcast_to(gate, (*lead, replicas, replicas))

@@ -15,8 +15,8 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.diffusion import Denoiser, Sampler, sample
 from ou_theory.clock import Clock
 
-CoupledDenoiser = Callable[[jax.Array], Denoiser]  # gate (N, R, R) -> denoiser of states (R, N, H, W, C)
-PairObserver = Callable[[jax.Array, jax.Array, jax.Array], Any]
+CoupledDenoiser = Callable[[jax.Array], Denoiser]  # gate ([[n,] layers,] N, R, R) -> denoiser of states (R, N, H, W, C)
+PairObserver = Callable[..., Any]
 
 INITIAL = -1  # the "step" of the initial noise
 
@@ -55,41 +55,66 @@ def run_pairs(
     eta: float = 0.0,
     observe: PairObserver | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Samples every pair at every coupling, as one batch of C * P.
+    """Samples every pair at every coupling, as one batch of P * C: a pair's couplings side by side, so that what is
+    split over devices by pair stays split.
 
     Args:
       coupled: gives the denoiser under a gate.
-      clock: noise levels.
-      couplings: (C,) gates of symmetric pairs; traced, so that another grid of the same length does not recompile.
+      clock: n noise levels.
+      couplings: (C,) gates g of symmetric all-to-all replicas; or any gates, (C, R, R), per layer (C, layers, R, R), or
+        per sampler step and layer (C, n, layers, R, R), `layers` and n possibly 1. Traced, so that another grid of the
+        same shape does not recompile.
       pairs: (P,) pair indices, which select the noise.
       labels: (P,) class labels.
       shape: (H, W, C) of one image.
       seed: of the whole experiment.
-      observe: ``observe(step, x, denoised)`` with arrays (R, C, P, H, W, channels); see `sample`.
+      replicas: R.
+      observe: ``observe(step, x, denoised)`` with arrays (R, C, P, H, W, channels); see `sample`. Taps, its fourth
+        argument where there are any, come as the network gave them, with a batch axis of P * C.
 
     Returns:
       samples (R, C, P, H, W, channels), and the observations stacked over steps.
+
+    Raises:
+      ValueError: `couplings` is of none of these shapes.
     """
     grid = (couplings.shape[0], pairs.shape[0])
-    gate = jnp.repeat(symmetric_gate(couplings, replicas), grid[1], 0)
+    gate = grid_gates(couplings, replicas)
+    gate = jnp.moveaxis(jnp.tile(gate, (grid[1],) + (1,) * (gate.ndim - 1)), 0, -3)
 
     def to_grid(x):
-        return x.reshape(replicas, *grid, *x.shape[2:])
+        return x.reshape(replicas, *grid[::-1], *x.shape[2:]).swapaxes(1, 2)
 
     def noise(step):
-        return jnp.tile(pair_noise(seed, pairs, step, shape, replicas), (1, grid[0], 1, 1, 1))
+        return jnp.repeat(pair_noise(seed, pairs, step, shape, replicas), grid[0], 1)
 
-    def observer(step, x, denoised):
-        return None if observe is None else observe(step, to_grid(x), to_grid(denoised))
+    def observer(step, x, denoised, *taps):
+        return None if observe is None else observe(step, to_grid(x), to_grid(denoised), *taps)
 
     out, kept = sample(
         coupled(gate),
         noise(INITIAL),
         clock,
-        jnp.tile(labels, grid[0]),
+        jnp.repeat(labels, grid[0]),
         sampler=sampler,
         eta=eta,
         noise=noise,
         observe=observer,
     )
     return to_grid(out), kept
+
+
+def grid_gates(couplings: jax.Array, replicas: int = 2) -> jax.Array:
+    """Gates (C, [[n,] layers,] R, R) of a grid of couplings, which may be scalars (C,) of symmetric replicas.
+
+    Raises:
+      ValueError: neither.
+    """
+    if couplings.ndim == 1:
+        return symmetric_gate(couplings, replicas)
+    if couplings.ndim not in (3, 4, 5) or couplings.shape[-2:] != (replicas, replicas):
+        raise ValueError(
+            f"couplings {couplings.shape} are neither scalars (C,) nor gates (C, [[steps,] layers,] R, R) of "
+            f"R = {replicas} replicas"
+        )
+    return couplings

@@ -128,14 +128,14 @@ def one_pass(
       labels: (P,).
     """
     count, size = couplings.shape[0], labels.shape[0]
-    denoise = coupled(jnp.repeat(symmetric_gate(couplings), size, 0))
+    denoise = coupled(jnp.tile(symmetric_gate(couplings), (size, 1, 1)))  # the order of `run_pairs`
 
     def at_step(inputs):
         step, x = inputs
-        prediction = denoise(jnp.tile(x, (1, count, 1, 1, 1)), step, jnp.tile(labels, count))
+        prediction = denoise(jnp.repeat(x, count, 1), step, jnp.repeat(labels, count))
         denoised = prediction.denoised if isinstance(prediction, Prediction) else prediction
-        difference = pair_modes(denoised.reshape(2, count, size, *x.shape[2:]))[1]
-        return band_mean(jnp.square(difference), bands)
+        difference = pair_modes(denoised.reshape(2, size, count, *x.shape[2:]))[1]
+        return band_mean(jnp.square(difference), bands).swapaxes(0, 1)
 
     energy = jax.lax.map(at_step, (jnp.arange(len(clock)), states))
     return jnp.moveaxis(energy, 0, 2)

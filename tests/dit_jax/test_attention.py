@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dit_jax.attention as attention_module
 from dit_jax.attention import COUPLINGS, anisotropic_gate, attend, symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.model import DiT
@@ -140,6 +141,99 @@ def test_anisotropic_gate_is_one_way(coupling):
     out, _ = attend(q, k, v, one_way, coupling)
     np.testing.assert_allclose(out[1], attend(q, k, v)[0][1], atol=1e-6)
     np.testing.assert_allclose(out[0], attend(q, k, v, gate(0.8), coupling)[0][0], atol=1e-6)
+
+
+# --- the fused path
+
+
+def random_gates(replicas, seed=0):
+    """A gate for each pair, off-diagonal entries from 0 to above 1, one of them exactly 0."""
+    values = jax.random.uniform(jax.random.key(seed), (BATCH, replicas, replicas), maxval=1.5)
+    return jnp.where(jnp.eye(replicas, dtype=bool), 1.0, values.at[0, 0, 1].set(0.0))
+
+
+@couplings
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_fused_and_explicit_agree_to_rounding(coupling, replicas):
+    q, k, v = qkv(replicas, scale=2.0)
+    for gates in (None, random_gates(replicas) if replicas > 1 else jnp.ones((1, 1, 1)), gate(0.0, replicas)):
+        explicit, pattern = attend(q, k, v, gates, coupling, "explicit")
+        fused, same_pattern = attend(q, k, v, gates, coupling, "fused")
+        np.testing.assert_allclose(fused, explicit, atol=2e-6)
+        np.testing.assert_array_equal(pattern, same_pattern)
+
+
+@couplings
+def test_fused_and_explicit_agree_in_float64_and_in_their_slopes(coupling, x64):
+    q, k, v = qkv().astype(jnp.float64)
+    gates = random_gates(2).astype(jnp.float64)
+
+    def total(implementation):
+        return lambda q, gates: jnp.sum(jnp.sin(attend(q, k, v, gates, coupling, implementation)[0]))
+
+    for argument in (0, 1):
+        opened = gates if argument == 0 else jnp.maximum(gates, 0.1)  # no slope at a closed gate on the fused path
+        slopes = [jax.grad(total(each), argument)(q, opened) for each in ("explicit", "fused")]
+        # jax.nn.dot_product_attention takes its softmax in float32 whatever the inputs
+        np.testing.assert_allclose(slopes[1], slopes[0], atol=3e-6)
+
+
+@couplings
+def test_bfloat16_attention_is_within_its_rounding_on_both_paths(coupling):
+    """Three units in the last place (2^-8) of the largest value, against float32 on the same rounded inputs: the gate
+    adds no more than the inputs do, because its log is carried in three parts."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(scale=1.5))
+    gates = random_gates(2)
+    reference, _ = attend(*(x.astype(jnp.float32) for x in (q, k, v)), gates, coupling, "explicit")
+    for implementation in ("explicit", "fused"):
+        out, _ = attend(q, k, v, gates, coupling, implementation)
+        assert out.dtype == jnp.bfloat16
+        assert np.abs(out.astype(jnp.float32) - reference).max() < 3 * 2**-8 * np.abs(reference).max()
+
+
+def test_the_log_of_a_gate_survives_bfloat16(x64):
+    gates = jnp.array([[[1.0, 0.01], [0.3, 1.0]], [[1.0, 0.0], [2.5, 1.0]]])
+    for dim in (64, 72):
+        queries, keys = attention_module._gate_features(gates, dim, jnp.bfloat16)
+        assert queries.dtype == keys.dtype == jnp.bfloat16
+        assert (dim + keys.shape[-1]) % 8 == 0
+        logs = jnp.einsum("anf,bf->nab", queries.astype(float), keys.astype(float)) * dim**-0.5
+        exact = jnp.where(gates > 0, jnp.log(gates), attention_module.CLOSED)
+        np.testing.assert_allclose(logs, exact, rtol=1e-6)
+
+
+@couplings
+def test_a_gate_needs_no_bias_tensor_on_the_fused_path(coupling, monkeypatch):
+    q, k, v = qkv()
+    calls = []
+    stock = jax.nn.dot_product_attention
+
+    def recorded(q, k, v, bias=None, mask=None, **options):
+        calls.append((q.shape, k.shape, bias, mask))
+        return stock(q, k, v, bias, mask, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    attend(q, k, v, gate(0.3), coupling, "fused")
+    (queries, keys, bias, mask), *others = calls
+    assert not others
+    assert bias is None
+    assert mask is None
+    joined = (BATCH, 2 * TOKENS, HEADS, 8)  # 4 features, 2 for the gate, filled to 8
+    assert queries == keys == (joined if coupling == "joint" else (4 * BATCH, TOKENS, HEADS, DIM))
+
+
+def test_a_closed_replica_stays_closed_on_the_fused_path():
+    q, k, v = qkv(seed=2)
+    k = k.at[1].mul(200.0)
+    out, _ = attend(q, k, v, gate(0.0), "joint", "fused")
+    np.testing.assert_allclose(out, attend(q, k, v)[0], atol=1e-5)
+
+
+def test_unknown_couplings_and_implementations_are_told():
+    with pytest.raises(ValueError, match="'mixed' is not one of joint, blend"):
+        attend(*qkv(), gate(0.1), "mixed")
+    with pytest.raises(ValueError, match="'flash' is not one of auto, explicit, fused"):
+        attend(*qkv(), gate(0.1), implementation="flash")
 
 
 # --- what a gate does to a difference

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import dit_jax.model as model_module
 from dit_jax.checkpoint import abstract_model, assemble, weight_shapes
 from dit_jax.config import VARIANTS, DiTConfig, variant
-from dit_jax.model import DiT, LayerNorm, patchify, position_embedding, timestep_features, unpatchify
+from dit_jax.model import DiT, LayerNorm, Options, patchify, position_embedding, timestep_features, unpatchify
 from dit_jax.weights import convert
 
 DATA = Path(__file__).parents[1] / "data"
@@ -249,9 +249,10 @@ def test_scan_is_the_loop_over_its_blocks(refs, tiny, float32_run):
     @nnx.jit
     def loop(model, x, t, y):
         graph, stacked = nnx.split(model.blocks)
+        options = Options("joint", "explicit", None)
         h, c = model.embed(x)[None], model.condition(t, y)
         for i in range(DEPTH):
-            h, _ = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked))(h, c, None, "joint")
+            h, _ = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked))(i, h, c, None, options)
         return unpatchify(model.final_layer(h, c), 2)[0], model(x, t, y, unroll=DEPTH)
 
     for out in loop(build(tiny), *inputs(refs)):

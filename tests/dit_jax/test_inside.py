@@ -1,0 +1,277 @@
+"""Taps, edits, the lens, and gates by layer and by step: one path for all."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_jax.attention import anisotropic_gate, symmetric_gate
+from dit_jax.config import DiTConfig
+from dit_jax.diffusion import denoised_at, network_denoiser, sample
+from dit_jax.inside import ablate, chain, copy_replica, keep, lens, replace, residual_norm
+from dit_jax.model import ACTIVATIONS, DiT
+from dit_jax.replicas import run_pairs
+from ou_theory.clock import make_clock
+
+CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=24, depth=3, num_heads=2, num_classes=4)
+BATCH, CLOCK = 2, make_clock(4)
+T, Y = jnp.array([900, 30]), jnp.array([1, 3])
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random everywhere, also where the initialisation is zero, so that every activation matters."""
+    model = DiT(CONFIG, nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    drawn = [0.2 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
+    nnx.update(model, jax.tree.unflatten(tree, drawn))
+    return model
+
+
+def images(replicas=2, seed=0):
+    return jax.random.normal(jax.random.key(seed), (replicas, BATCH, 8, 8, 3))
+
+
+def close(a, b, tolerance=2e-6):
+    np.testing.assert_allclose(a, b, atol=tolerance * np.abs(np.asarray(b)).max())
+
+
+@nnx.jit(static_argnames=("tap", "edit", "coupling"))
+def run(model, x, gate=None, tap=None, edit=None, coupling="joint"):
+    return model(x, T, Y, gate, tap=tap, edit=edit, coupling=coupling)
+
+
+# --- taps
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_activation_has_its_documented_shape(model, gated):
+    sizes = {"R": 2, "N": BATCH, "T": 16, "D": 24, "6D": 144, "4D": 96, "heads": 2, "head_dim": 12}
+    sizes["R or 1"] = 2 if gated else 1
+    _, taps = run(model, images(), symmetric_gate(jnp.array([0.3])) if gated else None, keep(*ACTIVATIONS))
+    assert set(taps) == set(ACTIVATIONS)
+    for name, text in ACTIVATIONS.items():
+        letters = text[1 : text.index(")")].split(", ")
+        assert taps[name].shape == (3, *(sizes[letter] for letter in letters)), name
+
+
+def test_a_tap_changes_nothing_and_a_block_is_made_of_its_activations(model):
+    out, a = run(model, images(), symmetric_gate(jnp.array([0.3])), keep(*ACTIVATIONS))
+    close(out, run(model, images(), symmetric_gate(jnp.array([0.3]))))
+    _, _, gate_attn, _, _, gate_mlp = jnp.split(a["adaln"], 6, -1)
+    close(a["resid_mid"], a["resid_pre"] + gate_attn[:, None, :, None] * a["attn_out"])
+    close(a["resid_post"], a["resid_mid"] + gate_mlp[:, None, :, None] * a["mlp_out"])
+    close(a["resid_pre"][1:], a["resid_post"][:-1])
+    close(jnp.einsum("lnhaqbk,lbnkhd->lanqhd", a["pattern"], a["v"]), a["head_out"])
+
+
+def test_only_what_is_asked_for_is_kept(model):
+    """The compiled program's outputs are the tapped arrays and no more; an unused pattern is not in the program."""
+    norm = jax.jit(lambda model, x: model(x, T, Y, attention="fused", tap=residual_norm)).lower(model, images())
+    assert [leaf.shape for leaf in jax.tree.leaves(norm.out_info)] == [(2, BATCH, 8, 8, 6), (3, 2, BATCH)]
+    full = jax.jit(lambda model, x: model(x, T, Y, attention="fused", tap=keep("pattern"))).lower(model, images())
+    plain = jax.jit(lambda model, x: model(x, T, Y, attention="fused")).lower(model, images())
+    exponentials = [x.compile().as_text().count(" exponential(") for x in (plain, norm, full)]
+    assert exponentials[0] == exponentials[1] < exponentials[2]
+
+
+def test_residual_norm(model):
+    _, (norm, a) = run(model, images(), None, lambda i, a: (residual_norm(i, a), a["resid_post"]))
+    close(norm, np.sqrt((np.asarray(a) ** 2).mean((-1, -2))))
+
+
+# --- the lens
+
+
+def test_the_last_readout_of_the_lens_is_the_output(model):
+    gate = symmetric_gate(jnp.array([0.5]))
+
+    @jax.jit
+    def look(model, x):
+        return model(x, T, Y, gate, tap=lens(model))
+
+    out, readout = look(model, images())
+    assert readout.shape == (3, *out.shape)
+    np.testing.assert_array_equal(readout[-1], out)
+    short = DiT(dataclasses.replace(CONFIG, depth=1), nnx.Rngs(0))
+    for part in ("x_embedder", "pos_embed", "t_embedder", "y_embedder", "final_layer"):
+        setattr(short, part, getattr(model, part))
+    nnx.update(short.blocks, jax.tree.map(lambda a: a[:1], nnx.state(model.blocks)))
+    close(readout[0], run(short, images(), gate))  # after one block: the network that has one
+    assert np.abs(readout[0] - readout[-1]).max() > 0.1
+
+
+def test_lens_along_a_trajectory_ends_in_what_the_sampler_saw(model):
+    @jax.jit
+    def trajectory(model, x):
+        denoiser = network_denoiser(model, CLOCK, tap=lens(model))
+
+        def observe(step, x, denoised, readout):
+            return denoised, denoised_at(CLOCK, step, x, readout[..., :3], CONFIG.prediction)
+
+        return sample(denoiser, x, CLOCK, Y, observe=observe)
+
+    _, (denoised, by_layer) = trajectory(model, images())
+    assert by_layer.shape == (4, 3, 2, BATCH, 8, 8, 3)
+    close(by_layer[:, -1], denoised)
+
+
+# --- edits
+
+
+def test_an_edit_that_changes_nothing_changes_nothing(model):
+    gate = symmetric_gate(jnp.array([0.3]))
+    np.testing.assert_array_equal(
+        run(model, images(), gate, None, lambda name, layer, value: value), run(model, images(), gate)
+    )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_can_be_edited_and_the_tap_sees_the_edit(model, name):
+    gate = symmetric_gate(jnp.array([0.3]))
+
+    def halve(at, layer, value):
+        return jnp.where(layer == 1, value / 2, value) if at == name else value
+
+    out, taps = run(model, images(), gate, keep(name), halve)
+    plain, before = run(model, images(), gate, keep(name))
+    assert np.abs(out - plain).max() > 1e-3 * np.abs(plain).max()
+    close(taps[name][0], before[name][0])
+    if name not in ("resid_post",):  # everything in a layer up to the edited point is as before
+        close(taps[name][1], before[name][1] / 2)
+
+
+def test_ablating_both_sublayers_everywhere_leaves_embedding_and_final_layer(model):
+    x = images()
+    out = run(model, x, None, None, chain(ablate("attn_out"), ablate("mlp_out")))
+    close(out, model.readout(model.embed(x), model.condition(T, Y)))
+    partly = run(
+        model, x, None, keep("resid_pre", "resid_post"), chain(ablate("attn_out", [1]), ablate("mlp_out", [1]))
+    )[1]
+    close(partly["resid_post"][1], partly["resid_pre"][1])
+    assert np.abs(partly["resid_post"][0] - partly["resid_pre"][0]).max() > 0.01
+
+
+def test_ablating_one_head_leaves_the_others(model):
+    _, taps = run(model, images(), None, keep("head_out"), ablate("head_out", [0], heads=[1]))
+    _, before = run(model, images(), None, keep("head_out"))
+    assert not np.any(taps["head_out"][0][..., 1, :])
+    close(taps["head_out"][0][..., 0, :], before["head_out"][0][..., 0, :])
+
+
+def test_a_pattern_edit_is_what_the_values_are_read_with(model):
+    def own_token(name, layer, value):
+        return jnp.broadcast_to(jnp.eye(16)[:, None, :], value.shape) if name == "pattern" else value
+
+    _, taps = run(model, images(), None, keep("v", "head_out"), own_token)
+    close(taps["head_out"], taps["v"])
+
+
+def test_patching_one_replica_into_the_other(model):
+    """From the patched layer on, the target is the source (same conditioning); before it, it is itself."""
+    x = images()
+    out, taps = run(model, x, None, keep("resid_pre"), copy_replica("resid_pre", 1, 0, [1]))
+    plain, before = run(model, x, None, keep("resid_pre"))
+    close(out[0], plain[1])
+    close(out[1], plain[1])
+    close(taps["resid_pre"][0], before["resid_pre"][0])
+
+
+def test_stored_activations_can_be_put_into_another_run(model):
+    x, other = images(), images(seed=5)
+    plain, stored = run(model, x, None, keep("resid_post"))
+
+    @jax.jit
+    def patched(model, other, stored):
+        return model(other, T, Y, edit=replace("resid_post", stored, [2]))
+
+    close(patched(model, other, stored["resid_post"]), plain)
+
+
+def test_wrong_edits_and_names_are_told(model):
+    with pytest.raises(ValueError, match=r"attn_out .*\(R, N, T, D\).*\(24,\)"):
+        run(model, images(), None, None, lambda n, i, v: v[0, 0, 0] if n == "attn_out" else v)
+    with pytest.raises(ValueError, match=r"resid_pre .*NoneType"):
+        run(model, images(), None, None, lambda n, i, v: None)
+    with pytest.raises(ValueError, match="'atn_out'; known: resid_pre"):
+        keep("atn_out")
+    with pytest.raises(ValueError, match="'atn_out'"):
+        ablate("atn_out")
+    with pytest.raises(ValueError, match="no replica axis"):
+        copy_replica("adaln", 0, 1)
+    with pytest.raises(ValueError, match="head_out"):
+        ablate("attn_out", heads=[0])
+
+
+# --- gates: by layer, by step, one-way, of more replicas
+
+
+def test_a_gate_by_layer_acts_in_its_layers(model):
+    g = jnp.array([0.0, 0.7, 0.0])
+    _, taps = run(model, images(), symmetric_gate(g)[:, None], keep("resid_pre", "attn_out"))
+    _, free = run(model, images(), None, keep("resid_pre", "attn_out"))
+    close(taps["attn_out"][0], free["attn_out"][0])
+    close(taps["resid_pre"][1], free["resid_pre"][1])
+    assert np.abs(taps["attn_out"][1] - free["attn_out"][1]).max() > 1e-3
+    everywhere = run(model, images(), symmetric_gate(jnp.full(3, 0.7))[:, None])
+    close(everywhere, run(model, images(), symmetric_gate(jnp.array([0.7]))))
+
+
+def test_a_gate_by_step_acts_in_its_steps(model):
+    def states(gate):
+        denoiser = network_denoiser(model, CLOCK, gate)
+        return sample(denoiser, images(), CLOCK, Y, observe=lambda step, x, denoised: denoised)[1]
+
+    switched = symmetric_gate(jnp.array([0.0, 0.0, 0.9, 0.9]))[:, None, None]  # (steps, layers, pairs, R, R)
+    run_states = jax.jit(states)
+    late, free, always = run_states(switched), run_states(None), run_states(symmetric_gate(jnp.array([0.9])))
+    close(late[:2], free[:2])
+    assert np.abs(late[2] - free[2]).max() > 1e-3
+    assert np.abs(late[2] - always[2]).max() > 1e-3
+    close(run_states(symmetric_gate(jnp.full(4, 0.9))[:, None, None]), always)
+    with pytest.raises(ValueError, match="3 steps, the clock 4"):
+        network_denoiser(model, CLOCK, switched[:3])
+
+
+def test_run_pairs_takes_any_gates_and_agrees_with_the_scalar_form(model):
+    pairs, labels = jnp.arange(2), jnp.array([0, 3])
+
+    @jax.jit
+    def run(model, couplings):
+        return run_pairs(
+            lambda gate: network_denoiser(model, CLOCK, gate), CLOCK, couplings, pairs, labels, (8, 8, 3), seed=0
+        )[0]
+
+    g = jnp.array([0.0, 0.6])
+    scalar = run(model, g)
+    matrix = symmetric_gate(g)
+    close(run(model, matrix), scalar)
+    close(run(model, jnp.broadcast_to(matrix[:, None], (2, 3, 2, 2))), scalar)
+    close(run(model, matrix[:, None, None]), scalar)
+    one_way = run(model, anisotropic_gate(jnp.array([0.6]), jnp.array([0.0])))
+    close(one_way[1, 0], scalar[1, 0])  # B reads nothing
+    assert np.abs(one_way[0, 0] - scalar[0, 0]).max() > 1e-3
+    late = anisotropic_gate(jnp.array([[0.0, 0.0, 0.6]]), jnp.array([[0.0, 0.0, 0.6]]))  # (C, layers, R, R)
+    assert np.abs(run(model, late)[:, 0] - scalar[:, 1]).max() > 1e-3
+    with pytest.raises(ValueError, match="couplings"):
+        run(model, jnp.ones((2, 3, 3)))
+
+
+@pytest.mark.parametrize("coupling", ["joint", "blend"])
+def test_more_replicas_come_through_the_same_path(model, coupling):
+    """Three replicas of which two read each other and the third is alone: the pair, and the single run."""
+    x = images(3)
+    gate = jnp.eye(3).at[0, 1].set(0.4).at[1, 0].set(0.4)[None]
+    out = run(model, x, gate, None, None, coupling)
+    close(out[:2], run(model, x[:2], symmetric_gate(jnp.array([0.4])), None, None, coupling))
+    close(out[2], run(model, x[2]))
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (5, 1, 2, 2), (3, 2, 2), (2,)])
+def test_gates_that_do_not_fit_are_told(model, shape):
+    with pytest.raises(ValueError, match="does not broadcast"):
+        run(model, images(), jnp.ones(shape))
