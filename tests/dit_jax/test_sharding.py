@@ -1,0 +1,213 @@
+"""Ensembles on several devices give what one device gives, and really are split."""
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_jax.checkpoint import load_model, save_model
+from dit_jax.config import DiTConfig
+from dit_jax.model import DiT
+from dit_jax.sharding import _split_axis, gather, make_mesh, place_model
+
+SCRIPT = Path(__file__).with_name("sharded_run.py")
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "devices.py"
+TIMEOUT = 120
+CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4)
+
+
+def run_together(commands: list[list[str]], devices: int) -> list[str]:
+    """Standard output of processes that run at the same time; all are ended as soon as one fails or time is up."""
+    # the forced count comes last: it wins over one that is set already
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    processes, outs, errors = [], [], []
+    with ExitStack() as stack:
+        for command in commands:
+            # files, not pipes: nobody reads while they run
+            out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=out, stderr=err)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+            outs.append(out)
+            errors.append(err)
+        deadline = time.monotonic() + TIMEOUT
+        codes = [process.poll() for process in processes]
+        while None in codes and not any(codes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            codes = [process.poll() for process in processes]
+        if any(code != 0 for code in codes):
+            reports = [f"process {i}: {code}\n{_read(errors[i])}" for i, code in enumerate(codes)]
+            pytest.fail(f"a process failed, or they took over {TIMEOUT} s (None: still running)\n" + "\n".join(reports))
+        return [_read(out) for out in outs]
+
+
+def _read(file) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One process: both samplers on one of its devices, and all ways to use eight."""
+    out = tmp_path_factory.mktemp("single") / "out.npz"
+    samplers, layouts = ("ddim", "ancestral"), ("1 replicated", "8 replicated", "8 sharded")
+    cases = ",".join(f"{layout} {sampler}" for layout in layouts for sampler in samplers)
+    run_together([[str(SCRIPT), str(out), cases]], devices=8)
+    return dict(np.load(out))
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+@pytest.mark.parametrize("parameters", ["replicated", "sharded"])
+def test_eight_devices_give_what_one_gives(single, parameters, sampler):
+    one, eight = f"1 replicated {sampler}", f"8 {parameters} {sampler}"
+    for name in ("samples", "means"):
+        assert_close(single[f"{eight}/{name}"], single[f"{one}/{name}"])
+    samples = single[f"{one}/samples"]
+    scale = np.abs(samples).max()
+    assert np.abs(samples[:, 0] - samples[:, 2]).max() > 1e-2 * scale  # the coupling acts
+    assert np.abs(samples[:, :, :-1] - samples[:, :, 1:]).max((0, 1, 3, 4, 5)).min() > 1e-2 * scale  # pairs differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+@pytest.mark.parametrize("parameters", ["replicated", "sharded"])
+def test_samples_and_work_are_split(single, parameters, sampler):
+    case = f"8 {parameters} {sampler}"
+    np.testing.assert_array_equal(single[f"{case}/sample_shards"], [[2, 3, 1, 8, 8, 3]] * 8)
+    assert single[f"{case}/all_reduces"] == 0  # parameters may be gathered, products are never summed across devices
+    assert single[f"{case}/flops"] < 0.15 * single[f"1 replicated {sampler}/flops"]
+
+
+@pytest.mark.slow
+def test_large_parameters_are_split_and_small_ones_whole(single):
+    kernels = 5  # qkv, two of the MLP and the modulation of the blocks, and the first of the timestep
+    np.testing.assert_array_equal(single["8 sharded ddim/part_if_split"], [1 / 8] * kernels)
+    assert np.all(single["8 sharded ddim/part_if_whole"] == 1)
+    assert single["8 replicated ddim/part_if_split"].size == 0
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(single, tmp_path):
+    cases = ("4 replicated ddim", "4 sharded ancestral")
+    address = f"127.0.0.1:{free_port()}"
+    outs = [tmp_path / f"{i}.npz" for i in range(2)]
+    run_together(
+        [[str(SCRIPT), str(out), ",".join(cases), address, "2", str(i)] for i, out in enumerate(outs)], devices=2
+    )
+    for out, case in itertools.product(outs, cases):
+        found = np.load(out)
+        for name in ("samples", "means"):
+            assert_close(found[f"{case}/{name}"], single[f"1 replicated {case.split()[-1]}/{name}"])
+        np.testing.assert_array_equal(found[f"{case}/sample_shards"], [[2, 3, 2, 8, 8, 3]] * 2)  # of this process
+        parts = found[f"{case}/part_if_split"]
+        assert np.all(parts == 1 / 4)
+        assert (parts.size > 0) == ("sharded" in case)
+
+
+@pytest.mark.slow
+def test_a_failing_process_ends_the_other_and_is_shown(tmp_path):
+    """The harness of these tests: a run that is broken is reported, and does not wait for what never comes."""
+    started = time.monotonic()
+    with pytest.raises(pytest.fail.Exception, match="deliberate"):
+        run_together([["-c", "import time; time.sleep(600)"], ["-c", "raise SystemExit('deliberate')"]], devices=1)
+    assert time.monotonic() - started < TIMEOUT / 2
+
+
+@pytest.mark.slow
+def test_benchmark_prints_a_line_per_device_count():
+    """Two pairs do not divide among four devices, so that one and two are left."""
+    command = [str(BENCHMARK), "--size", "tiny", "--pairs", "2", "--steps", "2", "--parameters", "sharded"]
+    (out,) = run_together([command], devices=1)
+    assert "share the same" in out
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["1"], ["2"])]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert float(rows[0][1]) > 0
+    assert rows[0][2] == "1.00"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DiT(CONFIG, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stacked", "axis"),
+    [
+        ((256, 1152), False, 1),  # the largest
+        ((1001, 1152), False, 1),  # the largest that divides
+        ((1152, 1001), False, 0),
+        ((1152, 384, 768), True, 2),  # not the layers, however many
+        ((24, 1001, 33), True, 0),  # but for want of another
+        ((1001, 999), False, None),
+        ((8, 511), False, None),  # small
+        ((8, 512), False, 1),
+    ],
+)
+def test_axis_of_a_parameter_on_eight_devices(shape, stacked, axis):
+    assert _split_axis(shape, 8, stacked) == axis
+
+
+def test_a_sharded_model_reads_and_saves_as_the_model_it_was(model, tmp_path):
+    placed = place_model(model, make_mesh(jax.devices()[:1]), "sharded")
+    save_model(placed, tmp_path / "model")
+    for found, expected in zip(jax.tree.leaves(load_model(tmp_path / "model")), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_sharded_model_can_be_placed_again(model):
+    mesh = make_mesh(jax.devices()[:1])
+    back = place_model(place_model(model, mesh, "sharded"), mesh, "replicated")
+    assert jax.tree.structure(back) == jax.tree.structure(model)
+    for found, expected in zip(jax.tree.leaves(back), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_gather_takes_any_tree():
+    tree = gather({"a": jax.numpy.arange(3), "b": [np.ones(2), 1.5]})
+    np.testing.assert_array_equal(tree["a"], [0, 1, 2])
+    assert isinstance(tree["a"], np.ndarray)
+    assert tree["b"][1] == 1.5
+
+
+def test_unknown_layout_of_parameters(model):
+    unknown: Any = "split"
+    with pytest.raises(ValueError, match=r"parameters 'split' is not one of replicated, sharded"):
+        place_model(model, make_mesh(jax.devices()[:1]), unknown)
+
+
+@pytest.mark.slow
+def test_pairs_that_do_not_divide():
+    code = """
+import numpy as np
+from dit_jax.sharding import make_mesh, place_pairs
+try:
+    place_pairs(make_mesh(), np.arange(8), np.zeros(6))
+except ValueError as error:
+    print(error)
+"""
+    (out,) = run_together([["-c", code]], devices=4)
+    assert out.startswith("6 pairs cannot be split evenly over 4 devices: take a multiple of 4 pairs")
