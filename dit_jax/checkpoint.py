@@ -7,12 +7,13 @@ nested dict of arrays). A folder is written under another name beside its place 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -22,12 +23,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, TimestepConvention
 from dit_jax.model import DiT, param_dtype
 
 FORMAT = "syncgap-dit"
 FORMAT_VERSION = 1
 STORED_DTYPES = ("float32", "bfloat16", "float64")
+SMALL_BYTES = 2**26  # that a config may ask for whatever lies on disk
+COMPRESSION = 64  # times what lies on disk
 SHIPPED = Path(__file__).parent / "shipped"
 
 Arrays = dict[str, np.ndarray]  # by dotted path, for example "blocks.attn.qkv.kernel"
@@ -85,17 +88,42 @@ def save_weights(
     return manifest
 
 
-def load_model(directory: str | Path, dtype: str | None = None) -> DiT:
+def load_model(
+    directory: str | Path,
+    dtype: str | None = None,
+    *,
+    params: str | None = None,
+    timestep_convention: TimestepConvention | None = None,
+) -> DiT:
     """Reads a model folder. ``model(x, t, y)`` is then the network function, see `DiT.__call__`.
 
     Args:
       directory: written by `save_model`, by training or by ``convert_weights.py``.
       dtype: compute dtype ``"float32"``, ``"bfloat16"`` or ``"float64"`` in place of the stored config's.
-        Parameters are kept in float32, or in float64 for a float64 model (which needs JAX's x64 mode).
+        A float64 model needs JAX's x64 mode.
+      params: dtype in which parameters are kept: ``"bfloat16"`` halves the memory of a bfloat16 model and spares it
+        the rounding in every call; by default float32, or float64 for a float64 model.
+      timestep_convention: in place of the stored config's, see `DiTConfig`.
 
     Raises:
       CheckpointError: the folder is not a complete, unaltered model folder of this format.
-      ValueError: unknown `dtype`.
+      ValueError: unknown `dtype`, `params` or `timestep_convention`.
+    """
+    if params is not None and params not in STORED_DTYPES:
+        raise ValueError(f"params {params!r} is not one of {', '.join(STORED_DTYPES)}")
+    config, weights, _ = load_weights(directory)
+    changes: dict[str, Any] = {"dtype": dtype, "timestep_convention": timestep_convention}
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    if "float64" in (config.dtype, params) and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
+    return assemble(config, weights, params)
+
+
+def load_weights(directory: str | Path) -> tuple[DiTConfig, Arrays, dict]:
+    """Config, arrays as they are stored, and manifest of a model folder.
+
+    Raises:
+      CheckpointError: see `load_model`.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
@@ -103,15 +131,12 @@ def load_model(directory: str | Path, dtype: str | None = None) -> DiT:
         config = DiTConfig.from_dict(manifest["config"])
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{directory}: the manifest's config is not usable ({error})") from error
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
-    if config.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-        raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
-    weights = _read_orbax(directory / "params")
+    _check_size(config, directory)
+    weights = _read_orbax(directory / "params", weight_shapes(config))
     _check_fit(config, weights, f"{directory / 'params'}")
     if digest(weights) != manifest["digest"]:
         raise CheckpointError(f"{directory}: the parameters are not those the manifest was written for; make it again")
-    return assemble(config, weights)
+    return config, weights, manifest
 
 
 def load_manifest(directory: str | Path) -> dict:
@@ -248,24 +273,39 @@ def weight_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     return {path: variable.shape for path, variable in _variables(abstract_model(config))}
 
 
-def assemble(config: DiTConfig, weights: Arrays) -> DiT:
-    """The model of `config` with these weights, widened or rounded to its parameter dtype."""
+def assemble(config: DiTConfig, weights: Arrays, params: str | None = None) -> DiT:
+    """The model of `config` with these weights, in the dtype `params`, by default float32, or float64 for a float64
+    model. Constants are never narrower than that. Arrays may become the model's own without a copy."""
     graph, state = nnx.split(abstract_model(config))
-    filled = [
-        (path, variable.replace(jnp.asarray(weights[_dotted(path)], param_dtype(config))))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    def filled(path, variable):
+        narrow = isinstance(variable, nnx.Param) and params is not None
+        return variable.replace(jnp.asarray(weights[_dotted(path)], params if narrow else param_dtype(config)))
+
+    flat = [(path, filled(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def stored_form(config: DiTConfig, weights: Arrays, dtype: str | None) -> Arrays:
     """The arrays as they go to disk: trained parameters in `dtype` (None: as they are), constants unchanged."""
     if dtype is None:
         return weights
+    dtypes = stored_dtypes(config, dtype, constants=None)
+    return {path: array.astype(dtypes[path] or array.dtype, copy=False) for path, array in weights.items()}
+
+
+def stored_dtypes(config: DiTConfig, dtype: str, constants: str | None = "float32") -> dict[str, Any]:
+    """Dtype of every array of a model by dotted path: trained parameters `dtype`, constants `constants`.
+
+    Raises:
+      CheckpointError: unknown `dtype`.
+    """
     if dtype not in STORED_DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}")
-    trained = {path for path, variable in _variables(abstract_model(config)) if isinstance(variable, nnx.Param)}
-    return {path: array.astype(jnp.dtype(dtype)) if path in trained else array for path, array in weights.items()}
+    return {
+        path: jnp.dtype(dtype) if isinstance(variable, nnx.Param) else constants
+        for path, variable in _variables(abstract_model(config))
+    }
 
 
 def _manifest(config: DiTConfig, weights: Arrays, extra: Mapping) -> dict:
@@ -308,7 +348,11 @@ def _check_fit(config: DiTConfig, weights: Arrays, what: str) -> None:
         raise CheckpointError(f"{what}: dtype is not one of {', '.join(STORED_DTYPES)}: {', '.join(odd)}")
 
 
-def _check_arrays(expected: Mapping[str, Any], arrays: Arrays, what: str) -> None:
+class _Shaped(NamedTuple):
+    shape: tuple[int, ...]
+
+
+def _check_arrays(expected: Mapping[str, Any], arrays: Mapping[str, Any], what: str) -> None:
     problems = [f"{path} is missing" for path in expected if path not in arrays]
     problems += [f"{path} is not expected" for path in arrays if path not in expected]
     problems += [
@@ -327,13 +371,36 @@ def _write_orbax(directory: Path, arrays: Arrays) -> None:
     (directory / "commit_success.txt").unlink(missing_ok=True)
 
 
-def _read_orbax(directory: Path) -> Arrays:
+def _check_size(config: DiTConfig, directory: Path) -> None:
+    """Refuses to take memory that nothing on disk accounts for. Compression of real parameters saves a few percent, of
+    the zeros of an untrained network a good half."""
+    try:
+        needed = 2 * sum(math.prod(shape) for shape in weight_shapes(config).values())
+        there = sum(path.stat().st_size for path in (directory / "params").rglob("*") if path.is_file())
+    except (OverflowError, MemoryError, TypeError, OSError) as error:
+        raise CheckpointError(f"{directory}: the manifest's config is not usable ({type(error).__name__})") from error
+    if needed > SMALL_BYTES + COMPRESSION * there:
+        raise CheckpointError(
+            f"{directory}: the config asks for {needed:,} bytes, the folder has {there:,}; make the model folder again"
+        )
+
+
+def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
+    """The arrays of a folder; where `shapes` says what they should be, nothing is read unless they are."""
     if not (directory / "_METADATA").exists():
         raise CheckpointError(f"{directory} holds no saved arrays; make it again")
+    outside = [path for path in directory.rglob("*") if path.is_symlink()]
+    if outside:
+        raise CheckpointError(f"{outside[0]} is a link; a folder of saved arrays has none, copy the files themselves")
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
+            if shapes is not None:
+                announced = flatten_dict(checkpointer.metadata(directory.resolve()).item_metadata.tree, sep=".")
+                _check_arrays({path: _Shaped(shape) for path, shape in shapes.items()}, announced, str(directory))
             tree = checkpointer.restore(directory.resolve())
         return {path: np.asarray(array) for path, array in flatten_dict(tree, sep=".").items()}
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         reason = str(error).strip().splitlines()
         raise CheckpointError(f"{directory} is damaged: {reason[0] if reason else error!r}; make it again") from error

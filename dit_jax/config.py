@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Prediction = Literal["epsilon", "v", "x0"]
+TimestepConvention = Literal["official", "diffusers"]
+TIMESTEP_CONVENTIONS: tuple[TimestepConvention, ...] = ("official", "diffusers")
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0")
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -23,6 +25,8 @@ class DiTConfig:
     num_classes: int = 1000  # label `num_classes` is the null label of classifier-free guidance
     learn_sigma: bool = True  # the output carries the variance interpolation in its last channels
     prediction: Prediction = "epsilon"  # what the first channels of the output are
+    # "diffusers", to reproduce that library's code: timestep frequencies over 127, eps of the second norm 1e-5
+    timestep_convention: TimestepConvention = "official"
     dtype: str = "float32"  # of activations and matrix products; softmax and norms never go below float32
 
     def __post_init__(self) -> None:
@@ -46,6 +50,9 @@ class DiTConfig:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 for the position embedding")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if self.timestep_convention not in TIMESTEP_CONVENTIONS:
+            known = ", ".join(TIMESTEP_CONVENTIONS)
+            raise ValueError(f"timestep_convention {self.timestep_convention!r} is not one of {known}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 

@@ -48,10 +48,10 @@ class Constant(nnx.Variable):
     """An array that belongs to the weights but is not trained."""
 
 
-def timestep_features(t: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Sinusoids of the raw timestep: t (N,) -> (N, 256), cosines first, frequencies 10000^(-i/128)."""
+def timestep_features(t: jax.Array, dtype=jnp.float32, divisor: int = FREQUENCY_FEATURES // 2) -> jax.Array:
+    """Sinusoids of the raw timestep: t (N,) -> (N, 256), cosines first, frequencies 10000^(-i/divisor)."""
     half = FREQUENCY_FEATURES // 2
-    angles = t.astype(dtype)[:, None] * jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=dtype) / half)[None]
+    angles = t.astype(dtype)[:, None] * jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=dtype) / divisor)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
@@ -86,12 +86,15 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """Parameter-free layer norm with eps 1e-6, computed in float32 or wider (two passes, not E[x^2] - E[x]^2)."""
+    """Parameter-free layer norm, computed in float32 or wider (two passes, not E[x^2] - E[x]^2)."""
+
+    def __init__(self, eps: float = 1e-6):
+        self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = wide - wide.mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+        return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)).astype(x.dtype)
 
 
 class Linear(nnx.Linear):
@@ -130,9 +133,10 @@ class TimestepEmbedder(nnx.Module):
         self.fc1 = Linear(FREQUENCY_FEATURES, config.hidden_size, config, rngs, _normal)
         self.fc2 = Linear(config.hidden_size, config.hidden_size, config, rngs, _normal)
         self.feature_dtype = param_dtype(config)
+        self.divisor = FREQUENCY_FEATURES // 2 - (config.timestep_convention == "diffusers")
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        return self.fc2(nnx.silu(self.fc1(timestep_features(t, self.feature_dtype))))
+        return self.fc2(nnx.silu(self.fc1(timestep_features(t, self.feature_dtype, self.divisor))))
 
 
 class Attention(nnx.Module):
@@ -191,7 +195,8 @@ class Point:
 
 class Block(nnx.Module):
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        self.norm = LayerNorm()
+        self.norm1 = LayerNorm()
+        self.norm2 = LayerNorm(1e-5 if config.timestep_convention == "diffusers" else 1e-6)
         self.attn = Attention(config, rngs)
         self.mlp = Mlp(config, rngs)
         self.adaln = Linear(config.hidden_size, 6 * config.hidden_size, config, rngs, _zeros)
@@ -204,9 +209,9 @@ class Block(nnx.Module):
         x = at("resid_pre", x)
         adaln = at("adaln", self.adaln(nnx.silu(c)))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(adaln, 6, -1)
-        h = modulate(at("norm1", self.norm(x)), shift_attn, scale_attn)
+        h = modulate(at("norm1", self.norm1(x)), shift_attn, scale_attn)
         x = at("resid_mid", x + gate_attn[..., None, :] * at("attn_out", self.attn(h, gate, options, at)))
-        h = modulate(at("norm2", self.norm(x)), shift_mlp, scale_mlp)
+        h = modulate(at("norm2", self.norm2(x)), shift_mlp, scale_mlp)
         x = at("resid_post", x + gate_mlp[..., None, :] * at("mlp_out", self.mlp(h, at)))
         return x, at.activations
 

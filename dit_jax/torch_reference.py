@@ -29,12 +29,13 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         width = config.hidden_size
+        self.divisor = 127 if config.timestep_convention == "diffusers" else 128
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)  # angles reach 999: never in 16 bits
-        powers = torch.arange(128, dtype=wide, device=t.device) / 128
+        powers = torch.arange(128, dtype=wide, device=t.device) / self.divisor
         angles = t.to(wide)[:, None] * torch.exp(-math.log(10000.0) * powers)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
 
@@ -75,7 +76,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1, self.norm2 = _norm(config), _norm(config)
+        self.norm1 = _norm(config)
+        self.norm2 = _norm(config, 1e-5 if config.timestep_convention == "diffusers" else 1e-6)
         self.attn, self.mlp = Attention(config), Mlp(config)
         self.adaLN_modulation = _modulation(config, 6)
 
@@ -152,8 +154,8 @@ class TorchDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, config.out_channels, grid * p, grid * p)
 
 
-def _norm(config: DiTConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+def _norm(config: DiTConfig, eps: float = 1e-6) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=eps)
 
 
 def _modulation(config: DiTConfig, parts: int) -> nn.Sequential:

@@ -1,50 +1,46 @@
-"""From official PyTorch checkpoints to the arrays of this package's DiT: a key table, checked both ways.
+"""From PyTorch checkpoints to the arrays of this package's DiT and back: a key table, checked both ways.
 
-Files are read with ``weights_only=True``, so nothing in them is executed. Everything wrong with a file is collected
-and raised as one error. The released DiT weights are licensed CC-BY-NC 4.0, and so is what is made from them.
+Official keys are the common form; diffusers checkpoints are given these keys first (dit_jax/diffusers_form.py).
+Nothing in a file is executed (dit_jax/readers.py). Everything wrong with a file is collected and raised as one error.
+The released DiT weights are licensed CC-BY-NC 4.0, and so is what is made from them.
 """
 
-import argparse
 import hashlib
 import math
 import re
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_jax.checkpoint import Arrays, weight_shapes
-from dit_jax.config import VARIANTS, DiTConfig
-
-Which = Literal["ema", "model"]
-Shape = tuple[int, ...]
+from dit_jax import diffusers_form
+from dit_jax.checkpoint import Arrays, stored_dtypes, weight_shapes
+from dit_jax.config import VARIANTS, DiTConfig, TimestepConvention
+from dit_jax.readers import Entry, Shape, Source, WeightsError, Which, open_source
 
 CONVERSION_VERSION = 1  # to be raised when the same file would give other arrays
 PREFIXES = ("module.", "_orig_mod.")  # of wrapped training: DistributedDataParallel, torch.compile
 
 
-class WeightsError(ValueError):
-    """A checkpoint that cannot be read or does not hold a DiT."""
-
-
 class Transform(NamedTuple):
-    """How one entry becomes one of our arrays, and the shape the entry must have for an array of a given shape."""
+    """How an entry becomes one of our arrays and back, and the shape of the entry for an array of a given shape."""
 
     apply: Callable[[np.ndarray], np.ndarray]
+    invert: Callable[[np.ndarray, DiTConfig], np.ndarray]
     source_shape: Callable[[Shape, DiTConfig], Shape]
 
 
 TRANSFORMS = {
-    "same": Transform(lambda a: a, lambda shape, _: shape),
-    "linear": Transform(lambda a: a.T, lambda shape, _: shape[::-1]),
-    "position": Transform(lambda a: a[0], lambda shape, _: (1, *shape)),
+    "same": Transform(lambda a: a, lambda a, _: a, lambda shape, _: shape),
+    "linear": Transform(lambda a: a.T, lambda a, _: a.T, lambda shape, _: shape[::-1]),
+    "position": Transform(lambda a: a[0], lambda a, _: a[None], lambda shape, _: (1, *shape)),
     # (D, C, p, p) -> (p * p * C, D): row in patch, column in patch, channel, as `patchify` lays them out
     "patch": Transform(
         lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
+        lambda a, config: a.reshape(*2 * [config.patch_size], -1, a.shape[1]).transpose(3, 2, 0, 1),
         lambda shape, config: (shape[1], config.in_channels, config.patch_size, config.patch_size),
     ),
 }
@@ -91,83 +87,86 @@ class Conversion:
     """A converted checkpoint: what `dit_jax.checkpoint.save_weights` takes, and where it came from."""
 
     config: DiTConfig
-    weights: Arrays  # by dotted path, float32
+    weights: Arrays  # by dotted path
     variant: str | None  # official name, if it is an official architecture
     provenance: dict  # entries for the manifest
+    notes: tuple[str, ...] = ()  # what its user should know
 
 
-def convert(source: str | Path, *, which: Which = "ema", num_heads: int | None = None) -> Conversion:
-    """Reads a checkpoint file in an official form.
+def convert(
+    source: str | Path,
+    *,
+    which: Which = "ema",
+    num_heads: int | None = None,
+    dtype: str = "float32",
+    timestep_convention: TimestepConvention = "official",
+) -> Conversion:
+    """Reads a checkpoint in any known form.
+
+    Takes the memory of the converted arrays and little more: a file is read tensor by tensor (but for PyTorch files in
+    the form from before version 1.6, which are read whole).
 
     Args:
-      source: a .pt file, either a bare state dict (the released form) or what the official training script saves.
+      source: see `dit_jax.readers.open_source`; keys official or of the diffusers form.
       which: ``"ema"`` or ``"model"``, the part of a training checkpoint to read.
-      num_heads: needed for widths that no official variant has; shapes do not tell it.
+      num_heads: needed for widths that no official variant has, unless a config.json tells it; shapes do not.
+      dtype: of the converted parameters, ``"float32"`` or ``"bfloat16"``; the position embedding stays float32.
+      timestep_convention: ``"diffusers"`` makes a model that computes what the diffusers model code does, see
+        `DiTConfig.timestep_convention`.
 
     Raises:
       WeightsError: the file cannot be read safely, or its entries are not exactly those of a DiT: all missing,
         unexpected, misshapen and non-finite ones are listed.
     """
-    source = Path(source)
-    entries, form = read_torch(source, which)
-    config, weights = convert_entries(entries, str(source), num_heads)
+    opened = open_source(source, which)
+    entries, form, heads = official_entries(opened, str(source))
+    config, weights = convert_entries(entries, str(source), heads if num_heads is None else num_heads, dtype)
+    notes = ()
+    if "diffusers" in form:
+        notes = (diffusers_form.NOTE_DIFFUSERS if timestep_convention == "diffusers" else diffusers_form.NOTE_OFFICIAL,)
+    digests = {file.name: _file_digest(file) for file in opened.files}
+    name, sha256 = next(iter(digests.items())) if len(digests) == 1 else (Path(source).name, digests)
     return Conversion(
-        config,
+        replace(config, timestep_convention=timestep_convention),
         weights,
         variant_name(config),
         {
             "variant": variant_name(config),
-            "source": {"file": source.name, "sha256": _file_digest(source), "form": form},
+            "source": {"file": name, "sha256": sha256, "form": form},
             "conversion_version": CONVERSION_VERSION,
         },
+        notes,
     )
 
 
-def read_torch(source: Path, which: Which = "ema") -> tuple[dict[str, Any], str]:
-    """The state dict of a .pt file, tensors on the CPU, and its form: "released", "training/ema" or "training/model".
+def official_entries(opened: Source, label: str) -> tuple[dict[str, Entry | None], str, int | None]:
+    """The entries of an opened checkpoint under official keys, its form in words, and its heads if it tells them.
 
     Raises:
-      WeightsError: see `convert`.
+      WeightsError: keys clash, or a diffusers checkpoint is of another model.
     """
-    torch = _torch()
-    if not source.is_file():
-        raise WeightsError(f"{source} is not a file; give a checkpoint in the official .pt form")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what the training script keeps as "args"
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source) or None)
-    except Exception as error:  # of any kind, and torch's own message would suggest to load unsafely
-        raise WeightsError(
-            f"{source} is not a readable checkpoint: it is damaged, of another format, or holds pickled objects other "
-            f"than tensors, which are never loaded because that would run code from the file ({type(error).__name__})"
-        ) from error
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{source} holds a {type(content).__name__}, not a state dict")
-    if not any(isinstance(content.get(part), Mapping) for part in ("ema", "model")):
-        if which != "ema":
-            raise WeightsError(f"{source} is a bare state dict, without a part {which!r}; leave the choice out")
-        return dict(content), "released"
-    part = content.get(which)
-    if not isinstance(part, Mapping):
-        raise WeightsError(
-            f"{source} is a training checkpoint without {which!r}; it has {', '.join(map(str, content))}"
-        )
-    return dict(part), f"training/{which}"
+    entries = _without_prefixes(opened.entries, label)
+    if not diffusers_form.is_diffusers(entries):
+        return entries, opened.form, None
+    entries, heads = diffusers_form.official_entries(entries, opened.config, label)
+    return entries, f"{opened.form}, diffusers", heads
 
 
-def convert_entries(entries: Mapping[str, Any], label: str, num_heads: int | None = None) -> tuple[DiTConfig, Arrays]:
+def convert_entries(
+    entries: Mapping[str, Entry | np.ndarray | None], label: str, num_heads: int | None = None, dtype: str = "float32"
+) -> tuple[DiTConfig, Arrays]:
     """Config and arrays of a state dict with official keys; `label` names it in errors.
 
     Raises:
       WeightsError: see `convert`.
     """
-    entries = _without_prefixes(entries, label)
-    arrays = {key: array for key, value in entries.items() if (array := _float32(value)) is not None}
-    shapes = {key: array.shape for key, array in arrays.items()}
+    known = {key: entry for key, value in _without_prefixes(entries, label).items() if (entry := _entry(value))}
+    shapes = {key: entry.shape for key, entry in known.items()}
     depth = _depth(entries, label)
     names = dict.fromkeys(key for rule in TABLE for key in rule.sources(depth))
     problems = [f"missing: {key}" for key in names if key not in entries]
     problems += [f"unexpected: {key}" for key in entries if key not in names]
-    problems += [f"not a real-valued dense tensor: {key}" for key in entries if key not in arrays]
+    problems += [f"not a real-valued dense tensor: {key}" for key in entries if key not in known]
     config, unknown = infer_config(shapes, depth, num_heads)
     problems += unknown
     if config is not None:
@@ -176,10 +175,25 @@ def convert_entries(entries: Mapping[str, Any], label: str, num_heads: int | Non
             for key, shape in source_shapes(config).items()
             if shapes.get(key, shape) != shape
         ]
-    problems += [f"not finite: {key}" for key, array in arrays.items() if not np.isfinite(array).all()]
+    weights: Arrays = {}
+    if problems or config is None:
+        problems += [f"not finite: {key}" for key in known if not np.isfinite(_read(known, key, label)).all()]
+    else:
+        weights, problems = _fill(config, known, label, dtype)
     if problems or config is None:
         raise WeightsError(f"{label} cannot be converted:\n  " + "\n  ".join(problems))
-    return config, _fill(config, arrays)
+    return config, weights
+
+
+def state_dict(config: DiTConfig, weights: Arrays) -> Iterator[tuple[str, np.ndarray]]:
+    """The official keys and arrays of a model, one after the other: the inverse of `convert_entries`, bit for bit."""
+    for rule in TABLE:
+        invert = TRANSFORMS[rule.transform].invert
+        for i, key in enumerate(rule.sources(config.depth)):
+            yield (
+                key,
+                np.ascontiguousarray(invert(weights[rule.target][i] if rule.stacked else weights[rule.target], config)),
+            )
 
 
 def source_shapes(config: DiTConfig) -> dict[str, Shape]:
@@ -282,34 +296,42 @@ def _without_prefixes(entries: Mapping[str, Any], label: str) -> dict[str, Any]:
     return stripped
 
 
-def _float32(value: Any) -> np.ndarray | None:
-    """A torch tensor or NumPy array as float32, without a copy where it is float32 already; None for anything else."""
+def _entry(value: Entry | np.ndarray | None) -> Entry | None:
     if isinstance(value, np.ndarray):
-        return value.astype(np.float32, copy=False) if np.issubdtype(value.dtype, np.floating) else None
-    torch = _torch()
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout is torch.strided:
-        return value.detach().float().numpy()
-    return None
+        return Entry(value.shape, lambda: value) if np.issubdtype(value.dtype, np.floating) else None
+    return value
 
 
-def _fill(config: DiTConfig, arrays: Arrays) -> Arrays:
-    weights = {path: np.empty(shape, np.float32) for path, shape in weight_shapes(config).items()}
+def _read(entries: Mapping[str, Entry], key: str, label: str) -> np.ndarray:
+    """One entry, float32, of the shape that was announced."""
+    try:
+        array = entries[key].read()
+    except WeightsError:
+        raise
+    except Exception as error:  # a file that changed or is damaged beyond its header
+        raise WeightsError(f"{label}: {key} cannot be read ({type(error).__name__}); the file is damaged") from error
+    if array.shape != entries[key].shape:
+        raise WeightsError(f"{label}: {key} has shape {array.shape}, its file announced {entries[key].shape}")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as that
+        return array.astype(np.float32, copy=False)
+
+
+def _fill(config: DiTConfig, entries: Mapping[str, Entry], label: str, dtype: str) -> tuple[Arrays, list[str]]:
+    """Our arrays, read one entry at a time, and a line for each that is not finite."""
+    dtypes = stored_dtypes(config, dtype)
+    weights = {path: np.empty(shape, dtypes[path]) for path, shape in weight_shapes(config).items()}
+    problems = []
     for rule in TABLE:
         apply = TRANSFORMS[rule.transform].apply
         for i, key in enumerate(rule.sources(config.depth)):
+            array = _read(entries, key, label)
+            if not np.isfinite(array).all():
+                problems.append(f"not finite: {key}")
             target = weights[rule.target][i] if rule.stacked else weights[rule.target]
-            target[...] = apply(arrays[key])
-    return weights
+            target[...] = apply(array)
+    return weights, problems
 
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightsError("reading .pt files needs PyTorch: pip install '.[torch]'") from error
-    return torch

@@ -319,9 +319,13 @@ def test_foreign_files(tmp_path):
             convert(path)
     with pytest.raises(WeightsError, match="holds a Tensor, not a state dict"):
         convert(tensor)
-    for path in (tmp_path, tmp_path / "nowhere.pt"):
-        with pytest.raises(WeightsError, match="is not a file"):
-            convert(path)
+    with pytest.raises(WeightsError, match="is not a file"):
+        convert(tmp_path / "nowhere.pt")
+    with pytest.raises(WeightsError, match=r"several checkpoints, a\.pt, b\.pt, c\.pt; give the file"):
+        convert(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match=r"holds no \.safetensors"):
+        convert(tmp_path / "empty")
 
 
 def test_without_torch(monkeypatch):

@@ -1,0 +1,59 @@
+"""A model folder back to a single file with the official keys, for PyTorch users. Bit for bit what was converted."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.checkpoint import CheckpointError, load_weights
+from dit_jax.weights import state_dict
+
+SUFFIXES = (".safetensors", ".pt")
+
+
+def export_model(directory: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
+    """Writes the parameters of a model folder, in the dtypes in which it stores them.
+
+    Args:
+      directory: model folder.
+      out: file to write, ``.safetensors`` or ``.pt`` (which needs PyTorch).
+      overwrite: replace a file that is there already.
+
+    Raises:
+      CheckpointError: the folder is not a complete model folder, the file is there already, or its form is unknown.
+    """
+    out = Path(out)
+    if out.suffix not in SUFFIXES:
+        raise CheckpointError(f"{out} is neither {' nor '.join(SUFFIXES)}; the name says which form to write")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise CheckpointError(f"{out} exists; choose another name, or overwrite it (--overwrite)")
+    config, weights, _ = load_weights(directory)
+    entries = dict(state_dict(config, weights))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        if out.suffix == ".pt":
+            _save_torch(entries, partial)
+        else:
+            from safetensors.numpy import save_file
+
+            save_file(entries, partial, metadata={"format": "pt"})
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _save_torch(entries: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            "writing .pt files needs PyTorch: pip install '.[torch]'; or export .safetensors"
+        ) from error
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        if array.dtype.name == "bfloat16":  # no NumPy type of its own: the same 16 bits
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    torch.save({key: tensor(array) for key, array in entries.items()}, path)

@@ -1,0 +1,270 @@
+"""Files of tensors, opened without running anything in them and read one tensor at a time.
+
+PyTorch's .pt and .bin files and safetensors, in one piece or sharded behind an index. Whatever a file claims is checked
+against its size before memory is taken for it; everything wrong with it comes out as a `WeightsError`.
+"""
+
+import argparse
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Which = Literal["ema", "model"]
+Shape = tuple[int, ...]
+
+INDEX_SUFFIX = ".safetensors.index.json"
+MAPPED_BYTES = 2**28  # of a mapped file read before its pages are given back
+JSON_BYTES = 2**26  # more is no config or index
+REAL_TYPES = {"F16", "BF16", "F32", "F64"}
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be read or does not hold a DiT."""
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its shape, and how to read it (float16, bfloat16, float32 or float64)."""
+
+    shape: Shape
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint."""
+
+    entries: dict[str, Entry | None]  # by key; None is something else than a real-valued dense tensor
+    form: str  # "released", "training/ema", "training/model", "safetensors"
+    files: tuple[Path, ...]  # that hold the tensors
+    config: dict | None = None  # of a config.json beside them
+
+
+def open_source(source: str | Path, which: Which = "ema") -> Source:
+    """Opens a checkpoint.
+
+    Args:
+      source: a .pt or .bin file; a .safetensors file, or its index if it is sharded; or a folder with one of these and,
+        in the diffusers form, a config.json (which is also looked for beside a single file).
+      which: the part of a training checkpoint to read.
+
+    Raises:
+      WeightsError: nothing readable is there, or it cannot be read safely.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a file; give a .pt, .bin or .safetensors checkpoint, or a folder with one")
+    if path.name.endswith(INDEX_SUFFIX):
+        files = _sharded(path)
+    elif path.suffix == ".safetensors":
+        files = {path: None}
+    else:
+        entries, form = _torch_entries(path, which)
+        return Source(entries, form, (path,), _config_beside(path))
+    if which != "ema":
+        raise WeightsError(f"{path} is a bare state dict, without a part {which!r}; leave the choice out")
+    entries: dict[str, Entry | None] = {}
+    for file, wanted in files.items():
+        found = _safetensors_entries(file)
+        if wanted is not None and set(found) != wanted:
+            odd = sorted(set(found) ^ wanted)
+            raise WeightsError(f"{file} does not hold what its index says; they differ in {', '.join(odd[:5])}")
+        entries.update(found)
+    return Source(entries, "safetensors", tuple(files), _config_beside(path))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of reasonable size.
+
+    Raises:
+      WeightsError: it is none.
+    """
+    try:
+        if path.stat().st_size > JSON_BYTES:
+            raise WeightsError(f"{path} has {path.stat().st_size} bytes; that is no config or index")
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _in_folder(folder: Path) -> Path:
+    """The one checkpoint of a folder, indexes before the shards that they name."""
+    for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors", "*.bin", "*.pt"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise WeightsError(f"{folder} holds several checkpoints, {', '.join(p.name for p in found)}; give the file")
+        if found:
+            return _inside(folder, found[0].name)
+    if (folder / "transformer").is_dir():
+        raise WeightsError(f"{folder} looks like a whole diffusers pipeline; give its folder {folder / 'transformer'}")
+    raise WeightsError(f"{folder} holds no .safetensors, .bin or .pt file")
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    """The file of that name in a folder. A link must not lead out of it, but into the blobs of a Hugging Face cache."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        raise WeightsError(f"{folder} names a file {str(name)[:100]!r}: only plain names in the same folder are read")
+    path = folder / name
+    try:
+        home, real = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{path} is not there, or is a broken link") from error
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if real.parent not in (home, cache):
+        raise WeightsError(
+            f"{path} is a link out of its folder, to {real}; copy the file there, or give it by its name"
+        )
+    return path
+
+
+def _config_beside(path: Path) -> dict | None:
+    return read_json(_inside(path.parent, "config.json")) if (path.parent / "config.json").exists() else None
+
+
+def _sharded(index: Path) -> dict[Path, set[str] | None]:
+    """The shards of an index and the keys that each should hold."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise WeightsError(f"{index} has no weight_map from keys to files")
+    files: dict[Path, set[str] | None] = {}
+    for key, name in names.items():
+        keys = files.setdefault(_inside(index.parent, name), set())
+        assert keys is not None
+        keys.add(key)
+    return files
+
+
+# --- safetensors
+
+
+def _safetensors_entries(path: Path) -> dict[str, Entry | None]:
+    from safetensors import SafetensorError, safe_open
+
+    def opened() -> Any:
+        return safe_open(path, framework="np")
+
+    try:
+        mapped = _Mapped(opened)
+        entries: dict[str, Entry | None] = {}
+        for key in mapped.file.keys():  # noqa: SIM118 (it is a method of the file, no dictionary)
+            part = mapped.file.get_slice(key)
+            shape = tuple(part.get_shape())
+            real = part.get_dtype() in REAL_TYPES
+            entries[key] = Entry(shape, _reader(mapped, key, shape)) if real else None
+    except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file ({type(error).__name__}: {error})") from error
+    return entries
+
+
+class _Mapped:
+    """A memory-mapped file that is opened anew now and then, so that pages already read do not count as ours."""
+
+    def __init__(self, opened: Callable[[], Any], in_memory: bool = False):
+        self.opened, self.in_memory = opened, in_memory
+        self.file: Any = opened()
+        self.read = 0
+
+    def tensor(self, key: str, shape: Shape) -> Any:
+        self.read += 4 * math.prod(shape)
+        if self.read > MAPPED_BYTES and not self.in_memory:
+            self.file, self.read = None, 0  # unmapped before it is mapped again
+            self.file = self.opened()
+        return self.file.get_tensor(key)
+
+
+def _reader(mapped: _Mapped, key: str, shape: Shape) -> Callable[[], np.ndarray]:
+    return lambda: mapped.tensor(key, shape)
+
+
+# --- PyTorch
+
+
+class _TorchFile:
+    """The state dict of a .pt file, mapped where its form allows."""
+
+    def __init__(self, path: Path, which: Which):
+        self.torch = _torch()
+        content = _load(self.torch, path)
+        if not any(isinstance(content.get(part), Mapping) for part in ("ema", "model")):
+            if which != "ema":
+                raise WeightsError(f"{path} is a bare state dict, without a part {which!r}; leave the choice out")
+            self.form = "released"
+            self.part = content
+            return
+        part = content.get(which)
+        if not isinstance(part, Mapping):
+            held = ", ".join(str(name)[:40] for name in content)
+            raise WeightsError(f"{path} is a training checkpoint without {which!r}; it has {held}")
+        self.form = f"training/{which}"
+        self.part = part
+
+    def is_real(self, value: Any) -> bool:
+        torch = self.torch
+        return (
+            isinstance(value, torch.Tensor)
+            and value.device.type == "cpu"
+            and value.layout is torch.strided
+            and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        )
+
+    def get_tensor(self, key: str) -> np.ndarray:
+        value = self.part[key].detach()
+        if value.dtype is self.torch.bfloat16:  # NumPy has no such type of its own; float32 holds it exactly
+            value = value.float()
+        return value.numpy()
+
+
+def _torch_entries(path: Path, which: Which) -> tuple[dict[str, Entry | None], str]:
+    mapped = _Mapped(lambda: _TorchFile(path, which), in_memory=not zipfile.is_zipfile(path))
+    part: Mapping[Any, Any] = mapped.file.part
+    real = {key: value for key, value in part.items() if mapped.file.is_real(value)}
+    claimed = sum(value.numel() * value.element_size() for value in real.values())
+    if claimed > path.stat().st_size:  # views that repeat a storage would fill any memory
+        raise WeightsError(f"{path} claims tensors of {claimed} bytes, more than it has; it is damaged or hostile")
+    entries: dict[str, Entry | None] = dict.fromkeys(map(str, part))
+    for key, value in real.items():
+        shape = tuple(value.shape)
+        entries[str(key)] = Entry(shape, _reader(mapped, key, shape))
+    return entries, mapped.file.form
+
+
+def _load(torch: Any, path: Path) -> Mapping:
+    """What a .pt file holds, nothing of it executed. Zip archives are mapped, the older form is read whole."""
+    refused = f"{path} is not a readable checkpoint: "
+    try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            with zipfile.ZipFile(path) as file:
+                packed = [entry.filename for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            if packed:  # never written by PyTorch, and the way to make a small file fill the memory
+                raise WeightsError(f"{refused}its archive is compressed ({packed[0][:100]!r}); save it with torch.save")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what the training script keeps as "args"
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
+    except WeightsError:
+        raise
+    except Exception as error:  # of any kind, and torch's own message would suggest to load unsafely
+        raise WeightsError(
+            f"{refused}it is damaged, of another format, or holds pickled objects other than tensors, which are never "
+            f"loaded because that would run code from the file ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError("reading .pt files needs PyTorch: pip install '.[torch]'") from error
+    return torch

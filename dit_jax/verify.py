@@ -1,0 +1,105 @@
+"""Does a converted model compute what its checkpoint says? One in PyTorch against the other in JAX, by stage.
+
+Both sides run on the CPU in float32 on the same random input. The PyTorch side is this package's own DiT
+(dit_jax/torch_reference.py), filled from the file under its official keys.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dit_jax.config import DiTConfig
+from dit_jax.inside import keep
+from dit_jax.model import DiT
+from dit_jax.readers import Which, open_source
+from dit_jax.weights import official_entries, source_shapes
+
+IN_BLOCK = ("adaln", "norm1", "attn_out", "norm2", "mlp_out", "resid_post")
+# Share of the largest value of a stage. At large t the float32 sinusoids of two libraries differ by 3e-5.
+LIMITS = {5: 5e-6, 700: 5e-5}
+DEEP = 12  # blocks over which the limits are tested; rounding is let grow with the depth beyond
+
+
+class Stage(NamedTuple):
+    """Largest difference of a stage over its largest value, at each timestep of `LIMITS`."""
+
+    name: str
+    deviation: tuple[float, ...]
+
+
+def limits(depth: int) -> tuple[float, ...]:
+    """What the deviation of the output may be, at each timestep of `LIMITS`."""
+    return tuple(limit * max(1.0, depth / DEEP) for limit in LIMITS.values())
+
+
+def compare_stages(source: str | Path, model: DiT, *, which: Which = "ema", seed: int = 0) -> list[Stage]:
+    """Runs both and compares them from the embedding to the output.
+
+    Raises:
+      WeightsError: the checkpoint cannot be read, or PyTorch is not installed.
+    """
+    config = model.config
+    timesteps = np.array(list(LIMITS))
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((len(timesteps), config.input_size, config.input_size, config.in_channels), np.float32)
+    y = rng.integers(0, config.num_classes + 1, len(timesteps))
+    theirs = _torch_stages(source, config, which, x, timesteps, y)
+    ours = _jax_stages(model, x, timesteps, y)
+
+    def deviation(name: str) -> tuple[float, ...]:
+        a, b = ours[name], theirs[name]
+        over = tuple(range(1, a.ndim))
+        return tuple((np.abs(a - b).max(over) / np.abs(b).max(over)).tolist())
+
+    return [Stage(name, deviation(name)) for name in theirs]
+
+
+def _jax_stages(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    @jax.jit
+    def run(model, x, t, y):
+        out, taps = model(x, t, y, tap=keep(*IN_BLOCK))
+        return model.embed(x), model.condition(t, y), taps, out
+
+    cpu = jax.devices("cpu")[0]
+    embedded, conditioning, taps, out = jax.device_get(run(*jax.device_put((model, x, t, y), cpu)))
+    stages = {"embedded": embedded, "conditioning": conditioning}
+    for i in range(model.config.depth):
+        stages |= {f"blocks.{i}.{name}": taps[name][i].reshape(len(x), *taps[name].shape[-2:]) for name in IN_BLOCK[1:]}
+        stages[f"blocks.{i}.adaln"] = taps["adaln"][i]
+    return {**stages, "out": out}
+
+
+def _torch_stages(source: str | Path, config: DiTConfig, which: Which, x, t, y) -> dict[str, np.ndarray]:
+    opened = open_source(source, which)
+    import torch
+
+    from dit_jax.torch_reference import TorchDiT
+
+    entries, _, _ = official_entries(opened, str(source))
+    with torch.device("meta"):
+        reference = TorchDiT(config)
+    state = {
+        key: torch.tensor(entry.read().astype(np.float32, copy=False))
+        for key in source_shapes(config)
+        if (entry := entries.get(key)) is not None
+    }
+    reference.load_state_dict(state, assign=True)
+    stages: dict[str, torch.Tensor] = {}
+    with torch.inference_mode():
+        nchw = torch.tensor(x).permute(0, 3, 1, 2)
+        out = reference(nchw, torch.tensor(t), torch.tensor(y), stages=stages)
+    found = {name: stage.numpy() for name, stage in stages.items()}
+    return {**found, "out": out.permute(0, 2, 3, 1).numpy()}
+
+
+def report(stages: list[Stage], depth: int) -> tuple[str, bool]:
+    """A table of the stages, and whether the output is within `limits`."""
+    allowed = limits(depth)
+    head = "  ".join(f"t = {t:<7}" for t in LIMITS)
+    rows = [f"{stage.name:<22}" + "  ".join(f"{d:<11.1e}" for d in stage.deviation) for stage in stages]
+    passed = all(d <= limit for d, limit in zip(stages[-1].deviation, allowed, strict=True))
+    verdict = "within" if passed else "BEYOND"
+    rows.append(f"the output is {verdict} {', '.join(f'{limit:.1e}' for limit in allowed)} of its largest value")
+    return "\n".join([f"{'stage':<22}{head}", *rows]), passed
