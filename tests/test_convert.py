@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,71 @@ def test_which_part_of_a_training_checkpoint(run, tmp_path):
         assert manifest["source"]["form"] == f"training/{which}"
         digests[which] = manifest["digest"]
     assert digests["ema"] != digests["model"]
+
+
+def test_verify_prints_the_stages_and_passes(run, tmp_path):
+    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--verify")
+    assert status == 0
+    stages = [line.split() for line in out.splitlines() if line.startswith("blocks.")]
+    assert len(stages) == 4 * 6
+    assert all(float(number) < 1e-4 for _, *numbers in stages for number in numbers)
+
+
+def test_verify_reports_a_fault_in_its_status(run, tmp_path, monkeypatch):
+    """A model folder that computes something else than its checkpoint: here, in the other timestep convention."""
+    import dit_jax.verify as verify
+
+    stock = verify._jax_stages
+
+    def faulty(model, x, t, y):
+        model.t_embedder.divisor = 127
+        return stock(model, x, t, y)
+
+    monkeypatch.setattr(verify, "_jax_stages", faulty)
+    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--verify")
+    assert status == 1
+    assert "BEYOND" in out
+
+
+def test_export_and_back(run, tmp_path):
+    assert run(TINY, tmp_path / "model", "--num-heads", 6)[0] == 0
+    assert run("--export", tmp_path / "model", tmp_path / "back.safetensors")[0] == 0
+    assert run(tmp_path / "back.safetensors", tmp_path / "again", "--num-heads", 6)[0] == 0
+    assert load_manifest(tmp_path / "again")["digest"] == load_manifest(tmp_path / "model")["digest"]
+    status, _, error = run("--export", tmp_path / "model", tmp_path / "back.safetensors")
+    assert status == 2
+    assert "--overwrite" in error
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_killed_leaves_nothing_half_written(tmp_path):
+    """Killed at any moment, the folder is not there, or whole; and the next conversion succeeds."""
+    out = tmp_path / "model"
+    command = [sys.executable, ROOT / "convert_weights.py", TINY, out, "--num-heads", "6"]
+    script = f"""
+import os, sys
+sys.argv = {[str(part) for part in command[1:]]}
+sys.path.insert(0, {str(ROOT)!r})
+import convert_weights
+import dit_jax.checkpoint as checkpoint
+stock, point = getattr(checkpoint, os.environ["AT"]), os.environ["WHEN"]
+def hooked(*args, **kwargs):
+    if point == "before":
+        os.kill(os.getpid(), 9)
+    result = stock(*args, **kwargs)
+    os.kill(os.getpid(), 9)
+setattr(checkpoint, os.environ["AT"], hooked)
+convert_weights.main()
+"""
+    for at, when in (
+        ("_write_orbax", "before"),
+        ("_write_orbax", "after"),
+        ("write_json", "before"),
+        ("write_json", "after"),
+    ):
+        killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "AT": at, "WHEN": when}, check=False)
+        assert killed.returncode == -9
+        assert not out.exists()
+    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert load_model(out).config.depth == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
