@@ -7,6 +7,7 @@ nested dict of arrays). A folder is written under another name beside its place 
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -31,6 +32,7 @@ FORMAT_VERSION = 1
 STORED_DTYPES = ("float32", "bfloat16", "float64")
 SMALL_BYTES = 2**26  # that a config may ask for whatever lies on disk
 COMPRESSION = 64  # times what lies on disk
+CHUNK_BYTES = 2**26  # of one file of a model folder
 SHIPPED = Path(__file__).parent / "shipped"
 
 Arrays = dict[str, np.ndarray]  # by dotted path, for example "blocks.attn.qkv.kernel"
@@ -116,7 +118,7 @@ def load_model(
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if "float64" in (config.dtype, params) and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
-    return assemble(config, weights, params)
+    return _consume(config, weights, params)
 
 
 def load_weights(directory: str | Path) -> tuple[DiTConfig, Arrays, dict]:
@@ -276,13 +278,17 @@ def weight_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 def assemble(config: DiTConfig, weights: Arrays, params: str | None = None) -> DiT:
     """The model of `config` with these weights, in the dtype `params`, by default float32, or float64 for a float64
     model. Constants are never narrower than that. Arrays may become the model's own without a copy."""
+    return _consume(config, dict(weights), params)
+
+
+def _consume(config: DiTConfig, weights: Arrays, params: str | None) -> DiT:
+    """`assemble` that takes each array out of the dict as it goes: never do two forms of all of them exist at once."""
     graph, state = nnx.split(abstract_model(config))
-
-    def filled(path, variable):
-        narrow = isinstance(variable, nnx.Param) and params is not None
-        return variable.replace(jnp.asarray(weights[_dotted(path)], params if narrow else param_dtype(config)))
-
-    flat = [(path, filled(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        dtype = params if isinstance(variable, nnx.Param) and params is not None else param_dtype(config)
+        array = jnp.asarray(weights.pop(_dotted(path))).astype(dtype)
+        flat.append((path, variable.replace(jax.block_until_ready(array))))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -365,10 +371,30 @@ def _check_arrays(expected: Mapping[str, Any], arrays: Mapping[str, Any], what: 
 
 
 def _write_orbax(directory: Path, arrays: Arrays) -> None:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(directory.resolve(), unflatten_dict(arrays, sep="."), force=True)
+    """Without Orbax's usual copy of all arrays, its database of one file, and chunks as large as the arrays: each of
+    these takes the memory of the parameters once more."""
+    tree = unflatten_dict(arrays, sep=".")
+    uncopied = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with _quiet_orbax():
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=1, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory.resolve(), ocp.args.PyTreeSave(tree, save_args=chunks), force=True)
     # Says only where the folder was first written, a path of this machine; reading does not look for it.
     (directory / "commit_success.txt").unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Without warnings about what was chosen on purpose: no database, no records of JAX shardings."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_size(config: DiTConfig, directory: Path) -> None:
@@ -392,12 +418,17 @@ def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
     outside = [path for path in directory.rglob("*") if path.is_symlink()]
     if outside:
         raise CheckpointError(f"{outside[0]} is a link; a folder of saved arrays has none, copy the files themselves")
+    onto_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)
+        # as JAX arrays on the host, which become the model's own without a copy; float64 stays that in any mode
+        with _quiet_orbax(), jax.enable_x64(True), ocp.Checkpointer(handler) as checkpointer:
+            found = checkpointer.metadata(directory.resolve()).item_metadata.tree
             if shapes is not None:
-                announced = flatten_dict(checkpointer.metadata(directory.resolve()).item_metadata.tree, sep=".")
+                announced = flatten_dict(found, sep=".")
                 _check_arrays({path: _Shaped(shape) for path, shape in shapes.items()}, announced, str(directory))
-            tree = checkpointer.restore(directory.resolve())
+            plan = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=onto_host), found)
+            tree = checkpointer.restore(directory.resolve(), args=ocp.args.PyTreeRestore(restore_args=plan))
         return {path: np.asarray(array) for path, array in flatten_dict(tree, sep=".").items()}
     except CheckpointError:
         raise

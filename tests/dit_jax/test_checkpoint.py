@@ -138,7 +138,7 @@ def test_folder_can_be_moved_and_names_no_place(folder, tmp_path):
     shutil.move(folder, moved)
     assert equal(arrays_of(load_model(moved)), random_weights())
     files = [path for path in moved.rglob("*") if path.is_file()]
-    assert len(files) < 40  # fewer than two per array
+    assert len(files) <= 2 * len(random_weights()) + 5  # of each array its description and its values
     places = [str(tmp_path), str(tmp_path.parent.parent), os.path.expanduser("~") + "/"]
     places += [name for name in [socket.gethostname()] if len(name) > 4]  # shorter ones occur by chance in any data
     for path in files:
@@ -214,7 +214,7 @@ def test_failing_orbax_leaves_nothing_behind(tmp_path, monkeypatch):
         (directory / "d").mkdir(parents=True)
         raise RuntimeError("interrupted")
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "save", save)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
     with pytest.raises(RuntimeError, match="interrupted"):
         save_weights(CONFIG, random_weights(), tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -288,8 +288,7 @@ def test_damage_is_an_error_or_without_effect(folder):
             except CheckpointError as error:
                 refused[path.name] = str(error)
         path.write_bytes(content)
-    assert {"_METADATA", "manifest.ocdbt"} <= set(refused)
-    assert len(refused) >= 4  # these two, and at least one file of the tree of arrays and one of their values
+    assert {"_METADATA", ".zarray", "0.0"} <= set(refused)  # the tree, the arrays' descriptions and values
     assert all(str(folder) in message and "make it again" in message for message in refused.values())
 
 
