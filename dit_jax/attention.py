@@ -112,7 +112,7 @@ def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, coupling: Coupl
     B is 1 without a gate, else R. All replicas' tokens go into one product per pair and head, of contiguous matrices.
     """
     replicas, batch, tokens, heads, dim = q.shape
-    q = q * jnp.asarray(dim**-0.5, q.dtype)
+    q = (q.astype(jnp.promote_types(q.dtype, jnp.float32)) * dim**-0.5).astype(q.dtype)
     if gate is None:
         logits = _product("...qd,...kd->...qk", _heads_out(q), _heads_out(k))  # (R, N, H, T, T)
         logits = jnp.moveaxis(logits, 0, 2)[..., None, :]

@@ -82,7 +82,12 @@ def unpatchify(x: jax.Array, patch: int) -> jax.Array:
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """Tokens (R, N, T, D) shifted and scaled by (R, N, D) or (N, D)."""
-    return x * (1 + scale[..., None, :]) + shift[..., None, :]
+    return (widened(x) * (1 + widened(scale)[..., None, :]) + widened(shift)[..., None, :]).astype(x.dtype)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """At least float32: what goes on between two matrix products is computed there, and rounded once."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class LayerNorm(nnx.Module):
@@ -92,7 +97,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = widened(x)
         centred = wide - wide.mean(-1, keepdims=True)
         return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)).astype(x.dtype)
 
@@ -161,7 +166,8 @@ class Mlp(nnx.Module):
         self.fc2 = Linear(config.mlp_size, config.hidden_size, config, rngs)
 
     def __call__(self, x: jax.Array, at: "Point") -> jax.Array:
-        return self.fc2(at("mlp_hidden", nnx.gelu(self.fc1(x), approximate=True)))
+        hidden = nnx.gelu(widened(self.fc1(x)), approximate=True).astype(x.dtype)
+        return self.fc2(at("mlp_hidden", hidden))
 
 
 class Options(NamedTuple):
@@ -210,10 +216,15 @@ class Block(nnx.Module):
         adaln = at("adaln", self.adaln(nnx.silu(c)))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(adaln, 6, -1)
         h = modulate(at("norm1", self.norm1(x)), shift_attn, scale_attn)
-        x = at("resid_mid", x + gate_attn[..., None, :] * at("attn_out", self.attn(h, gate, options, at)))
+        x = at("resid_mid", _add(x, gate_attn, at("attn_out", self.attn(h, gate, options, at))))
         h = modulate(at("norm2", self.norm2(x)), shift_mlp, scale_mlp)
-        x = at("resid_post", x + gate_mlp[..., None, :] * at("mlp_out", self.mlp(h, at)))
+        x = at("resid_post", _add(x, gate_mlp, at("mlp_out", self.mlp(h, at))))
         return x, at.activations
+
+
+def _add(x: jax.Array, gate: jax.Array, out: jax.Array) -> jax.Array:
+    """A sublayer's output (R, N, T, D), times its gate (N, D), on the residual stream."""
+    return (widened(x) + widened(gate)[..., None, :] * widened(out)).astype(x.dtype)
 
 
 class FinalLayer(nnx.Module):
@@ -254,8 +265,24 @@ class DiT(nnx.Module):
         def stack(config: DiTConfig, rngs: nnx.Rngs) -> Block:
             return Block(config, rngs)
 
-        self.blocks = stack(config, rngs)
+        self.blocks: Block | nnx.List = stack(config, rngs)
         self.final_layer = FinalLayer(config, rngs)
+
+    def unstacked(self) -> "DiT":
+        """The same function with an array per layer in place of stacked ones.
+
+        The blocks are then compiled one by one, which takes longer, and read where they lie: a scan copies the
+        parameters of each layer out of the stack, which costs a CPU up to a quarter of a large network at small
+        batches (benchmarks/RESULTS.md). For running only; such a model is not trained or saved.
+        """
+        if not isinstance(self.blocks, Block):
+            return self
+        graph, state = nnx.split(self)
+        copy = nnx.merge(graph, state)
+        blocks, weights = nnx.split(self.blocks)
+        each = (jax.tree.map(lambda a, i=i: a[i], weights) for i in range(self.config.depth))
+        copy.blocks = nnx.List([nnx.merge(blocks, layer) for layer in each])
+        return copy
 
     def embed(self, x: jax.Array) -> jax.Array:
         """Images (..., H, W, C) -> tokens (..., T, D) with positions added."""
@@ -298,7 +325,7 @@ class DiT(nnx.Module):
             pytree it returns comes back stacked over layers. What it does not return is not kept.
           edit: called as ``edit(name, layer, value)`` for every name of `ACTIVATIONS`; what it returns, of the same
             shape and dtype, is used in place of `value`, and is what a tap sees. Both functions must be pure.
-          unroll: layers per scan iteration; more compile longer and run faster on CPUs, with the same result.
+          unroll: layers per scan iteration; more compile longer and make training faster on CPUs, with the same result.
 
         Returns:
           (..., H, W, out_channels) of the shape of `x` but for channels; with `tap`, that and the taps.
@@ -322,14 +349,21 @@ class DiT(nnx.Module):
         c = self.condition(t, y)
         gates = None if gate is None else _gates(gate, config.depth, *x.shape[:2])
         options = Options(coupling, attention, edit)
-        graph, weights = nnx.split(self.blocks)
 
-        def layer(h, scanned):
-            index, weights, gate = scanned
-            h, activations = nnx.merge(graph, weights)(index, h, c, gate, options)
+        def run(block: Block, h, index, gate):
+            h, activations = block(index, h, c, gate, options)
             return h, None if tap is None else tap(index, {**activations, "conditioning": c})
 
-        h, taps = jax.lax.scan(layer, h, (jnp.arange(config.depth), weights, gates), unroll=unroll)
+        if isinstance(self.blocks, Block):
+            graph, weights = nnx.split(self.blocks)
+            layers = (weights, jnp.arange(config.depth), gates)
+            h, taps = jax.lax.scan(lambda h, x: run(nnx.merge(graph, x[0]), h, *x[1:]), h, layers, unroll=unroll)
+        else:
+            each = []
+            for i, block in enumerate(self.blocks):
+                h, found = run(block, h, jnp.asarray(i), None if gates is None else gates[i])
+                each.append(found)
+            taps = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
         out = self.readout(h[0] if single else h, c)
         return out if tap is None else (out, taps)
 

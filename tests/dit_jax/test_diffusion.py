@@ -113,7 +113,7 @@ def test_official_trajectories_in_float64(trajectories, monkeypatch, x64, name):
     Sinusoids one unit off in the last place at t = 500 already cost 2e-6, so the agreement is not luck.
     """
     table = recorded_sinusoids()
-    monkeypatch.setattr(model_module, "timestep_features", lambda t, dtype: jnp.asarray(table, dtype)[t])
+    monkeypatch.setattr(model_module, "timestep_features", lambda t, dtype, _: jnp.asarray(table, dtype)[t])
     states, denoised = replay(tiny_model("float64"), trajectories, name, jnp.float64)
     close(states, nhwc(trajectories[f"{name}_samples_f64c"]), 5e-8)
     close(denoised, nhwc(trajectories[f"{name}_pred_xstart_f64c"]), 5e-8)
@@ -183,7 +183,7 @@ def test_official_mean_and_variance(monkeypatch, dtype, tag, tolerance):
     with jax.enable_x64(dtype == "float64"):
         if dtype == "float64":
             table = recorded_sinusoids()
-            monkeypatch.setattr(model_module, "timestep_features", lambda t, dtype: jnp.asarray(table, dtype)[t])
+            monkeypatch.setattr(model_module, "timestep_features", lambda t, dtype, _: jnp.asarray(table, dtype)[t])
         model = tiny_model(dtype)
         x = jnp.asarray(nhwc(refs["q_sample_f32"]), dtype)
         weight_x0, weight_x, low, high = posterior_tables(clock)

@@ -39,7 +39,7 @@ def test_losses_are_official(refs, monkeypatch, dtype, tag, tolerance):
     with jax.enable_x64(dtype == "float64"):
         if dtype == "float64":
             table = recorded_sinusoids()
-            monkeypatch.setattr(model_module, "timestep_features", lambda t, dtype: jnp.asarray(table, dtype)[t])
+            monkeypatch.setattr(model_module, "timestep_features", lambda t, dtype, _: jnp.asarray(table, dtype)[t])
         model = tiny_model(dtype)
         x0, noise = (jnp.asarray(nhwc(refs[name]), dtype) for name in ("q_x0", "q_noise"))
         step = steps(refs)
