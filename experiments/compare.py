@@ -18,10 +18,11 @@ from tqdm import tqdm
 from dit_jax.attention import COUPLINGS, Coupling
 from dit_jax.checkpoint import load_manifest, load_model, shipped_model
 from dit_jax.config import DiTConfig
-from dit_jax.diffusion import GuidedChannels, Sampler
+from dit_jax.diffusion import GuidedChannels, GuidedCoupling, Sampler
 from dit_jax.images import to_pixels
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
+from dit_jax.sharding import Parameters, make_mesh, place_model, place_pairs, split_batch
 from experiments.analysis import analyse
 from experiments.claims import claims
 from experiments.figures import save_figures
@@ -48,11 +49,13 @@ class CompareConfig:
     gate: Coupling = "joint"
     guidance: float = 1.0
     guided_channels: GuidedChannels = "all"
+    guided_coupling: GuidedCoupling = "both"  # halves of the guided batch that the gate couples
     classes: tuple[int, ...] | None = None  # labels that the pairs take in turn; all classes by default
     seed: int = 0
     block: int = 4  # pairs that run together; what an interruption may lose
     gain_pairs: int = 32  # pairs on which the one-pass gain is measured
     untrained_pairs: int = 16
+    parameters: Parameters = "replicated"  # on several devices: whole on each, or sharded over them
 
     def __post_init__(self) -> None:
         couplings = np.asarray(self.couplings, np.float64)
@@ -94,11 +97,18 @@ def untrained_model(config: DiTConfig, seed: int) -> DiT:
 
 
 class Instrument:
-    """The jitted measurements of one kind of subject, compiled once per shape for the whole grid of couplings."""
+    """The jitted measurements of one kind of subject, compiled once per shape for the whole grid of couplings. With
+    several devices, the pairs of a block are split over them."""
 
     def __init__(self, config: CompareConfig, model_config: DiTConfig, clock: Clock, bands: Bands):
         self.config, self.clock, self.bands = config, clock, bands
         self.shuffled = shuffled_bands(bands, config.seed)
+        self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
+        if self.mesh is not None and config.block % self.mesh.size:
+            raise ValueError(
+                f"blocks of {config.block} pairs cannot be split over {self.mesh.size} devices: "
+                f"give --block {self.mesh.size} or a multiple of it"
+            )
         self.shape = (model_config.input_size, model_config.input_size, model_config.in_channels)
         self._network_run = jax.jit(lambda model, *args: self._run(self._coupled(model), *args))
         self._network_gain = jax.jit(
@@ -110,7 +120,12 @@ class Instrument:
 
     def _coupled(self, model: DiT) -> CoupledDenoiser:
         c = self.config
-        return coupled_network(model, self.clock, c.gate, c.guidance, c.guided_channels)
+        coupled = coupled_network(model, self.clock, c.gate, c.guidance, c.guided_channels, c.guided_coupling)
+        return coupled if self.mesh is None else split_batch(self.mesh, coupled)
+
+    def place(self, model: DiT) -> DiT:
+        """The model where the instrument runs it."""
+        return model if self.mesh is None else place_model(model, self.mesh, self.config.parameters)
 
     def _run(self, coupled: CoupledDenoiser, couplings, pairs, labels):
         return trajectories(
@@ -128,6 +143,8 @@ class Instrument:
 
     def network(self, model: DiT, couplings, pairs, labels, with_gain: bool) -> dict[str, np.ndarray]:
         """Measurements of a block of pairs on a network, with the one-pass gain if asked for."""
+        if self.mesh is not None and len(pairs) % self.mesh.size == 0:  # the last block may be smaller
+            pairs, labels = place_pairs(self.mesh, pairs, labels)
         found = dict(self._network_run(model, couplings, pairs, labels))
         states = found.pop("states")
         energy = found["energy"][..., 1]
@@ -228,15 +245,16 @@ def compare(
     bands = radial_bands(size, size, NUM_BANDS)
     settings = {**asdict(config), "classes": list(classes), "couplings": [float(g) for g in config.grid]}
     extra = {"weights_digest": manifest["digest"], "model": model.config.to_dict(), "bands": NUM_BANDS}
-    run = RunFolder.create(out, settings, resume=resume, command=command, extra=extra)
     instrument = Instrument(config, model.config, clock, bands)
+    run = RunFolder.create(out, settings, resume=resume, command=command, extra=extra)
 
     grid = config.grid
     few = grid[np.unique([0, len(grid) // 2, len(grid) - 1])]
+    untrained = untrained_model(model.config, config.seed)
     filled = CompareConfig(**{**asdict(config), "classes": classes})
     subjects = (
-        ("network", model, grid, config.pairs, config.gain_pairs),
-        ("untrained", untrained_model(model.config, config.seed), few, min(config.untrained_pairs, config.pairs), 0),
+        ("network", instrument.place(model), grid, config.pairs, config.gain_pairs),
+        ("untrained", instrument.place(untrained), few, min(config.untrained_pairs, config.pairs), 0),
     )
     blocks = [
         (group, subject, couplings, np.arange(first, min(first + config.block, pairs)), first < gain_pairs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.attention import Coupling, symmetric_gate
-from dit_jax.diffusion import Denoiser, GuidedChannels, Prediction, Sampler, network_denoiser
+from dit_jax.diffusion import Denoiser, GuidedChannels, GuidedCoupling, Prediction, Sampler, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from ou_theory.clock import Clock
@@ -25,9 +25,18 @@ def coupled_network(
     coupling: Coupling = "joint",
     guidance: float = 1.0,
     channels: GuidedChannels = "all",
+    guided_coupling: GuidedCoupling = "both",
 ) -> CoupledDenoiser:
     """The network as a function of the gate of its replicas."""
-    return lambda gate: network_denoiser(model, clock, gate, coupling=coupling, guidance=guidance, channels=channels)
+    return lambda gate: network_denoiser(
+        model,
+        clock,
+        gate,
+        coupling=coupling,
+        guidance=guidance,
+        channels=channels,
+        guided_coupling=guided_coupling,
+    )
 
 
 def coupled_wiener(variance: jax.Array, clock: Clock) -> CoupledDenoiser:

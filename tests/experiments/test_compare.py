@@ -1,6 +1,9 @@
 """The main job from end to end on a tiny random network: contents, resume, bad input."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -148,3 +151,47 @@ def test_untrained_network_acts_in_every_layer():
     moved = np.abs(taps["resid_post"] - taps["resid_pre"]).max((1, 2, 3, 4))
     assert np.all(moved > 1e-3)
     assert np.abs(DiT(MODEL, nnx.Rngs(0))(x, t, y)).max() == 0
+
+
+def test_a_sweep_is_one_compilation(weights):
+    """Other pairs, other couplings and other weights of the same shapes do not compile anything again."""
+    from dit_jax.checkpoint import load_model
+    from experiments.compare import Instrument
+    from ou_theory.clock import make_clock
+    from ou_theory.modes import radial_bands
+
+    config = CompareConfig(weights=weights, block=2, steps="4")
+    instrument = Instrument(config, MODEL, make_clock(4), radial_bands(8, 8, 6))
+    for first, grid in ((0, [0.0, 0.2]), (2, [0.0, 0.9])):
+        for model in (load_model(weights), untrained_model(MODEL, first)):
+            labels = np.array([0, 1], np.int32)
+            instrument.network(model, jax.numpy.asarray(grid), first + jax.numpy.arange(2), labels, with_gain=True)
+    assert instrument._network_run._cache_size() == 1
+    assert instrument._network_gain._cache_size() == 1
+
+
+@pytest.mark.parametrize("parameters", ["replicated", "sharded"])
+def test_two_devices_measure_what_one_does(finished, weights, tmp_path, parameters):
+    """In a process of its own, for the number of host devices is fixed at its start. Six pairs in blocks of four: the
+    last block is not split evenly, and is not split at all."""
+    out = tmp_path / "two"
+    command = arguments(weights, out, "--block", "4", "--parameters", parameters)
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    script = "import jax, sys; from experiments import cli; assert jax.device_count() == 2; sys.exit(cli.main())"
+    subprocess.run([sys.executable, "-c", script, *command], env=environment, check=True)
+    for group in ("network", "untrained"):
+        one, two = RunFolder.open(finished).load(group), RunFolder.open(out).load(group)
+        for name in one.data_vars:
+            scale = np.abs(np.nan_to_num(one[name].values)).max()
+            np.testing.assert_allclose(two[name].values, one[name].values, atol=1e-5 * scale, err_msg=name)
+
+
+def test_blocks_that_devices_cannot_share_are_refused(weights, tmp_path):
+    command = arguments(weights, tmp_path / "run", "--block", "3")
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", *command], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()
+    assert "blocks of 3 pairs cannot be split over 2 devices: give --block 2" in done.stderr
