@@ -10,7 +10,7 @@ from flax import nnx
 
 from dit_jax.attention import anisotropic_gate, symmetric_gate
 from dit_jax.config import DiTConfig
-from dit_jax.diffusion import denoised_at, network_denoiser, sample
+from dit_jax.diffusion import denoised_at, guided_output, network_denoiser, sample
 from dit_jax.inside import ablate, chain, copy_replica, keep, lens, replace, residual_norm
 from dit_jax.model import ACTIVATIONS, DiT
 from dit_jax.replicas import run_pairs
@@ -275,3 +275,52 @@ def test_more_replicas_come_through_the_same_path(model, coupling):
 def test_gates_that_do_not_fit_are_told(model, shape):
     with pytest.raises(ValueError, match="does not broadcast"):
         run(model, images(), jnp.ones(shape))
+
+
+# --- guidance
+
+
+def test_guidance_couples_both_halves_or_the_conditional_one(model):
+    """One doubled batch: its halves are the network's conditional and null outputs, coupled as asked."""
+    x, gate, scale = images(), symmetric_gate(jnp.array([0.6])), 2.5
+    null = jnp.full_like(Y, CONFIG.num_classes)
+
+    @nnx.jit(static_argnames="halves")
+    def guided(model, gate, halves):
+        return guided_output(model, x, T, Y, gate, scale=scale, guided_coupling=halves)
+
+    conditional = run(model, x, gate)
+    for halves, null_gate in (("both", gate), ("conditional", None)):
+        unconditional = jax.jit(lambda m, g: m(x, T, null, g))(model, null_gate)
+        out = guided(model, gate, halves)
+        close(out[..., :3], unconditional[..., :3] + scale * (conditional - unconditional)[..., :3], 1e-5)
+        close(out[..., 3:], conditional[..., 3:], 1e-5)
+        by_pair = jnp.broadcast_to(gate, (3, BATCH, 2, 2))  # of every layer and pair
+        close(guided(model, by_pair, halves), out, 1e-5)
+    with pytest.raises(ValueError, match="'neither' is not one of both, conditional"):
+        guided(model, gate, "neither")
+
+
+def test_guidance_is_one_call_of_the_network(model):
+    calls = []
+
+    class Counted:
+        config = CONFIG
+
+        def __call__(self, x, *arguments, **options):
+            calls.append(x.shape)
+            return model(x, *arguments, **options)
+
+    guided_output(Counted(), images(), T, Y, scale=2.0)  # pyright: ignore
+    assert calls == [(2, 2 * BATCH, 8, 8, 3)]
+
+
+def test_a_tap_under_guidance_sees_the_doubled_batch(model):
+    @jax.jit
+    def tapped(model, x):
+        denoiser = network_denoiser(model, CLOCK, guidance=2.0, tap=residual_norm)
+        return sample(denoiser, x, CLOCK, Y, observe=lambda step, x, denoised, norms: norms)[1]
+
+    norms = tapped(model, images())
+    assert norms.shape == (4, 3, 2, 2 * BATCH)
+    assert np.abs(norms[..., :BATCH] - norms[..., BATCH:]).max() > 1e-4
