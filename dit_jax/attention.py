@@ -152,9 +152,10 @@ def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, coupling: Coupling) -> jax.Array:
     replicas, batch, tokens, heads, dim = q.shape
-    cudnn = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    on_gpu = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
 
     def attention(q, k, v):  # (batch, tokens, H, features)
+        cudnn = on_gpu and q.shape[-1] % 8 == 0
         return jax.nn.dot_product_attention(q, k, v, scale=dim**-0.5, implementation="cudnn" if cudnn else "xla")
 
     def flat(x):
