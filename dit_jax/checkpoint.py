@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.config import DiTConfig, TimestepConvention
-from dit_jax.model import DiT, param_dtype
+from dit_jax.model import Block, DiT, param_dtype
 
 FORMAT = "syncgap-dit"
 FORMAT_VERSION = 1
@@ -50,7 +51,9 @@ def save_model(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> dict:
-    """Writes a model, so that `load_model` gives it back; see `save_weights` for the arguments."""
+    """Writes a model, so that `load_model` gives it back; see `save_weights` for the arguments and what is raised."""
+    if not isinstance(model.blocks, Block):
+        raise CheckpointError("an unstacked model cannot be saved; save the one that it was made from")
     weights = {path: np.asarray(variable[...]) for path, variable in _variables(model)}
     return save_weights(model.config, weights, directory, extra=extra, dtype=dtype, overwrite=overwrite)
 
@@ -84,7 +87,7 @@ def save_weights(
     _check_fit(config, weights, "the weights to be saved")
     stored = stored_form(config, weights, dtype)
     manifest = _manifest(config, stored, extra or {})
-    with _replacing(directory) as partial:
+    with replacing(directory) as partial:
         _write_orbax(partial / "params", stored)
         write_json(partial / "manifest.json", manifest)
     return manifest
@@ -132,7 +135,7 @@ def load_weights(directory: str | Path) -> tuple[DiTConfig, Arrays, dict]:
     try:
         config = DiTConfig.from_dict(manifest["config"])
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: the manifest's config is not usable ({error})") from error
+        raise CheckpointError(f"{directory}: the manifest's config is not usable ({str(error)[:500]})") from error
     _check_size(config, directory)
     weights = _read_orbax(directory / "params", weight_shapes(config))
     _check_fit(config, weights, f"{directory / 'params'}")
@@ -149,13 +152,13 @@ def load_manifest(directory: str | Path) -> dict:
     """
     path = Path(directory) / "manifest.json"
     recover(directory)
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise CheckpointError(
             f"{directory} is not a model folder: it has no manifest.json; convert weights or train a model first"
-        ) from error
-    except (OSError, ValueError) as error:
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); make the model folder again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a {FORMAT} model folder")
@@ -207,7 +210,7 @@ def save_arrays(directory: str | Path, tree: Any) -> None:
     if _occupied(directory) and not (directory / "_METADATA").exists():
         raise CheckpointError(f"{directory} is not empty and holds no saved arrays; choose another folder")
     arrays = {path: np.asarray(leaf) for path, leaf in _leaves(tree)}
-    with _replacing(directory) as partial:
+    with replacing(directory) as partial:
         _write_orbax(partial, arrays)
 
 
@@ -400,14 +403,21 @@ def _quiet_orbax() -> Iterator[None]:
 def _check_size(config: DiTConfig, directory: Path) -> None:
     """Refuses to take memory that nothing on disk accounts for. Compression of real parameters saves a few percent, of
     the zeros of an untrained network a good half."""
+    params = directory / "params"
+    if params.is_symlink():
+        raise CheckpointError(f"{params} is a link; a model folder has none, copy the files themselves")
     try:
-        needed = 2 * sum(math.prod(shape) for shape in weight_shapes(config).values())
-        there = sum(path.stat().st_size for path in (directory / "params").rglob("*") if path.is_file())
-    except (OverflowError, MemoryError, TypeError, OSError) as error:
+        there = sum(path.lstat().st_size for path in params.rglob("*"))
+        most = SMALL_BYTES + COMPRESSION * there
+        needed = 32 * config.num_tokens * config.hidden_size  # the position embedding, computed to ask for the shapes
+        if needed <= most:
+            needed = 2 * sum(math.prod(shape) for shape in weight_shapes(config).values())
+    except Exception as error:  # of any kind for a config whose sizes are no sizes
         raise CheckpointError(f"{directory}: the manifest's config is not usable ({type(error).__name__})") from error
-    if needed > SMALL_BYTES + COMPRESSION * there:
+    if needed > most:
         raise CheckpointError(
-            f"{directory}: the config asks for {needed:,} bytes, the folder has {there:,}; make the model folder again"
+            f"{directory}: the config asks for more bytes than the {there:,} of the folder can hold; "
+            "make the model folder again"
         )
 
 
@@ -415,18 +425,19 @@ def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
     """The arrays of a folder; where `shapes` says what they should be, nothing is read unless they are."""
     if not (directory / "_METADATA").exists():
         raise CheckpointError(f"{directory} holds no saved arrays; make it again")
-    outside = [path for path in directory.rglob("*") if path.is_symlink()]
-    if outside:
-        raise CheckpointError(f"{outside[0]} is a link; a folder of saved arrays has none, copy the files themselves")
+    odd = [path for path in directory.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
+    if odd:
+        raise CheckpointError(f"{odd[0]} is no file but a link, say; a folder of saved arrays has none, copy the files")
     onto_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     try:
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)
         # as JAX arrays on the host, which become the model's own without a copy; float64 stays that in any mode
         with _quiet_orbax(), jax.enable_x64(True), ocp.Checkpointer(handler) as checkpointer:
             found = checkpointer.metadata(directory.resolve()).item_metadata.tree
+            announced = flatten_dict(found, sep=".")
             if shapes is not None:
-                announced = flatten_dict(found, sep=".")
                 _check_arrays({path: _Shaped(shape) for path, shape in shapes.items()}, announced, str(directory))
+            _check_storage(directory.resolve(), announced)
             plan = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=onto_host), found)
             tree = checkpointer.restore(directory.resolve(), args=ocp.args.PyTreeRestore(restore_args=plan))
         return {path: np.asarray(array) for path, array in flatten_dict(tree, sep=".").items()}
@@ -435,6 +446,20 @@ def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         reason = str(error).strip().splitlines()
         raise CheckpointError(f"{directory} is damaged: {reason[0] if reason else error!r}; make it again") from error
+
+
+def _check_storage(directory: Path, announced: Mapping[str, Any]) -> None:
+    """Refuses arrays that would take more memory while they are read than they have: chunks larger than the array, and
+    codecs but Orbax's own, some of which believe a file that claims gigabytes."""
+    folder = {"driver": "file", "path": f"{directory}/"}
+    if (directory / "manifest.ocdbt").exists():
+        folder = {"driver": "ocdbt", "base": folder, "path": ""}
+    for path, array in announced.items():
+        place = {**folder, "path": f"{folder['path']}{path}/"}
+        stored = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result().spec().to_json()["metadata"]
+        codec = stored["compressor"] or {"id": "zstd"}
+        if math.prod(stored["chunks"]) > max(1, math.prod(array.shape)) or codec["id"] != "zstd" or stored["filters"]:
+            raise CheckpointError(f"{directory}: {path} is not stored as Orbax does; make it again")
 
 
 def _occupied(directory: Path) -> bool:
@@ -447,7 +472,7 @@ def _beside(directory: Path, role: str) -> Path:
 
 
 @contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
+def replacing(directory: Path) -> Iterator[Path]:
     """A sibling folder to fill; it takes the place of `directory` at the end, or is gone if anything fails."""
     partial, previous = _beside(directory, "partial"), _beside(directory, "previous")
     recover(directory)

@@ -1,4 +1,4 @@
-"""The command line: `syncgap compare`, `syncgap train`, `syncgap report`."""
+"""The command line: `syncgap compare`, `syncgap train`, `syncgap report`, `syncgap sample`, `syncgap info`."""
 
 import shlex
 import sys
@@ -10,6 +10,7 @@ import tyro
 
 from dit_jax.config import Prediction
 from experiments.compare import CompareConfig
+from experiments.pictures import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,33 @@ class Report:
     run: tyro.conf.Positional[Path]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Draw pictures of chosen classes: arrays, a grid to look at, a manifest."""
+
+    weights: tyro.conf.Positional[str]  # a converted or trained DiT (folder), or the name of a shipped model
+    out: tyro.conf.Positional[Path]  # folder of the pictures
+    settings: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # replace a folder of pictures
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a model folder holds."""
+
+    weights: tyro.conf.Positional[str]  # a converted or trained DiT (folder), or the name of a shipped model
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # read the arrays and check their digest
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest instead
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors of ours are one message, not a traceback."""
     argv = sys.argv[1:] if args is None else args
     command = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare, "train": Train, "report": Report}, args=argv, prog="syncgap"
+        {"compare": Compare, "train": Train, "report": Report, "sample": Sample, "info": Info},
+        args=argv,
+        prog="syncgap",
     )
     line = shlex.join(["syncgap", *argv])
     try:
@@ -65,14 +88,13 @@ def main(args: list[str] | None = None) -> int:
         print(f"syncgap: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nsyncgap: interrupted; the same command with --resume goes on from the last finished block",
-            file=sys.stderr,
-        )
+        resumable = isinstance(command, Compare | Train)
+        how = "; the same command with --resume goes on from the last finished block" if resumable else ""
+        print(f"\nsyncgap: interrupted{how}", file=sys.stderr)
         return 130
 
 
-def _run(command: Compare | Train | Report, line: str) -> int:
+def _run(command: Compare | Train | Report | Sample | Info, line: str) -> int:
     if isinstance(command, Compare):
         from experiments.compare import compare
 
@@ -86,9 +108,35 @@ def _run(command: Compare | Train | Report, line: str) -> int:
         run = RunFolder.open(command.run)
         save_figures(run)
         print(f"report: {write_report(run)}")
+    elif isinstance(command, Sample):
+        from experiments.pictures import sample_pictures
+
+        made = sample_pictures(
+            command.weights,
+            command.settings,
+            command.out,
+            overwrite=command.overwrite,
+            command=line,
+            progress=not command.quiet,
+        )
+        print(f"pictures: {command.out / 'grid.png'} ({made['grid']['shows']})")
+    elif isinstance(command, Info):
+        return _info(command)
     else:
         print(f"model: {_train(command, line)}")
     return 0
+
+
+def _info(command: Info) -> int:
+    from experiments.info import describe, manifest_json, model_folder, verify
+
+    folder = model_folder(command.weights)
+    print(manifest_json(folder) if command.json else describe(folder))
+    if not command.verify:
+        return 0
+    matches, line = verify(folder)
+    print(line, file=sys.stderr if command.json or not matches else sys.stdout)
+    return 0 if matches else 2
 
 
 def _train(command: Train, line: str) -> Path:
