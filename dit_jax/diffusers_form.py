@@ -60,6 +60,7 @@ FIXED: dict[str, tuple] = {
     "interpolation_scale": (None, 1, 1.0),
 }
 SIZES = ("sample_size", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
+MAX_GRID = 128  # patches along a side; 32 in the released model of 512 px
 UNUSED = {"out_channels", "num_embeds_ada_norm", "dropout", "norm_num_groups", "norm_eps", "upcast_attention"}
 
 
@@ -83,7 +84,8 @@ def official_entries(
     for theirs, ours in ONCE.items():
         for part in ("weight", "bias"):
             _move(pending, found, f"{theirs}.{part}", f"{ours}.{part}")
-    depth = 1 + max(int(m[1]) for key in entries if (m := re.match(r"transformer_blocks\.(\d{1,6})\.", key)))
+    numbers = (re.match(r"transformer_blocks\.(\d{1,6})\.", key) for key in entries)
+    depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
     if depth != sizes["num_layers"]:
         raise WeightsError(f"{label} has {depth} blocks, its config.json says {sizes['num_layers']}")
     for i in range(depth):
@@ -99,6 +101,9 @@ def official_entries(
         sizes["sample_size"] // sizes["patch_size"],
         sizes["num_attention_heads"] * sizes["attention_head_dim"],
     )
+    bias = entries.get("pos_embed.proj.bias")
+    if bias is None or bias.shape != (width,):  # before a position embedding of that width is computed
+        raise WeightsError(f"{label}: pos_embed.proj.bias does not have the {width} numbers that config.json says")
     found["pos_embed"] = Entry((1, grid * grid, width), lambda: position_embedding(grid, width)[None])
     return {**found, **pending}, sizes["num_attention_heads"]
 
@@ -122,7 +127,11 @@ def _sizes(config: dict | None, label: str) -> dict[str, int]:
         raise WeightsError(f"{label}: its config.json is not one of a DiT:\n  " + "\n  ".join(map(str, problems)))
     sizes = {key: config[key] for key in SIZES}
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
-    if sizes["sample_size"] % sizes["patch_size"] or width % 4 or sizes["sample_size"] // sizes["patch_size"] > 1024:
+    if (
+        sizes["sample_size"] % sizes["patch_size"]
+        or width % 4
+        or sizes["sample_size"] // sizes["patch_size"] > MAX_GRID
+    ):
         raise WeightsError(f"{label}: the sizes of its config.json do not fit together: {sizes}")
     return sizes
 

@@ -5,13 +5,16 @@ against its size before memory is taken for it; everything wrong with it comes o
 """
 
 import argparse
+import io
 import json
 import math
+import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +25,14 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MAPPED_BYTES = 2**28  # of a mapped file read before its pages are given back
 JSON_BYTES = 2**26  # more is no config or index
 REAL_TYPES = {"F16", "BF16", "F32", "F64"}
+# What the pickle of a state dict names, and of the "args" that the training script keeps. PyTorch's safe loading lets
+# through more, and some of that takes any memory or time (codecs, sparse tensors, copies of repeated views).
+PICKLED = re.compile(
+    r"torch \w+Storage|torch (b?float|u?int|complex|bool)\w*|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+    r"|collections OrderedDict|argparse Namespace"
+)
+TUPLE_SIZE = 1000  # with the tuples in it; hashing a key of more can take forever or overflow the stack
+LEGACY_PICKLES = 5  # that a file from before version 1.6 begins with: magic number, version, system, content, storages
 
 
 class WeightsError(ValueError):
@@ -39,7 +50,7 @@ class Entry(NamedTuple):
 class Source:
     """An opened checkpoint."""
 
-    entries: dict[str, Entry | None]  # by key; None is something else than a real-valued dense tensor
+    entries: dict[str, Entry | None]  # by key; None is no real-valued dense tensor, or an empty one
     form: str  # "released", "training/ema", "training/model", "safetensors"
     files: tuple[Path, ...]  # that hold the tensors
     config: dict | None = None  # of a config.json beside them
@@ -86,9 +97,11 @@ def read_json(path: Path) -> dict:
     Raises:
       WeightsError: it is none.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise WeightsError(f"{path} is not a file")
+    if path.stat().st_size > JSON_BYTES:
+        raise WeightsError(f"{path} has {path.stat().st_size} bytes; that is no config or index")
     try:
-        if path.stat().st_size > JSON_BYTES:
-            raise WeightsError(f"{path} has {path.stat().st_size} bytes; that is no config or index")
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read as JSON ({type(error).__name__})") from error
@@ -117,8 +130,8 @@ def _inside(folder: Path, name: Any) -> Path:
     path = folder / name
     try:
         home, real = folder.resolve(strict=True), path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise WeightsError(f"{path} is not there, or is a broken link") from error
+    except (OSError, RuntimeError, UnicodeError) as error:
+        raise WeightsError(f"{folder} has no file {name[:100]!r}, or it is a broken link") from error
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if real.parent not in (home, cache):
         raise WeightsError(
@@ -136,12 +149,12 @@ def _sharded(index: Path) -> dict[Path, set[str] | None]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise WeightsError(f"{index} has no weight_map from keys to files")
-    files: dict[Path, set[str] | None] = {}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise WeightsError(f"{index} names files by something else than strings")
+    keys: dict[str, set[str]] = {}
     for key, name in names.items():
-        keys = files.setdefault(_inside(index.parent, name), set())
-        assert keys is not None
-        keys.add(key)
-    return files
+        keys.setdefault(name, set()).add(key)
+    return {_inside(index.parent, name): wanted for name, wanted in keys.items()}
 
 
 # --- safetensors
@@ -159,7 +172,7 @@ def _safetensors_entries(path: Path) -> dict[str, Entry | None]:
         for key in mapped.file.keys():  # noqa: SIM118 (it is a method of the file, no dictionary)
             part = mapped.file.get_slice(key)
             shape = tuple(part.get_shape())
-            real = part.get_dtype() in REAL_TYPES
+            real = part.get_dtype() in REAL_TYPES and 0 not in shape  # whose other sizes nothing accounts for
             entries[key] = Entry(shape, _reader(mapped, key, shape)) if real else None
     except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file ({type(error).__name__}: {error})") from error
@@ -203,8 +216,9 @@ class _TorchFile:
             return
         part = content.get(which)
         if not isinstance(part, Mapping):
-            held = ", ".join(str(name)[:40] for name in content)
+            held = ", ".join(name[:40] for name in content)
             raise WeightsError(f"{path} is a training checkpoint without {which!r}; it has {held}")
+        _check_keys(part, path)
         self.form = f"training/{which}"
         self.part = part
 
@@ -215,6 +229,7 @@ class _TorchFile:
             and value.device.type == "cpu"
             and value.layout is torch.strided
             and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            and value.numel() > 0
         )
 
     def get_tensor(self, key: str) -> np.ndarray:
@@ -225,16 +240,16 @@ class _TorchFile:
 
 
 def _torch_entries(path: Path, which: Which) -> tuple[dict[str, Entry | None], str]:
-    mapped = _Mapped(lambda: _TorchFile(path, which), in_memory=not zipfile.is_zipfile(path))
-    part: Mapping[Any, Any] = mapped.file.part
+    mapped = _Mapped(lambda: _TorchFile(path, which), in_memory=not _is_archive(path))
+    part: Mapping[str, Any] = mapped.file.part
     real = {key: value for key, value in part.items() if mapped.file.is_real(value)}
     claimed = sum(value.numel() * value.element_size() for value in real.values())
     if claimed > path.stat().st_size:  # views that repeat a storage would fill any memory
         raise WeightsError(f"{path} claims tensors of {claimed} bytes, more than it has; it is damaged or hostile")
-    entries: dict[str, Entry | None] = dict.fromkeys(map(str, part))
+    entries: dict[str, Entry | None] = dict.fromkeys(part)
     for key, value in real.items():
         shape = tuple(value.shape)
-        entries[str(key)] = Entry(shape, _reader(mapped, key, shape))
+        entries[key] = Entry(shape, _reader(mapped, key, shape))
     return entries, mapped.file.form
 
 
@@ -242,12 +257,20 @@ def _load(torch: Any, path: Path) -> Mapping:
     """What a .pt file holds, nothing of it executed. Zip archives are mapped, the older form is read whole."""
     refused = f"{path} is not a readable checkpoint: "
     try:
-        archive = zipfile.is_zipfile(path)
+        archive = _is_archive(path)
         if archive:
             with zipfile.ZipFile(path) as file:
                 packed = [entry.filename for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             if packed:  # never written by PyTorch, and the way to make a small file fill the memory
                 raise WeightsError(f"{refused}its archive is compressed ({packed[0][:100]!r}); save it with torch.save")
+            reader = torch._C.PyTorchFileReader(str(path))  # which may see another archive than Python does
+            if reader.get_record_size("data.pkl") > path.stat().st_size:
+                raise WeightsError(f"{refused}its archive is compressed; save it with torch.save")
+            _check_pickle(io.BytesIO(reader.get_record("data.pkl")), refused)
+        else:
+            with path.open("rb") as file:
+                for _ in range(LEGACY_PICKLES):
+                    _check_pickle(file, refused)
         with torch.serialization.safe_globals([argparse.Namespace]):  # what the training script keeps as "args"
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
     except WeightsError:
@@ -259,7 +282,67 @@ def _load(torch: Any, path: Path) -> Mapping:
         ) from error
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
+    _check_keys(content, path)
     return content
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether PyTorch takes a file for an archive: by its first bytes, not by its last ones as Python does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _check_keys(part: Mapping, path: Path) -> None:
+    if not all(isinstance(key, str) for key in part):
+        raise WeightsError(f"{path} has keys that are not strings; it is no state dict")
+
+
+def _check_pickle(file: BinaryIO, refused: str) -> None:
+    """Refuses a pickle with other objects than dense tensors in nested containers. Reads one pickle of the file.
+
+    Follows the stack of the unpickler with nothing on it but the names of globals and, for all else, a size: 0 for an
+    empty tuple, 1 for what is no tuple. Tuples in tuples, used again by reference, are of exponential size.
+    """
+    stack: list[int | str] = []
+    marks: list[int] = []
+    memo: dict[int, int | str] = {}
+    for opcode, found, _ in pickletools.genops(file):
+        argument: Any = found
+        needed, left = opcode.stack_before, opcode.stack_after
+        if pickletools.markobject in needed:
+            first = marks.pop()
+            start = first - needed.index(pickletools.markobject)
+        else:
+            first = start = len(stack) - len(needed)
+        if start < 0:
+            raise ValueError("nothing left on the stack")
+        popped = stack[first:]
+        pushed: list[int | str] = [1] * len(left)
+        if opcode.name == "GLOBAL":
+            if not PICKLED.fullmatch(argument):
+                raise WeightsError(
+                    f"{refused}it holds pickled objects other than dense tensors ({argument[:100]}), which are never "
+                    "loaded because that would run code from the file"
+                )
+            pushed = [argument]
+        elif opcode.name == "MARK":
+            marks.append(len(stack))
+            pushed = []
+        elif "PUT" in opcode.name:
+            memo[argument] = stack[-1]
+        elif "GET" in opcode.name:
+            pushed = [memo[argument]]
+        elif pickletools.pytuple in left:
+            size = 1 + sum(part if isinstance(part, int) else 1 for part in popped) if popped else 0
+            if size > TUPLE_SIZE:
+                raise WeightsError(f"{refused}it holds tuples in tuples of more than {TUPLE_SIZE} parts")
+            pushed = [size]
+        elif opcode.name == "REDUCE" and popped[0] == "collections OrderedDict" and popped[1] != 0:
+            raise WeightsError(f"{refused}it makes dictionaries of other objects")
+        stack[start:] = pushed
 
 
 def _torch() -> Any:

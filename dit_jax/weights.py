@@ -23,6 +23,7 @@ from dit_jax.readers import Entry, Shape, Source, WeightsError, Which, open_sour
 
 CONVERSION_VERSION = 1  # to be raised when the same file would give other arrays
 COPIED_COLUMNS = 128  # as many as keep the rows of a transposed copy in cache
+SMALL_EMBEDDING = 2**22  # numbers that a position embedding may have whatever the network
 PREFIXES = ("module.", "_orig_mod.")  # of wrapped training: DistributedDataParallel, torch.compile
 
 
@@ -242,6 +243,9 @@ def infer_config(
     rows = (_ranked(shapes, "final_layer.linear.weight", 2)[0], _ranked(shapes, "final_layer.linear.bias", 1)[0])
     classes = _ranked(shapes, "y_embedder.embedding_table.weight", 2)[0] - 1
     grid = math.isqrt(tokens)
+    held = sum(math.prod(shape) for key, shape in shapes.items() if key != "pos_embed")
+    if tokens * width > max(held, SMALL_EMBEDDING):  # it would be computed to ask for the model's shapes
+        problems.append(f"{tokens} tokens of width {width} are more numbers than the rest of the file has")
     tell("hidden_size", width, "the biases")
     tell("mlp_ratio", width and hidden / width, "blocks.*.mlp.fc1.bias")
     tell("in_channels", channels, "x_embedder.proj.weight")
