@@ -6,6 +6,7 @@ nested dict of arrays). A folder is written under another name beside its place 
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -34,6 +35,8 @@ STORED_DTYPES = ("float32", "bfloat16", "float64")
 SMALL_BYTES = 2**26  # that a config may ask for whatever lies on disk
 COMPRESSION = 64  # times what lies on disk
 CHUNK_BYTES = 2**26  # of one file of a model folder
+CHUNKS_IN_FLIGHT = 4
+ALIGNMENT = 64  # bytes
 SHIPPED = Path(__file__).parent / "shipped"
 
 Arrays = dict[str, np.ndarray]  # by dotted path, for example "blocks.attn.qkv.kernel"
@@ -428,19 +431,14 @@ def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
     odd = [path for path in directory.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
     if odd:
         raise CheckpointError(f"{odd[0]} is no file but a link, say; a folder of saved arrays has none, copy the files")
-    onto_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     try:
-        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)
-        # as JAX arrays on the host, which become the model's own without a copy; float64 stays that in any mode
-        with _quiet_orbax(), jax.enable_x64(True), ocp.Checkpointer(handler) as checkpointer:
+        with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.metadata(directory.resolve()).item_metadata.tree
-            announced = flatten_dict(found, sep=".")
-            if shapes is not None:
-                _check_arrays({path: _Shaped(shape) for path, shape in shapes.items()}, announced, str(directory))
-            _check_storage(directory.resolve(), announced)
-            plan = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=onto_host), found)
-            tree = checkpointer.restore(directory.resolve(), args=ocp.args.PyTreeRestore(restore_args=plan))
-        return {path: np.asarray(array) for path, array in flatten_dict(tree, sep=".").items()}
+        announced = flatten_dict(found, sep=".")
+        if shapes is not None:
+            _check_arrays({path: _Shaped(shape) for path, shape in shapes.items()}, announced, str(directory))
+        stores = _open_stores(directory.resolve(), announced)
+        return {path: _read_chunks(store) for path, store in stores.items()}
     except CheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
@@ -448,18 +446,45 @@ def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
         raise CheckpointError(f"{directory} is damaged: {reason[0] if reason else error!r}; make it again") from error
 
 
-def _check_storage(directory: Path, announced: Mapping[str, Any]) -> None:
-    """Refuses arrays that would take more memory while they are read than they have: chunks larger than the array, and
-    codecs but Orbax's own, some of which believe a file that claims gigabytes."""
+def _open_stores(directory: Path, announced: Mapping[str, Any]) -> dict[str, tensorstore.TensorStore]:
+    """The stored arrays, unread. Refuses those that would take more memory while they are read than they have: chunks
+    larger than the array, and codecs but Orbax's own, some of which believe a file that claims gigabytes."""
     folder = {"driver": "file", "path": f"{directory}/"}
     if (directory / "manifest.ocdbt").exists():
         folder = {"driver": "ocdbt", "base": folder, "path": ""}
+    stores = {}
     for path, array in announced.items():
         place = {**folder, "path": f"{folder['path']}{path}/"}
-        stored = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result().spec().to_json()["metadata"]
+        store = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
+        stored = store.spec().to_json()["metadata"]
         codec = stored["compressor"] or {"id": "zstd"}
-        if math.prod(stored["chunks"]) > max(1, math.prod(array.shape)) or codec["id"] != "zstd" or stored["filters"]:
+        too_large = math.prod(stored["chunks"]) > max(1, math.prod(array.shape))
+        if store.shape != tuple(array.shape) or too_large or codec["id"] != "zstd" or stored["filters"]:
             raise CheckpointError(f"{directory}: {path} is not stored as Orbax does; make it again")
+        stores[path] = store
+    return stores
+
+
+def _read_chunks(store: tensorstore.TensorStore) -> np.ndarray:
+    """A whole array, a few chunks at a time: Orbax would have all of them in memory beside it, compressed and not.
+
+    It begins where JAX wants arrays to begin on a CPU, to become a model's own without a copy.
+    """
+    dtype, size = store.dtype.numpy_dtype, math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    array = raw[start : start + size].view(dtype).reshape(store.shape)
+    chunks = store.spec().to_json()["metadata"]["chunks"]
+    spans = [
+        [slice(low, min(low + step, length)) for low in range(0, length, step)]
+        for length, step in zip(store.shape, chunks, strict=True)
+    ]
+    blocks = itertools.product(*spans)
+    while group := list(itertools.islice(blocks, CHUNKS_IN_FLIGHT)):
+        reads = [store[block].read() for block in group]
+        for block, found in zip(group, reads, strict=True):
+            array[block] = found.result()
+    return array
 
 
 def _occupied(directory: Path) -> bool:

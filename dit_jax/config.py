@@ -1,6 +1,7 @@
 """The configuration of a diffusion transformer, and the official variants by name."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,8 +41,12 @@ class DiTConfig:
             "num_classes",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"DiTConfig.{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.learn_sigma, bool):
+            raise ValueError(f"DiTConfig.learn_sigma must be true or false, got {self.learn_sigma!r}")
+        if not isinstance(self.mlp_ratio, int | float) or not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"DiTConfig.mlp_ratio must be a positive number, got {self.mlp_ratio!r}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:

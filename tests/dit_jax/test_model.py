@@ -226,6 +226,29 @@ def test_output_without_learned_variance_has_the_input_channels():
     assert abstract_output(config, batch=1).shape == (1, 4, 4, 3)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"depth": 0},
+        {"depth": 2.0},
+        {"num_heads": True},
+        {"num_heads": 7},
+        {"patch_size": 5},
+        {"learn_sigma": "no"},
+        {"learn_sigma": 1},
+        {"mlp_ratio": "4"},
+        {"mlp_ratio": 0.0},
+        {"mlp_ratio": float("nan")},
+        {"mlp_ratio": float("inf")},
+        {"prediction": "score"},
+        {"dtype": "float16"},
+    ],
+)
+def test_a_config_out_of_its_domain_is_refused_by_name(entry):
+    with pytest.raises(ValueError, match=next(iter(entry))):
+        DiTConfig(**entry)
+
+
 @pytest.mark.parametrize("shape", [(8, 8, 4), (1, 1, 1, 8, 8, 4), (2, 4, 8, 8), (2, 16, 8, 4), (2, 8, 8, 3)])
 def test_wrong_images_are_refused(tiny, shape):
     model = abstract_model(tiny.config)
