@@ -1,4 +1,4 @@
-"""Training a DiT on images: AdamW, warm-up, constant rate, linear decay; EMA; exact resume.
+"""Training a DiT on images or on a law that draws them: AdamW, warm-up, constant rate, linear decay; EMA; exact resume.
 
 Every random choice of step s (batch, flips, label drops, timesteps, noise) is a function of (seed, s), so a run that
 stops and resumes ends with the same bits as one that does not.
@@ -10,7 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,55 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.label_dropout < 1 or not 0 < self.decay_fraction <= 1:
             raise ValueError("label_dropout must be in [0, 1) and decay_fraction in (0, 1]")
+
+
+class TrainingData(Protocol):
+    """What a model is trained on: `Photographs`, or a law that draws."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of an image."""
+        ...
+
+    def batch(self, config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clean images (batch_size, H, W, C) float32 and labels (batch_size,), a function of (seed, step) alone."""
+        ...
+
+    def preparation(self) -> dict:
+        """What a manifest needs to say about the data."""
+        ...
+
+    def pictures(self, x: np.ndarray) -> np.ndarray:
+        """Images (..., H, W, C) as the network has them -> (..., H, W, 3) uint8 to look at."""
+        ...
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """An `ImageSet` in epochs without replacement, standardised."""
+
+    images: ImageSet
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.images.class_names
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.images.pixels.shape[1:]
+
+    def batch(self, config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = batch_indices(config, len(self.images.pixels), step)
+        return standardize(self.images.pixels[chosen], self.images.mean, self.images.std), self.images.labels[chosen]
+
+    def preparation(self) -> dict:
+        return self.images.preparation()
+
+    def pictures(self, x: np.ndarray) -> np.ndarray:
+        return to_pixels(x, self.images.mean, self.images.std)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -177,7 +226,7 @@ class LossLog:
 
 
 def train(
-    images: ImageSet,
+    data: TrainingData | ImageSet,
     model_config: DiTConfig,
     config: TrainConfig,
     out: str | Path,
@@ -191,7 +240,7 @@ def train(
     """Trains a model; leaves ``model/`` (the EMA weights, with manifest), ``log.jsonl`` and ``samples.png`` in `out`.
 
     Args:
-      images: training set, of the config's input size.
+      data: training set, of the config's input size.
       out: folder of this run; ``state/`` in it is the last checkpoint.
       resume: go on from the checkpoint in `out`, which must come from the same settings but for `steps`.
 
@@ -199,15 +248,16 @@ def train(
       the folder of the trained model, which `load_model` reads.
 
     Raises:
-      ValueError: the images do not fit the model, `out` holds another run, or the settings of a resumed run differ.
+      ValueError: the data do not fit the model, `out` holds another run, or the settings of a resumed run differ.
     """
     out = Path(out)
+    data = Photographs(data) if isinstance(data, ImageSet) else data
     clock = make_clock(1000)
-    _check_fit(images, model_config)
+    _check_fit(data, model_config)
     record = {
         "model": model_config.to_dict(),
         "training": dataclasses.asdict(config),
-        "data": images.preparation(),
+        "data": data.preparation(),
     }
     _open_run(out, record, resume)
     graph, params, constants = nnx.split(DiT(model_config, nnx.Rngs(config.seed)), nnx.Param, ...)
@@ -224,9 +274,7 @@ def train(
     first = int(state["step"])
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", disable=not progress)
     for step in bar:
-        chosen = batch_indices(config, len(images.pixels), step)
-        x0 = standardize(images.pixels[chosen], images.mean, images.std)
-        state, metrics = update(state, x0, images.labels[chosen])
+        state, metrics = update(state, *data.batch(config, step))
         log.add(metrics)
         done = step + 1
         if done % log_every == 0 or done == config.steps:
@@ -236,13 +284,13 @@ def train(
             save_arrays(out / "state", state)
     save_arrays(out / "state", state)
     model = nnx.merge(graph, state["ema"], constants)
-    _sample_grid(model, images).save(out / "samples.png")
+    _sample_grid(model, data).save(out / "samples.png")
     history = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     save_model(
         model,
         out / "model",
         extra={
-            "data": images.preparation(),
+            "data": data.preparation(),
             "training": record["training"],
             "final_loss": history[-1],
             "command": command,
@@ -252,12 +300,12 @@ def train(
     return out / "model"
 
 
-def _check_fit(images: ImageSet, config: DiTConfig) -> None:
+def _check_fit(data: TrainingData, config: DiTConfig) -> None:
     shape = (config.input_size, config.input_size, config.in_channels)
-    if images.pixels.shape[1:] != shape:
-        raise ValueError(f"images are {images.pixels.shape[1:]}, the model takes {shape}")
-    if len(images.class_names) != config.num_classes:
-        raise ValueError(f"the data has {len(images.class_names)} classes, the model {config.num_classes}")
+    if data.shape != shape:
+        raise ValueError(f"images are {data.shape}, the model takes {shape}")
+    if len(data.class_names) != config.num_classes:
+        raise ValueError(f"the data has {len(data.class_names)} classes, the model {config.num_classes}")
 
 
 def _open_run(out: Path, record: dict, resume: bool) -> None:
@@ -283,7 +331,7 @@ def _open_run(out: Path, record: dict, resume: bool) -> None:
     write_json(path, record)
 
 
-def _sample_grid(model: DiT, images: ImageSet, per_class: int = 8, steps: int = 50, seed: int = 0) -> Image.Image:
+def _sample_grid(model: DiT, data: TrainingData, per_class: int = 8, steps: int = 50, seed: int = 0) -> Image.Image:
     """One row of uncoupled DDIM samples per class (the first ten classes)."""
     config = model.config
     clock = make_clock(steps)
@@ -292,6 +340,6 @@ def _sample_grid(model: DiT, images: ImageSet, per_class: int = 8, steps: int = 
     shape = (rows * per_class, config.input_size, config.input_size, config.in_channels)
     x = jax.random.normal(jax.random.key(seed), shape)
     draw = jax.jit(lambda model, x, labels: sample(network_denoiser(model, clock), x, clock, labels)[0])
-    pixels = to_pixels(jax.device_get(draw(model, x, labels)), images.mean, images.std)
+    pixels = data.pictures(jax.device_get(draw(model, x, labels)))
     grid = Image.fromarray(image_grid(pixels, per_class))
     return grid.resize((grid.width * 4, grid.height * 4), Image.Resampling.NEAREST)

@@ -40,15 +40,15 @@ class Claim:
 def claims(analysis: xr.Dataset, drawn: dict[str, dict]) -> list[dict]:
     """Claims 1, 2 and 4, and a placeholder for 3, as JSON-able dictionaries."""
     found = [_gap_exists(analysis), _gap_collapses(analysis, drawn), _depth(), _order(analysis, drawn)]
-    return [_finite(asdict(claim)) for claim in found]
+    return [finite(asdict(claim)) for claim in found]
 
 
-def _finite(entry: Any) -> Any:
+def finite(entry: Any) -> Any:
     """The same with null for what is not a number, as JSON has it."""
     if isinstance(entry, dict):
-        return {name: _finite(value) for name, value in entry.items()}
+        return {name: finite(value) for name, value in entry.items()}
     if isinstance(entry, list):
-        values = [_finite(value) for value in entry]
+        values = [finite(value) for value in entry]
         return None if values and all(value is None for value in values) else values
     return None if isinstance(entry, float) and not np.isfinite(entry) else entry
 

@@ -1,16 +1,21 @@
-"""The command line: `syncgap compare`, `syncgap train`, `syncgap report`, `syncgap sample`, `syncgap info`."""
+"""The command line: ``syncgap --help``."""
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from dit_jax.config import Prediction
 from experiments.compare import CompareConfig
+from experiments.depth import DepthConfig
 from experiments.pictures import SampleConfig
+from experiments.solvable import SolvableConfig
+from experiments.study import StudyConfig
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,9 @@ class Compare:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a small DiT on class folders of images."""
+    """Train a small DiT on class folders of images, or on data whose law is known."""
 
-    data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>
+    data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable (--size 8)
     out: tyro.conf.Positional[Path]  # folder of the training run
     size: int = 16  # images are cropped and resized to size x size
     prediction: Prediction = "v"
@@ -38,6 +43,7 @@ class Train:
     steps: int = 6000
     batch_size: int = 64
     learning_rate: float = 1.5e-3
+    decay_fraction: float = 0.25  # share of the steps, at the end, over which the rate falls to zero
     weight_cap: float = 1.0  # epsilon only: loss weight min(1 + 1/SNR, cap); 1 is the official loss
     seed: int = 0
     dtype: str = "float32"
@@ -46,11 +52,34 @@ class Train:
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
+C = TypeVar("C", bound=StudyConfig)
+
+
+@dataclass(frozen=True)
+class StudyRun(Generic[C]):
+    """One of the studies; its settings say which."""
+
+    settings: tyro.conf.OmitArgPrefixes[C]
+    out: Path | None = None  # folder of the run; runs/ and the name of the study by default
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with an interrupted run in --out
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+
+
+STUDIES: dict[str, type[StudyConfig]] = {"depth": DepthConfig, "solvable": SolvableConfig}
+
+
+def _documented(config: type[StudyConfig]) -> type:
+    """`StudyRun` of these settings, with their docstring as its help."""
+    return make_dataclass(
+        config.__name__, [], bases=(StudyRun[config],), namespace={"__doc__": config.__doc__}, frozen=True
+    )
+
+
 @dataclass(frozen=True)
 class Report:
-    """Draw the figures and the report of a stored run again."""
+    """Draw the figures and the report of a stored run again, or join those of a folder of runs into one."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Path]  # the --out folder of a command, or a folder of such folders
 
 
 @dataclass(frozen=True)
@@ -76,8 +105,9 @@ class Info:
 def main(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors of ours are one message, not a traceback."""
     argv = sys.argv[1:] if args is None else args
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare, "train": Train, "report": Report, "sample": Sample, "info": Info},
+    studies = {name: _documented(config) for name, config in STUDIES.items()}
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        {"compare": Compare, **studies, "report": Report, "train": Train, "sample": Sample, "info": Info},
         args=argv,
         prog="syncgap",
     )
@@ -88,26 +118,26 @@ def main(args: list[str] | None = None) -> int:
         print(f"syncgap: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumable = isinstance(command, Compare | Train)
+        resumable = isinstance(command, Compare | Train | StudyRun)
         how = "; the same command with --resume goes on from the last finished block" if resumable else ""
         print(f"\nsyncgap: interrupted{how}", file=sys.stderr)
         return 130
 
 
-def _run(command: Compare | Train | Report | Sample | Info, line: str) -> int:
+def _run(command: Compare | StudyRun | Train | Report | Sample | Info, line: str) -> int:
     if isinstance(command, Compare):
         from experiments.compare import compare
 
         report = compare(command.settings, command.out, resume=command.resume, command=line, progress=not command.quiet)
         print(f"report: {report}")
+    elif isinstance(command, StudyRun):
+        kind = next(name for name, config in STUDIES.items() if type(command.settings) is config)
+        run: Callable[..., Path] = getattr(import_module(f"experiments.{kind}"), kind)
+        out = command.out or Path("runs") / kind
+        page = run(command.settings, out, resume=command.resume, command=line, progress=not command.quiet)
+        print(f"report: {page}")
     elif isinstance(command, Report):
-        from experiments.figures import save_figures
-        from experiments.report import write_report
-        from experiments.store import RunFolder
-
-        run = RunFolder.open(command.run)
-        save_figures(run)
-        print(f"report: {write_report(run)}")
+        print(f"report: {_report(command.run)}")
     elif isinstance(command, Sample):
         from experiments.pictures import sample_pictures
 
@@ -127,6 +157,22 @@ def _run(command: Compare | Train | Report | Sample | Info, line: str) -> int:
     return 0
 
 
+def _report(folder: Path) -> Path:
+    from experiments.figures import save_figures
+    from experiments.report import write_report
+    from experiments.section import joint_page
+    from experiments.store import RunFolder
+
+    if folder.is_dir() and not (folder / "manifest.json").exists():
+        return joint_page(folder)
+    run = RunFolder.open(folder, writable=True)
+    kind = run.manifest.get("kind")
+    if kind in STUDIES:
+        return import_module(f"experiments.{kind}_report").report(run)
+    save_figures(run)
+    return write_report(run)
+
+
 def _info(command: Info) -> int:
     from experiments.info import describe, manifest_json, model_folder, verify
 
@@ -142,17 +188,20 @@ def _info(command: Info) -> int:
 def _train(command: Train, line: str) -> Path:
     from dit_jax.config import DiTConfig
     from dit_jax.images import load_images
-    from dit_jax.training import TrainConfig, train
+    from dit_jax.training import Photographs, TrainConfig, train
+    from experiments.solvable_data import SolvableData
 
-    images = load_images(command.data, command.size, progress=not command.quiet)
+    solvable = command.data == Path("solvable")
+    data = SolvableData() if solvable else Photographs(load_images(command.data, command.size, not command.quiet))
     model = DiTConfig(
         input_size=command.size,
         patch_size=command.patch_size,
-        in_channels=3,
+        in_channels=data.shape[-1],
         hidden_size=command.hidden_size,
         depth=command.depth,
         num_heads=command.num_heads,
-        num_classes=len(images.class_names),
+        num_classes=len(data.class_names),
+        learn_sigma=not solvable,  # the theory is that of the posterior variance
         prediction=command.prediction,
         dtype=command.dtype,
     )
@@ -160,11 +209,14 @@ def _train(command: Train, line: str) -> Path:
         steps=command.steps,
         batch_size=command.batch_size,
         learning_rate=command.learning_rate,
+        decay_fraction=command.decay_fraction,
         weight_cap=command.weight_cap,
+        flip=not solvable,
+        label_dropout=0.0 if solvable else 0.1,
         seed=command.seed,
     )
     return train(
-        images,
+        data,
         model,
         settings,
         command.out,

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from flax import nnx
 from tqdm import tqdm
 
 from dit_jax.attention import COUPLINGS, Coupling
-from dit_jax.checkpoint import load_manifest, load_model, shipped_model
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import GuidedChannels, GuidedCoupling, Sampler
 from dit_jax.images import to_pixels
@@ -29,11 +27,10 @@ from experiments.figures import save_figures
 from experiments.measure import coupled_network, coupled_wiener, one_pass, shuffled_bands, trajectories
 from experiments.report import write_report
 from experiments.store import RunFolder
+from experiments.study import DEFAULT_WEIGHTS, NUM_BANDS, Dtype, load_subject
 from ou_theory.clock import Clock, make_clock
 from ou_theory.modes import Bands, radial_bands
 
-DEFAULT_WEIGHTS = "photos16-v"
-NUM_BANDS = 6
 PICTURED_PAIRS = 6
 
 
@@ -56,6 +53,7 @@ class CompareConfig:
     gain_pairs: int = 32  # pairs on which the one-pass gain is measured
     untrained_pairs: int = 16
     parameters: Parameters = "replicated"  # on several devices: whole on each, or sharded over them
+    dtype: Dtype | None = None  # of activations and parameters; the stored one by default
 
     def __post_init__(self) -> None:
         couplings = np.asarray(self.couplings, np.float64)
@@ -77,23 +75,6 @@ class CompareConfig:
     def grid(self) -> np.ndarray:
         """The couplings, increasing, each once, (C,) float32."""
         return np.unique(np.asarray(self.couplings, np.float32))
-
-
-def untrained_model(config: DiTConfig, seed: int) -> DiT:
-    """A network with random weights everywhere: what the initialisation sets to zero is drawn too, so that the blocks
-    act and the output is not trivially zero."""
-    model = DiT(config, nnx.Rngs(seed))
-    state = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    drawn = [
-        jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape, leaf.dtype)
-        * np.sqrt(2 / (leaf.shape[-1] + leaf.shape[-2]))
-        if leaf.ndim >= 2 and not jnp.any(leaf)
-        else leaf
-        for i, leaf in enumerate(leaves)
-    ]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
-    return model
 
 
 class Instrument:
@@ -234,9 +215,8 @@ def compare(
       ValueError: settings that do not fit the weights; an output folder that holds another run.
     """
     started = time.perf_counter()
-    source = Path(config.weights) if Path(config.weights).is_dir() else shipped_model(config.weights)
-    manifest = load_manifest(source)
-    model = load_model(source)
+    several = jax.local_device_count() > 1
+    source, model, manifest = subject = load_subject(config.weights, config.dtype, on_host=several)
     classes = config.classes or tuple(range(model.config.num_classes))
     if any(not 0 <= c < model.config.num_classes for c in classes):
         raise ValueError(f"classes must be in 0..{model.config.num_classes - 1}, got {classes}")
@@ -250,7 +230,7 @@ def compare(
 
     grid = config.grid
     few = grid[np.unique([0, len(grid) // 2, len(grid) - 1])]
-    untrained = untrained_model(model.config, config.seed)
+    untrained = subject.untrained(config.seed)
     filled = CompareConfig(**{**asdict(config), "classes": classes})
     subjects = (
         ("network", instrument.place(model), grid, config.pairs, config.gain_pairs),
@@ -287,7 +267,7 @@ def compare(
     eta = 0.0 if config.sampler == "ddim" else 1.0
     analysis, drawn = analyse(clock, network, run.load("untrained"), run.load("wiener"), eta=eta, seed=config.seed)
     analysis.attrs.update(
-        model=source.name,
+        model=source,
         prediction=model.config.prediction,
         sampler=config.sampler,
         gate=config.gate,

@@ -4,42 +4,33 @@
 Measurements are solid, theory is dashed or dotted. A band has the same colour everywhere, dark (DC) to light (highest).
 """
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
 
+from experiments.drawing import (
+    FAINT,
+    GAP_LABEL,
+    INK,
+    LEVEL_LABEL,
+    QUIET,
+    TAU_LABEL,
+    band_colors,
+    band_legend,
+    band_names,
+    coupling_axis,
+    draw_figures,
+    end_labels,
+    new_figure,
+)
 from experiments.store import RunFolder
 
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6,
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "syncgap",  # the same figure is the same file
-}
-DPI = 180
-INK, QUIET, FAINT = "#1f2430", "#8a8f99", "#d5d8de"
-# Okabe and Ito's colours, told apart by every kind of colour vision.
 SOURCES: dict[str, dict[str, Any]] = {
     "network": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "network"},
     "measured gain": {"color": "#D55E00", "linestyle": "--", "label": "recursion, measured gain"},
@@ -47,24 +38,20 @@ SOURCES: dict[str, dict[str, Any]] = {
     "untrained": {"color": QUIET, "linestyle": "-", "marker": "s", "label": "untrained network"},
 }
 THEORIES = ("measured gain", "ideal gain")
-GAP_LABEL = "synchronization gap  $\\Gamma_\\tau = \\tau_{high} - \\tau_{low}$  (nats)"
-TAU_LABEL = "commitment level  $\\tau$  (nats)"
 DECIDED_LABEL = "decided fraction  $F$"
-LEVEL_LABEL = "log-SNR  $\\ell$  (nats)   generation $\\rightarrow$"
-COUPLING_LABEL = "coupling  $g$"
 
 
 def figure_gap(analysis: xr.Dataset) -> Figure:
     """The headline: synchronization gap against coupling, network over theory."""
-    figure, ax = _figure(7.2, 4.3)
+    figure, ax = new_figure(7.2, 4.3)
     shown = [name for name in SOURCES if _any(analysis.gap.sel(source=name))]
     for name in reversed(shown):
         at = analysis.sel(source=name)
         _curve(ax, at.gap, at.gap_interval, band=name != "untrained", whiskers=name not in THEORIES, **SOURCES[name])
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    _coupling_axis(ax, analysis.coupling.values)
+    coupling_axis(ax, analysis.coupling.values)
     ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
-    _end_labels(ax, ends, [(SOURCES[name]["label"], SOURCES[name]["color"]) for name in shown])
+    end_labels(ax, ends, [(SOURCES[name]["label"], SOURCES[name]["color"]) for name in shown])
     ax.set_ylabel(GAP_LABEL)
     ax.set_title("Synchronization gap against coupling, with 95 % intervals")
     return figure
@@ -86,7 +73,7 @@ def figure_decided(analysis: xr.Dataset) -> Figure:
 def figure_relative_energy(analysis: xr.Dataset) -> Figure:
     """Relative energy of the difference mode along the trajectory, uncoupled and coupled."""
     chosen = _some_couplings(analysis)
-    figure, axes = _figure(7.2, 3.3, 1, len(chosen), sharey=True)
+    figure, axes = new_figure(7.2, 3.3, 1, len(chosen), sharey=True)
     left = figure.axes[0]
     q = analysis.relative_energy
     inside = (analysis.ell >= analysis.attrs["ell_start"]).values
@@ -105,14 +92,14 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
     top = np.nanmax(q.sel(source=["network", "measured gain"]).isel(coupling=chosen, step=inside).values)
     left.set_ylim(0, min(1.08 * float(top), 2.0))  # outside the window an epsilon-network's error has no bounds
     left.set_ylabel("relative energy  $Q$  of the difference")
-    _band_legend(figure, left, "solid: network,  dashed: recursion, measured gain")
+    band_legend(figure, left, "solid: network,  dashed: recursion, measured gain")
     return figure
 
 
 def figure_gain(analysis: xr.Dataset) -> Figure:
     """One-pass gain of the network along the trajectory, against the ideal gain."""
     chosen = _some_couplings(analysis)[1:]
-    figure, axes = _figure(7.2, 3.3, 1, len(chosen), sharey=True)
+    figure, axes = new_figure(7.2, 3.3, 1, len(chosen), sharey=True)
     left = figure.axes[0]
     for ax, g in zip(np.atleast_1d(axes), chosen, strict=True):
         gain = analysis.gain.sel(source="network").isel(coupling=g)
@@ -139,13 +126,13 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
     top = float(np.nanmax(shown)) if np.isfinite(shown).any() else 1.0
     left.set_ylim(-0.04, 1.08 * max(top, 1.0))
     left.set_ylabel("one-pass gain  $\\rho$")
-    _band_legend(figure, left, "")
+    band_legend(figure, left, "")
     return figure
 
 
 def figure_calibration(analysis: xr.Dataset) -> Figure:
     """The instrument on an exact denoiser: measured points on the lines of its own theory, and what is left over."""
-    figure, axes = _figure(7.2, 4.4, 2, 3, sharex=True, height_ratios=[2.6, 1])
+    figure, axes = new_figure(7.2, 4.4, 2, 3, sharex=True, height_ratios=[2.6, 1])
     low, high = analysis.attrs["low_band"], analysis.attrs["high_band"]
     columns = (
         ("gap", "gap  $\\Gamma_\\tau$  (nats)", (None,)),
@@ -169,7 +156,7 @@ def figure_calibration(analysis: xr.Dataset) -> Figure:
         top.set_title(label)
         bottom.axhline(0, color=INK, linewidth=0.8, zorder=0)
         bottom.set_ylim(-1.15 * reach, 1.15 * reach)
-        _coupling_axis(bottom, analysis.coupling.values, room=0.19)
+        coupling_axis(bottom, analysis.coupling.values, room=0.19)
     axes[0, 0].axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     axes[0, 2].legend(loc="upper right", handlelength=1.4)
     axes[0, 0].set_ylabel("measured (points), theory (lines)")
@@ -203,7 +190,7 @@ def figure_pictures(pictures: xr.Dataset) -> Figure:
 
 def figure_noise_floor(analysis: xr.Dataset) -> Figure:
     """What of the relative energy at the start of the window is error rather than decision, per band."""
-    figure, ax = _figure(7.2, 2.7)
+    figure, ax = new_figure(7.2, 2.7)
     floor = analysis.floor.sel(source="network").values
     limit = float(analysis.attrs.get("floor_limit", 0.1))
     ax.bar(np.arange(len(floor)), np.nan_to_num(floor), width=0.62, color=band_colors(analysis))
@@ -258,39 +245,8 @@ def save_figures(run: RunFolder) -> list[str]:
       StoreError: a group that a figure is made from is not stored.
     """
     groups = {group: run.load(group) for group in dict.fromkeys(group for group, _ in FIGURES.values())}
-    folder = run.path / "figures"
-    folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        for name, (group, draw) in FIGURES.items():
-            figure = draw(groups[group])
-            _save(figure, folder / f"{name}.png", dpi=DPI, metadata={"Software": None})
-            figure.set_layout_engine("none")  # it is laid out
-            _save(figure, folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    draw_figures(run.path / "figures", {name: partial(draw, groups[group]) for name, (group, draw) in FIGURES.items()})
     return list(FIGURES)
-
-
-def band_names(analysis: xr.Dataset) -> list[str]:
-    """Short names of the bands: DC, and the radial frequency of the others."""
-    return ["DC" if radius == 0 else f"r = {radius:.2f}" for radius in analysis.radius.values]
-
-
-def band_colors(analysis: xr.Dataset) -> list:
-    """One colour per band, dark to light."""
-    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, analysis.sizes["band"])))
-
-
-def _save(figure: Figure, path: Path, **options: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format=path.suffix[1:], **options)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
 
 
 def _any(values: xr.DataArray) -> bool:
@@ -321,7 +277,7 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
     bands = analysis.sizes["band"]
     rows = 1 if bands < 4 else 2
     columns = -(-bands // rows)
-    figure, axes = _figure(7.2, 0.6 + 1.9 * rows, rows, columns, sharex=True, sharey=True)
+    figure, axes = new_figure(7.2, 0.6 + 1.9 * rows, rows, columns, sharex=True, sharey=True)
     flat = np.atleast_1d(axes).ravel()
     for band, ax in enumerate(flat[:bands]):
         at = analysis.isel(band=band)
@@ -338,7 +294,7 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
         ax.set_title(band_names(analysis)[band])
         lowest = band >= bands - columns
         ax.tick_params(labelbottom=lowest)
-        _coupling_axis(ax, analysis.coupling.values, name=lowest, room=0.19)
+        coupling_axis(ax, analysis.coupling.values, name=lowest, room=0.19)
     for ax in flat[bands:]:
         ax.set_visible(False)
     figure.supylabel(label, fontsize=9)
@@ -360,70 +316,8 @@ def _coupling_name(analysis: xr.Dataset, index: int) -> str:
     return f"$g$ = {float(analysis.coupling[index]):g}"
 
 
-def _coupling_axis(ax: Axes, couplings: np.ndarray, *, name: bool = True, room: float = 0.055) -> None:
-    """An x axis on which 0 and couplings of every size can be told apart: linear near 0, logarithmic beyond.
-
-    Args:
-      room: share of the axis that a tick label takes; couplings closer to the ones labelled already go without.
-    """
-    positive = couplings[couplings > 0]
-    width = min(2 * float(positive.min()), 1.0) if positive.size else 1.0
-    ax.set_xscale("asinh", linear_width=width)
-    place = np.arcsinh(couplings / width)
-    place = (place - place[0]) / (np.ptp(place) or 1.0)
-    kept: list[int] = []
-    for index in [0, len(couplings) - 1, *range(1, len(couplings) - 1)]:
-        if all(abs(place[index] - place[other]) >= room for other in kept):
-            kept.append(index)
-    kept.sort()
-    ax.xaxis.set_major_locator(FixedLocator([float(couplings[i]) for i in kept]))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
-    if name:
-        ax.set_xlabel(COUPLING_LABEL)
-
-
-def _end_labels(ax: Axes, heights: Sequence[float], names: Sequence[tuple[str, Any]]) -> None:
-    """Names curves, by text and colour, beside their right ends, kept apart from each other."""
-    ax.autoscale_view()
-    apart = 0.055 * np.ptp(ax.get_ylim())
-    order = np.argsort(heights)
-    placed = np.asarray(heights, float)[order]
-    for _ in range(100):  # neighbours push each other off
-        overlap = np.maximum(apart - np.diff(placed), 0) / 2
-        placed[:-1] -= overlap
-        placed[1:] += overlap
-    for index, height in zip(order.tolist(), placed.tolist(), strict=True):
-        text, color = names[index]
-        ax.annotate(
-            text,
-            (1, height),
-            (4, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=8.5,
-            annotation_clip=False,
-        )
-
-
 def _window(ax: Axes, analysis: xr.Dataset) -> None:
     """Shades the steps before the window of the estimator opens."""
     first, start = float(analysis.ell.min()), analysis.attrs["ell_start"]
     ax.axvspan(first, start, color=FAINT, alpha=0.45, linewidth=0, zorder=0)
     ax.margins(x=0)
-
-
-def _band_legend(figure: Figure, ax: Axes, note: str) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper left",
-        ncols=len(labels),
-        title=note or None,
-        alignment="left",
-        handlelength=1.2,
-        columnspacing=1.4,
-    )

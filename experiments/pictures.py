@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -45,6 +45,7 @@ class SampleConfig:
     seed: int = 0
     batch: int = 8  # pictures that run together; has no influence on them
     vae: Path | None = None  # folder of an AutoencoderKL in diffusers form, to decode latents
+    dtype: Literal["float32", "bfloat16"] | None = None  # of activations and parameters; the stored one by default
 
     def __post_init__(self) -> None:
         for name in ("count", "batch"):
@@ -94,7 +95,13 @@ def sample_pictures(
     asked = config.classes or tuple(map(str, range(min(model_config.num_classes, DEFAULT_CLASSES))))
     labels = np.array(resolve(asked, known, model_config.num_classes), np.int32)
 
-    samples = draw(load_model(source), clock, config, np.repeat(labels, config.count), progress=progress)
+    samples = draw(
+        load_model(source, config.dtype, params=config.dtype),
+        clock,
+        config,
+        np.repeat(labels, config.count),
+        progress=progress,
+    )
     if not np.isfinite(samples).all():
         raise PicturesError("samples are not finite: use more --steps, less --guidance, or weights of float32")
     pictures, shows = to_pictures(samples, manifest, decoder)

@@ -11,7 +11,8 @@ import numpy as np
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.figures import FIGURES, band_names
+from experiments.drawing import band_names
+from experiments.figures import FIGURES
 from experiments.store import RunFolder, StoreError
 
 NOTHING = "–"
@@ -25,7 +26,7 @@ def write_report(run: RunFolder) -> Path:
       StoreError: something that the report needs is not stored.
     """
     analysis = run.load("analysis")
-    figures = {name: _embedded(run.path / "figures" / f"{name}.svg") for name in FIGURES}
+    figures = {name: embedded(run.path / "figures" / f"{name}.svg") for name in FIGURES}
     couplings = coupling_rows(analysis)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -207,7 +208,12 @@ def facts(manifest: Mapping) -> list[tuple[str, str]]:
     return lines
 
 
-def _embedded(path: Path) -> str:
+def embedded(path: Path) -> str:
+    """An SVG file as a data URL.
+
+    Raises:
+      StoreError: it cannot be read.
+    """
     try:
         return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
     except OSError as error:

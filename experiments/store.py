@@ -117,16 +117,16 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> "RunFolder":
-        """Opens the stored run at `path` for reading.
+    def open(cls, path: str | Path, *, writable: bool = False) -> "RunFolder":
+        """Opens the stored run at `path`, for reading unless `writable`.
 
         Raises:
           StoreError: there is none, or its manifest cannot be used.
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
-            raise StoreError(f"{path} holds no run (no manifest.json); give the --out folder of `syncgap compare`")
-        return cls(path, _read_manifest(path), writable=False)
+            raise StoreError(f"{path} holds no run (no manifest.json); give the --out folder of a syncgap command")
+        return cls(path, _read_manifest(path), writable=writable)
 
     def declare(self, group: str, template: xr.Dataset, chunk: int = 1) -> None:
         """Makes a group that `write` fills block by block; one that is there already is kept with its blocks.

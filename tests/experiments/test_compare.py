@@ -15,8 +15,9 @@ from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.model import DiT
 from experiments import cli
-from experiments.compare import CompareConfig, compare, untrained_model
+from experiments.compare import CompareConfig, compare
 from experiments.store import RunFolder
+from experiments.study import untrained_model
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="v")
 DATA = {"mean": [0.0, 0.1, -0.1], "std": 0.5, "class_names": ["ant", "bee", "cow"]}

@@ -11,14 +11,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from experiments import figures
+from experiments import drawing, figures
 from experiments.store import RunFolder, StoreError
 
 
 @pytest.fixture(autouse=True)
 def style():
     """As `save_figures` draws them."""
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(drawing.STYLE):
         yield
 
 
@@ -83,7 +83,7 @@ def test_couplings_of_every_size_can_be_told_apart(couplings):
     figure = matplotlib.figure.Figure(figsize=(7, 4))
     ax = figure.subplots()
     ax.plot(couplings, couplings)
-    figures._coupling_axis(ax, np.asarray(couplings, np.float32))
+    drawing.coupling_axis(ax, np.asarray(couplings, np.float32))
     figure.canvas.draw()
     place = ax.transData.transform(np.c_[couplings, couplings])[:, 0]
     assert np.diff(place).min() > 0.03 * ax.bbox.width
@@ -103,7 +103,7 @@ def test_tick_labels_do_not_run_into_each_other(analysis, name):
 )
 def test_every_band_has_its_panel(analysis, draw, variable):
     panels = [ax for ax in draw(analysis).axes if ax.get_visible()]
-    assert [ax.get_title("left") or ax.get_title() for ax in panels] == figures.band_names(analysis)
+    assert [ax.get_title("left") or ax.get_title() for ax in panels] == drawing.band_names(analysis)
     for band, ax in enumerate(panels):
         at = analysis[variable].isel(band=band)
         shown = curves(ax)
@@ -128,9 +128,9 @@ def test_weak_points_and_no_others_are_open(analysis):
 
 
 def test_bands_go_from_dark_to_light(analysis):
-    luminance = [np.dot(to_rgb(color), [0.21, 0.72, 0.07]) for color in figures.band_colors(analysis)]
+    luminance = [np.dot(to_rgb(color), [0.21, 0.72, 0.07]) for color in drawing.band_colors(analysis)]
     assert np.all(np.diff(luminance) > 0.05)
-    assert figures.band_names(analysis)[:2] == ["DC", "r = 0.11"]
+    assert drawing.band_names(analysis)[:2] == ["DC", "r = 0.11"]
 
 
 def test_energies_at_the_first_the_middle_and_the_last_coupling(analysis):

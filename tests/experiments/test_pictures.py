@@ -15,8 +15,8 @@ from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.images import to_pixels
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments import cli, pictures
-from experiments.compare import untrained_model
 from experiments.pictures import PicturesError, SampleConfig, draw, sample_pictures
+from experiments.study import untrained_model
 from ou_theory.clock import make_clock
 
 PHOTOS = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=10, prediction="v")

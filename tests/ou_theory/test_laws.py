@@ -1,0 +1,98 @@
+"""Cluster laws: posterior mean and error against autodiff, quadrature and sampling; speciation; reference values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ou_theory.laws import Clusters, mmse, sign_correlation, wiener_gain
+
+positive = st.floats(0.05, 4.0)
+
+
+def clusters(s2, m, signs=2):
+    """Five modes, of which the first two carry one sign and the third another."""
+    centres = np.zeros((signs, 5))
+    if signs > 0:
+        centres[0, :2] = m, 0.5 * m
+    if signs > 1:
+        centres[1, 2] = 0.7 * m
+    return Clusters(jnp.asarray(s2 * np.array([1.0, 0.6, 1.3, 0.4, 2.0])), jnp.asarray(centres))
+
+
+def log_density(law, sigma2):
+    """Of the state in the rescaled frame, summed over all signs."""
+
+    def at(y):
+        total = law.variance + sigma2
+        signs = np.stack(np.meshgrid(*[[-1.0, 1.0]] * len(law.centres), indexing="ij"), -1).reshape(
+            -1, len(law.centres)
+        )
+        means = jnp.asarray(signs) @ law.centres
+        return jax.nn.logsumexp(-((y - means) ** 2 / (2 * total)).sum(-1))
+
+    return at
+
+
+@settings(deadline=None, max_examples=25)
+@given(positive, positive, positive, st.integers(0, 2**16))
+def test_posterior_mean_is_tweedies(s2, m, sigma2, seed):
+    with jax.enable_x64(True):
+        law = clusters(s2, m)
+        y = jnp.asarray(np.random.default_rng(seed).normal(0, 2, 5))
+        expected = y + sigma2 * jax.grad(log_density(law, sigma2))(y)
+        np.testing.assert_allclose(law.posterior_mean(y, jnp.asarray(sigma2)), expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(positive, positive, st.lists(positive, min_size=2, max_size=6, unique=True))
+def test_kappa_falls_with_the_noise_and_sets_the_growth_at_the_undecided_point(s2, m, levels):
+    with jax.enable_x64(True):
+        law = clusters(s2, m)
+        levels = np.sort(levels)
+        kappa = np.asarray(law.kappa(jnp.asarray(levels)))
+        assert np.all(np.diff(kappa, axis=0) < 0)
+        for sigma2, at in zip(levels, kappa, strict=True):
+            for a, centre in enumerate(law.centres):
+                _, moved = jax.jvp(lambda y, s=sigma2: law.posterior_mean(y, s), (jnp.zeros(5),), (centre,))
+                share = sigma2 / (law.variance + sigma2)
+                np.testing.assert_allclose(moved - centre, centre * share * (at[a] - 1), rtol=1e-9, atol=1e-12)
+
+
+def test_without_signs_the_law_is_gaussian():
+    law = clusters(0.8, 0.0, signs=0)
+    y = jnp.asarray([0.3, -1.0, 2.0, 0.1, 0.0])
+    np.testing.assert_allclose(law.posterior_mean(y, 0.5), wiener_gain(law.variance, 0.5) * y, rtol=1e-6)
+    np.testing.assert_allclose(mmse(law, jnp.asarray(0.5)), law.variance * 0.5 / (law.variance + 0.5), rtol=1e-6)
+    assert law.kappa(jnp.asarray(0.5)).shape == (0,)
+
+
+@pytest.mark.parametrize("sigma2", [0.1, 1.0, 6.0])
+def test_error_of_the_posterior_mean_by_sampling(sigma2):
+    law, count = clusters(0.5, 1.5), 200_000
+    clean = law.draw(jax.random.key(0), count)
+    y = clean + jnp.sqrt(sigma2) * jax.random.normal(jax.random.key(1), clean.shape)
+    squares = np.asarray((law.posterior_mean(y, jnp.asarray(sigma2)) - clean) ** 2, np.float64)
+    expected = np.asarray(mmse(law, jnp.asarray(sigma2)))
+    assert np.all(np.abs(squares.mean(0) - expected) < 5 * squares.std(0) / count**0.5)
+    np.testing.assert_allclose(np.var(clean, 0), law.total_variance(), rtol=0.02)
+
+
+def test_reference_values_of_the_sign_correlation():
+    with jax.enable_x64(True):
+        assert abs(float(sign_correlation(jnp.asarray(1.0))) - 0.5504004908) < 1e-9
+        assert abs(float(sign_correlation(jnp.asarray(0.8508444376))) - 0.5) < 1e-9
+        assert float(sign_correlation(jnp.asarray(0.0))) == 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1e-3, 30.0))
+def test_nishimori(kappa):
+    """The mean of tanh is the mean of its square."""
+    with jax.enable_x64(True):
+        z = np.linspace(-12, 12, 4801)
+        weight = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+        square = (weight * np.tanh(kappa + np.sqrt(kappa) * z) ** 2).sum()
+        assert abs(float(sign_correlation(jnp.asarray(kappa))) - square) < 1e-12
