@@ -161,12 +161,13 @@ def localisation(gap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       share: of the final gap, made in the last fifth of the layers.
-      half: depth in [0, 1] beyond which it stays above half of its final value.
+      half: depth in [0, 1] beyond which it stays above half of its final value. NaN, both, where that is 0.
     """
     layers = gap.shape[-1] - 1
     depth = np.arange(layers + 1) / layers
     final = gap[..., -1]
     before = np.apply_along_axis(lambda row: np.interp(1 - LAST, depth, row), -1, gap)
+    final = np.where(final == 0, np.nan, final)
     share = 1 - before / final
     relative = gap / final[..., None] - 0.5
     below = relative < 0
@@ -175,7 +176,7 @@ def localisation(gap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     high = np.take_along_axis(relative, np.minimum(last + 1, layers)[..., None], -1)[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):
         half = (last + np.where(high > low, -low / (high - low), 1)) / layers
-    return share, np.where(below.any(-1), half, 0.0)
+    return share, np.where(np.isnan(final), np.nan, np.where(below.any(-1), half, 0.0))
 
 
 def analyse(study: Study, sources: dict[str, xr.Dataset], probes: dict[str, xr.Dataset]) -> xr.Dataset:

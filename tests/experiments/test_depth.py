@@ -1,0 +1,210 @@
+"""The depth study: its readings against exact cases and against each other, and a run end to end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_jax.checkpoint import load_model, save_model
+from dit_jax.config import DiTConfig
+from experiments import cli
+from experiments.depth import DepthConfig, depth, localisation, probe_readings, readings
+from experiments.measure import coupled_network, shuffled_bands, trajectories
+from experiments.probe import FOLDS, patch_modes, probe_bands, probe_scores, token_bands
+from experiments.store import RunFolder
+from experiments.study import untrained_model
+from ou_theory.clock import make_clock
+from ou_theory.modes import radial_bands
+
+TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="epsilon")
+FLAGS = ["--pairs", "4", "--block", "4", "--untrained-pairs", "4", "--steps", "10", "--couplings", "0", "1"]
+FLAGS += ["--probe-pairs", "8", "--probe-levels", "4", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    save_model(untrained_model(TINY, 5), folder, extra={"data": None})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "depth"
+    assert cli.main(["depth", "--weights", weights, "--out", str(out), *FLAGS]) == 0
+    return RunFolder.open(out)
+
+
+@pytest.mark.slow
+def test_the_last_readout_is_the_networks_own_output(finished, weights):
+    """What the depth study finds after the last block is what the main experiment finds at the output."""
+    clock, bands = make_clock("10"), radial_bands(8, 8, 6)
+    model = load_model(weights)
+    found = jax.jit(
+        lambda model: trajectories(
+            coupled_network(model, clock),
+            clock,
+            bands,
+            shuffled_bands(bands, 0),
+            jnp.asarray([0.0, 1.0]),
+            jnp.arange(4),
+            jnp.asarray([0, 1, 2, 0]),
+            (8, 8, 3),
+            seed=0,
+            sampler="ddim",
+        )
+    )(model)
+    stored = finished.load("network")
+    last = stored.readout.isel(layer=-1).transpose("coupling", "pair", "step", "band")
+    np.testing.assert_allclose(last, found["energy"][..., 1], rtol=2e-4)
+    np.testing.assert_allclose(
+        stored.readout_shuffled.isel(layer=-1).transpose("coupling", "pair", "step", "band"),
+        found["energy_shuffled"],
+        rtol=2e-4,
+    )
+
+
+@pytest.mark.slow
+def test_the_folder_holds_three_readings_with_controls(finished):
+    analysis = finished.load("analysis")
+    for source in ("network", "untrained"):
+        for reading in ("raw", "readout", "probe"):
+            assert np.isfinite(analysis[f"{source}_{reading}_gap"].isel(bound=0)).all()
+            assert analysis[f"{source}_{reading}_gap"].sizes["layer"] == 3
+    stored = finished.load("network")
+    assert stored.raw.sizes == {"pair": 4, "coupling": 2, "layer": 3, "step": 10, "token_band": 5, "parity": 2}
+    claims = finished.read_json("claims.json")["claims"]
+    assert [claim["id"] for claim in claims] == [3, 3, 3]
+    assert (finished.path / "report.html").read_text().count("<figure") == 4
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_drawn_again_and_joined(finished):
+    before = finished.read_json("section.json")
+    assert cli.main(["report", str(finished.path)]) == 0
+    assert RunFolder.open(finished.path).read_json("section.json") == before
+    assert cli.main(["report", str(finished.path.parent)]) == 0
+    joint = (finished.path.parent / "report.html").read_text()
+    assert "localised in depth" in joint
+    assert 'id="depth"' in joint
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_with_the_same_numbers(finished, weights, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("experiments.depth.Probe.scores", stop)
+        assert cli.main(["depth", "--weights", weights, "--out", str(tmp_path / "run"), *FLAGS]) == 130
+    assert cli.main(["depth", "--weights", weights, "--out", str(tmp_path / "run"), *FLAGS, "--resume"]) == 0
+    xr.testing.assert_identical(
+        RunFolder.open(tmp_path / "run").load("analysis").drop_attrs(), finished.load("analysis").drop_attrs()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"couplings": (0.1, 1.0)}, "start at 0"),
+        ({"couplings": (0.0, 1.0, 0.5)}, "increase"),
+        ({"probe_pairs": 3}, "probe_pairs"),
+        ({"probe_levels": 2}, "probe_levels"),
+        ({"pairs": 1}, "pairs"),
+        ({"block": 0}, "block"),
+    ],
+)
+def test_settings_out_of_their_domain_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DepthConfig(**changes)
+
+
+def test_classes_that_the_model_lacks_are_refused(weights, tmp_path):
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        depth(DepthConfig(weights=weights, classes=(3,)), tmp_path / "out")
+
+
+def test_patch_modes_are_orthonormal_and_part_means_from_details():
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 2)).astype(np.float32)
+    modes = np.asarray(patch_modes(x, 2))
+    assert modes.shape == (3, 4, 4, 8)
+    np.testing.assert_allclose((modes**2).sum((1, 2, 3)), (x**2).sum((1, 2, 3)), rtol=1e-5)
+    smooth = np.repeat(np.repeat(x[:, :4, :4], 2, 1), 2, 2)  # constant inside patches
+    np.testing.assert_allclose(np.asarray(patch_modes(smooth, 2))[..., 2:], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [2, 3, 4, 8, 16])
+def test_token_bands_cover_every_grid(grid):
+    bands = token_bands(grid)
+    assert bands.count.min() > 0
+    assert bands.count.sum() == grid**2
+
+
+def test_a_single_token_has_no_bands():
+    with pytest.raises(ValueError, match="one token"):
+        token_bands(1)
+
+
+def test_probe_finds_what_is_linearly_there_and_nothing_else():
+    """Outcome = stream times a matrix plus noise of known share, in one band only."""
+    rng = np.random.default_rng(0)
+    pairs, tokens, width = 64, 16, 6
+    stream = rng.standard_normal((pairs, tokens, width))
+    outcome = rng.standard_normal((pairs, tokens, 12)) * np.sqrt(0.25)
+    bands = probe_bands(outcome, 3, token_bands(4))
+    where, features = bands["inside patches"]
+    matrix = np.linalg.qr(rng.standard_normal((9, 6)))[0].T * np.sqrt(0.75 * 9 / 6)  # 0.75 of the variance
+    outcome[:, where[:, None], features] += stream @ matrix
+    error, total = probe_scores(stream, outcome, bands)
+    r2 = 1 - error.sum(0) / total.sum(0)
+    assert abs(r2[-1] - 0.75) < 0.02
+    assert np.all(np.abs(r2[:-1]) < 0.15)
+    other, _ = probe_scores(stream, np.roll(outcome, FOLDS, 0), bands)
+    assert np.all(other.sum(0) > 0.9 * total.sum(0))
+
+
+def test_a_pair_is_scored_by_maps_that_never_saw_it():
+    """One pair of loud noise would be fitted by a map that saw it; the exact linear relation of the others is found."""
+    rng = np.random.default_rng(1)
+    stream = rng.standard_normal((16, 4, 3))
+    outcome = stream.copy()
+    outcome[5] = 100 * rng.standard_normal((4, 3))
+    error, total = probe_scores(stream, outcome, {"all": (np.arange(4), np.arange(3))})
+    assert error[5, 0] > 0.9 * total[5, 0]
+    clean, _ = probe_scores(stream, stream, {"all": (np.arange(4), np.arange(3))})
+    assert np.all(clean < 1e-6 * np.square(stream).sum((1, 2))[:, None])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 30), st.floats(0.1, 5.0))
+def test_a_gap_that_grows_evenly_has_a_fifth_in_the_last_fifth(layers, final):
+    share, half = localisation(final * np.arange(layers + 1) / layers)
+    np.testing.assert_allclose([share, half], [0.2, 0.5], atol=1e-9)
+
+
+def test_localisation_of_extreme_gaps():
+    late = np.array([0.0] * 10 + [3.0])
+    share, half = localisation(late)
+    assert share == 1
+    assert half == pytest.approx(0.95)
+    share, half = localisation(np.full(11, 3.0))  # there from the embedding on
+    assert (share, half) == (0, 0)
+    share, _ = localisation(np.array([0.0, -2, -2, -2, -2, -2, -2, -2, -2, -1, 1]))  # of the other sign before
+    assert share > 1
+
+
+def test_readings_of_shifted_gaussian_curves_give_their_shift():
+    """Relative energies X / (1 + X), one band's level moved by the layer: the gap grows by a nat a layer."""
+    ell = np.linspace(-9, 9, 400)
+    centre = np.array([0.0, 0.0, 1.0])[None] * np.arange(4)[:, None]  # (layer, band)
+    q = 1 / (1 + np.exp(-(ell[:, None] - centre[:, None])))  # (layer, K, band)
+    energy = np.broadcast_to(q, (5, 1, *q.shape))
+    found = readings(energy, ell, np.full((3, 5), 0.2))
+    np.testing.assert_allclose(found["gap"][0, 0], np.arange(4), atol=0.03)
+    np.testing.assert_allclose(found["gap"][1:], found["gap"][:1].repeat(3, 0), atol=1e-12)
+    error = np.broadcast_to(1 - q, (1, 5, *q.shape))
+    probe = probe_readings(error, np.ones_like(error), ell, np.full((3, 5), 0.2))
+    np.testing.assert_allclose(probe["gap"][0, 0], np.arange(4), atol=0.03)
