@@ -1,0 +1,144 @@
+"""Sections and their pages, and the frame that studies share."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from dit_jax.checkpoint import save_model
+from dit_jax.config import DiTConfig
+from experiments.claims import Claim, Control
+from experiments.section import Section, Table, estimate, finish, joint_page, write_page
+from experiments.store import RunFolder, StoreError
+from experiments.study import (
+    Study,
+    StudyConfig,
+    load_subject,
+    pair_draws,
+    resampled_mean,
+    untrained_model,
+    with_interval,
+)
+
+TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+VARIABLES = {"level": (("step", "band"), "something")}
+
+
+def section(verdict="holds", value=0.7):
+    control = Control("untrained <network>", 0.6, [0.55, 0.65], True, "Also.")
+    claim = Claim(3, "Late", verdict, "share", value, [0.6, 0.8], "So it is.", [control])
+    table = Table("Numbers", ["a", "b"], [["1", "2 <3>"]], "Noted.")
+    return Section(
+        "Depth: x & y", "Where?", "There.", [claim], [table], {"one": "A caption."}, ["Like this."], ["Small."]
+    )
+
+
+def made(path, **changes):
+    run = RunFolder.create(path, {"weights": "x"}, command="syncgap depth", extra={"subject": "x"})
+    finish(run, section(**changes), {"one": partial(Figure, (2, 2))}, {"measuring_s": 1.0})
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path):
+    save_model(untrained_model(TINY, 5), tmp_path / "weights", extra={"data": None})
+    return str(tmp_path / "weights")
+
+
+def study(weights, out, resume=False, **changes):
+    config = StudyConfig(weights=weights, steps="5", **{"pairs": 5, "block": 2, **changes})
+    return Study("depth", config, out, resume=resume, command="", progress=False)
+
+
+def test_a_page_holds_claims_tables_figures_and_limits_escaped(tmp_path):
+    run = made(tmp_path / "run")
+    text = (run.path / "report.html").read_text()
+    for part in (
+        "Depth: x &amp; y",
+        "untrained &lt;network&gt;",
+        "2 &lt;3&gt;",
+        "0.70",
+        "[0.60, 0.80]",
+        "A caption.",
+        "Small.",
+    ):
+        assert part in text
+    assert "data:image/svg+xml;base64," in text
+    assert run.manifest["status"] == "complete"
+    assert run.read_json("claims.json")["claims"][0]["id"] == 3
+
+
+def test_figures_without_captions_are_refused(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    with pytest.raises(ValueError, match="two"):
+        finish(run, section(), {"one": Figure, "two": Figure})
+    assert not (tmp_path / "run" / "section.json").exists()
+
+
+def test_runs_of_a_folder_are_joined_by_claim(tmp_path):
+    made(tmp_path / "a")
+    made(tmp_path / "b", verdict="does not hold", value=0.1)
+    unfinished = RunFolder.create(tmp_path / "c", {})
+    assert unfinished.manifest["status"] == "running"
+    text = joint_page(tmp_path).read_text()
+    assert text.count('class="verdict holds"') == 2  # in the summary, and in its section
+    assert text.count('class="verdict does-not-hold"') == 2
+    assert "localised in depth" in text
+    assert text.index('id="a"') < text.index('id="b"')
+    assert 'id="c"' not in text
+
+
+def test_a_folder_without_runs_has_no_page(tmp_path):
+    with pytest.raises(StoreError, match="no finished run"):
+        joint_page(tmp_path)
+    with pytest.raises(StoreError, match=r"section\.json"):
+        write_page([RunFolder.create(tmp_path / "empty", {})], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_estimates_are_written_with_their_intervals():
+    assert estimate([1.234, 1.0, 1.5]) == "1.23 [1.00, 1.50]"
+    assert estimate([-0.5, -1, 0], 1) == "−0.5 [−1.0, 0.0]"
+    assert estimate([np.nan] * 3) == "–"
+
+
+def test_blocks_are_measured_once_and_kept(weights, tmp_path):
+    seen = []
+
+    def measure(pairs, labels, fail_at=99):
+        if fail_at in pairs:
+            raise RuntimeError("power cut")
+        seen.append(list(pairs))
+        return {"level": np.broadcast_to(pairs[:, None, None] + 10.0 * labels[:, None, None], (len(pairs), 5, 7))}
+
+    with pytest.raises(RuntimeError):
+        study(weights, tmp_path / "run").measure("network", VARIABLES, {}, 5, partial(measure, fail_at=4))
+    found = study(weights, tmp_path / "run", resume=True).measure("network", VARIABLES, {}, 5, measure)
+    assert seen == [[0, 1], [2, 3], [4]]
+    assert found.level.dims == ("pair", "step", "band")
+    np.testing.assert_array_equal(found.level[:, 0, 0], [0, 11, 22, 3, 14])  # classes in turn
+    np.testing.assert_array_equal(found.label, [0, 1, 2, 0, 1])
+    assert {"ell", "radius"} <= set(found.coords)
+
+
+def test_the_control_has_the_subjects_shape_and_other_weights(weights):
+    subject = load_subject(weights)
+    assert subject.name == "weights"
+    assert subject.image_shape == (8, 8, 3)
+    blank = subject.untrained(0)
+    assert blank.config == subject.model.config
+    assert not np.allclose(blank.x_embedder.kernel[...], subject.model.x_embedder.kernel[...])
+    assert np.abs(blank.final_layer.linear.kernel[...]).max() > 0  # zero at initialisation, drawn here
+
+
+def test_resampling_is_by_pairs_and_repeatable():
+    weights = pair_draws(3, 6, 50)
+    np.testing.assert_array_equal(weights, pair_draws(3, 6, 50))
+    np.testing.assert_allclose(weights.sum(1), 1)
+    values = np.arange(12.0).reshape(6, 2)
+    means = resampled_mean(values, weights)
+    np.testing.assert_allclose(means[:, 1] - means[:, 0], 1)  # one draw for both columns
+    interval = with_interval(values.mean(0), means)
+    assert interval.shape == (2, 3)
+    assert np.all((interval[:, 1] < interval[:, 0]) & (interval[:, 0] < interval[:, 2]))
