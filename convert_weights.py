@@ -46,6 +46,10 @@ def run(
       verify: then run the checkpoint in PyTorch and the model folder in JAX, and print how far apart they are by stage.
       export: the other way: SOURCE is a model folder, OUT a .safetensors or .pt file with the official keys.
     """
+    if export and (dry_run or verify):
+        raise CheckpointError("--export reads a model folder, and takes neither --dry-run nor --verify")
+    if dry_run and verify:
+        raise CheckpointError("--verify runs the model folder, and --dry-run writes none; give one of them")
     if export:
         export_model(source, out, overwrite=overwrite)
         print(f"written     {out}")
@@ -68,7 +72,8 @@ def run(
     if not verify:
         return 0
     del conversion, weights
-    table, passed = report(compare_stages(source, load_model(out, "float32"), which=which), config.depth)
+    stages = compare_stages(source, load_model(out, "float32"), which=which, stored=dtype)
+    table, passed = report(stages, config.depth)
     print(table)
     return 0 if passed else 1
 

@@ -11,12 +11,14 @@ tensor, whatever the number of tokens.
 Shape letters: R (a, b) replicas, N batch, T tokens (q of queries, k of keys), H heads, d features of a head.
 """
 
+from contextlib import nullcontext
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.extend.backend import get_default_device
 
 Coupling = Literal["joint", "blend"]
 COUPLINGS: tuple[Coupling, ...] = ("joint", "blend")
@@ -59,6 +61,14 @@ def check_coupling(g) -> None:
         raise ValueError(f"coupling must be finite and >= 0, got {g}")
 
 
+def check_gate(gate) -> None:
+    """Raises ValueError if `gate` (..., R, R) is concrete and no gate: entries as `check_coupling` wants them, diagonal
+    1 (traced values pass)."""
+    check_coupling(gate)
+    if not isinstance(gate, Tracer) and np.any(np.diagonal(np.asarray(gate), axis1=-2, axis2=-1) != 1):
+        raise ValueError(f"a gate has 1 on its diagonal, by which each replica reads itself; got {gate}")
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -76,7 +86,8 @@ def attend(
         ``"blend"``: a softmax per replica of keys, averaged with the gate's rows as weights.
       implementation: ``"explicit"``, ``"fused"``, or ``"auto"``: fused in bfloat16 on a GPU, else explicit. The fused
         path has no derivative with respect to a gate entry that is 0, and takes a zero gate for closed as long as no
-        logit behind it exceeds the open ones by 10,000.
+        logit behind it exceeds the open ones by 10,000. Both go by JAX's default device: where a bfloat16 model was
+        placed on another platform, make that the default (`jax.default_device`) or ask for ``"explicit"``.
 
     Returns:
       out: (R, N, T, H, d), in the dtype of `v`.
@@ -91,7 +102,8 @@ def attend(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "auto":
-        implementation = "fused" if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" else "explicit"
+        on_gpu = get_default_device().platform == "gpu"
+        implementation = "fused" if q.dtype == jnp.bfloat16 and on_gpu else "explicit"
     weights, mass = _weights(q, k, gate, coupling)
     pattern = weights / mass
     if implementation == "fused":
@@ -127,10 +139,14 @@ def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, coupling: Coupl
 
 def _joint_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
     """``gate exp(logits)`` up to a factor per row, the largest open entry being 1."""
-    peak = jax.lax.stop_gradient(logits).max(-1)
-    peak = jnp.where(gate > 0, peak, -jnp.inf).max(-1)[..., None, None]
-    # only a closed block (gate 0) can lie far above the open ones; the cap keeps 0 * exp(..) and its slope finite
-    return gate[..., None] * jnp.exp(jnp.minimum(logits - peak, 60.0))
+    is_open = gate >= jnp.finfo(gate.dtype).tiny
+    log = jnp.where(is_open, jnp.log(jnp.where(is_open, gate, 1.0)), 0.0)
+    peak = jax.lax.stop_gradient(logits).max(-1) + jax.lax.stop_gradient(log)
+    peak = jnp.where(is_open, peak, -jnp.inf).max(-1, keepdims=True)
+    # an open gate acts through its log, whatever its size; a closed one stays outside, for its value 0 and its slope.
+    # Only behind a closed one can logits lie far above the peak; the cap keeps 0 * exp(..) and the slope finite
+    weights = jnp.exp(jnp.minimum(logits - (peak - log)[..., None], 60.0))
+    return jnp.where(is_open, 1.0, gate)[..., None] * weights
 
 
 def _blend_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
@@ -152,24 +168,29 @@ def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, coupling: Coupling) -> jax.Array:
     replicas, batch, tokens, heads, dim = q.shape
-    on_gpu = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    device = get_default_device()
 
     def attention(q, k, v):  # (batch, tokens, H, features)
-        cudnn = on_gpu and q.shape[-1] % 8 == 0
-        return jax.nn.dot_product_attention(q, k, v, scale=dim**-0.5, implementation="cudnn" if cudnn else "xla")
+        bfloat16 = q.dtype == jnp.bfloat16
+        implementation = "cudnn" if bfloat16 and _cudnn_takes(device, q.shape[-1]) else "xla"
+        # which takes no precision of its own, and would use TF32 on a GPU
+        with nullcontext() if bfloat16 else jax.default_matmul_precision("highest"):
+            return jax.nn.dot_product_attention(q, k, v, scale=dim**-0.5, implementation=implementation)
 
-    def flat(x):
+    def flat(x):  # (N, ..., T, H, d) -> (-1, T, H, d): what a mesh splits is in front, and stays split
         return x.reshape(-1, *x.shape[-3:])
 
     if gate is None:
-        return attention(flat(q), flat(k), flat(v)).reshape(q.shape)
+        out = attention(*(flat(x.swapaxes(0, 1)) for x in (q, k, v)))
+        return out.reshape(batch, replicas, *out.shape[1:]).swapaxes(0, 1)
     gate = jnp.broadcast_to(gate, (batch, replicas, replicas))
     if coupling == "blend":
-        queries = jnp.broadcast_to(q[:, None], (replicas, *q.shape))
-        keys, values = (jnp.broadcast_to(x[None], (replicas, *x.shape)) for x in (k, v))
-        each = attention(flat(queries), flat(keys), flat(values)).reshape(queries.shape)  # (a, b, N, T, H, d)
+        pairs = (batch, replicas, replicas, tokens, heads, dim)  # (N, a, b, T, H, d)
+        queries = jnp.broadcast_to(q.swapaxes(0, 1)[:, :, None], pairs)
+        keys, values = (jnp.broadcast_to(x.swapaxes(0, 1)[:, None], pairs) for x in (k, v))
+        each = attention(flat(queries), flat(keys), flat(values)).reshape(pairs)
         rows = gate / gate.sum(-1, keepdims=True)
-        return jnp.einsum("nab,abnthd->anthd", rows.astype(v.dtype), each, precision=_precision(v))
+        return jnp.einsum("nab,nabthd->anthd", rows.astype(v.dtype), each, precision=_precision(v))
 
     def sequence(x):  # (R, N, T, H, d) -> (N, R * T, H, d)
         return jnp.moveaxis(x, 0, 1).reshape(batch, replicas * tokens, heads, -1)
@@ -181,6 +202,15 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, cou
     v = jnp.pad(v, [(0, 0)] * 4 + [(0, for_keys.shape[-1])])
     out = attention(sequence(q), sequence(k), sequence(v))[..., :dim]
     return _parted(out, replicas)
+
+
+def _cudnn_takes(device, features: int) -> bool:
+    """Whether cuDNN's attention runs heads of so many features on this device: on CUDA (ROCm is a "gpu" too), in
+    multiples of 8, and no more than 128 before Hopper, 256 since."""
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return False
+    most = 256 if float(device.compute_capability) >= 9 else 128
+    return features % 8 == 0 and features <= most
 
 
 def _gate_features(gate: jax.Array, dim: int, dtype) -> tuple[jax.Array, jax.Array]:

@@ -133,15 +133,8 @@ def load_weights(directory: str | Path) -> tuple[DiTConfig, Arrays, dict]:
     Raises:
       CheckpointError: see `load_model`.
     """
-    directory = Path(directory)
     manifest = load_manifest(directory)
-    try:
-        config = DiTConfig.from_dict(manifest["config"])
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: the manifest's config is not usable ({str(error)[:500]})") from error
-    _check_size(config, directory)
-    weights = _read_orbax(directory / "params", weight_shapes(config))
-    _check_fit(config, weights, f"{directory / 'params'}")
+    config, weights = _read_model(Path(directory), manifest)
     if digest(weights) != manifest["digest"]:
         raise CheckpointError(f"{directory}: the parameters are not those the manifest was written for; make it again")
     return config, weights, manifest
@@ -177,8 +170,12 @@ def load_manifest(directory: str | Path) -> dict:
 
 
 def weights_digest(directory: str | Path) -> str:
-    """`digest` of the parameters that a model folder holds, from the arrays themselves."""
-    return digest(_read_orbax(Path(directory) / "params"))
+    """`digest` of the parameters that a model folder holds, from the arrays themselves.
+
+    Raises:
+      CheckpointError: the folder is not a complete model folder of this format.
+    """
+    return digest(_read_model(Path(directory), load_manifest(directory))[1])
 
 
 def digest(weights: Arrays) -> str:
@@ -346,6 +343,18 @@ def _variables(model: DiT) -> list[tuple[str, Any]]:
 
 def _dotted(path: Iterable) -> str:
     return ".".join(map(str, path))
+
+
+def _read_model(directory: Path, manifest: Mapping) -> tuple[DiTConfig, Arrays]:
+    """Config and arrays of a model folder, which fit each other; their digest is not compared."""
+    try:
+        config = DiTConfig.from_dict(manifest["config"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory}: the manifest's config is not usable ({str(error)[:500]})") from error
+    _check_size(config, directory)
+    weights = _read_orbax(directory / "params", weight_shapes(config))
+    _check_fit(config, weights, f"{directory / 'params'}")
+    return config, weights
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -71,7 +71,7 @@ class DiTConfig:
 
     @property
     def mlp_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
+        return round(self.hidden_size * self.mlp_ratio)  # 44 (15 / 44) is below 15
 
     @property
     def patch_features(self) -> int:

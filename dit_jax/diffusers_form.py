@@ -48,6 +48,7 @@ FIXED: dict[str, tuple] = {
     "activation_fn": ("gelu-approximate",),
     "norm_type": ("ada_norm_zero",),
     "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-5,),  # of every second norm in that library's code
     "attention_bias": (True,),
     "attention_type": ("default",),
     "cross_attention_dim": (None,),
@@ -61,7 +62,7 @@ FIXED: dict[str, tuple] = {
 }
 SIZES = ("sample_size", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
 MAX_GRID = 128  # patches along a side; 32 in the released model of 512 px
-UNUSED = {"out_channels", "num_embeds_ada_norm", "dropout", "norm_num_groups", "norm_eps", "upcast_attention"}
+UNUSED = {"out_channels", "num_embeds_ada_norm", "dropout", "norm_num_groups", "upcast_attention"}
 
 
 def is_diffusers(keys: Mapping[str, Any]) -> bool:

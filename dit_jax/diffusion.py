@@ -27,7 +27,7 @@ class Prediction(NamedTuple):
 
     denoised: jax.Array  # predicted clean image
     fraction: jax.Array | None = None  # log-variance of the ancestral step: 1 is log beta, 0 the posterior's
-    taps: Any = None  # whatever else is to be observed
+    taps: Any = None  # whatever else is to be observed; under guidance of the doubled batch, see `guided_output`
 
 
 Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array | Prediction]
@@ -62,7 +62,8 @@ def guided_output(
       channels: ``"official"`` guides the first three channels only, as the released sampling code does (an accident
         that its authors keep for reproducibility); ``"all"`` guides every image channel.
       guided_coupling: ``"both"`` halves are coupled by the gate, or only the ``"conditional"`` one.
-      options: further arguments of `DiT.__call__`. A tap sees the doubled batch, conditional half first, and comes
+      options: further arguments of `DiT.__call__`. A tap sees the doubled batch, image n's conditional half at 2 n and
+        its null half at 2 n + 1 (halves one after the other would not stay where a mesh splits the batch), and comes
         back beside the output.
 
     Raises:
@@ -73,20 +74,25 @@ def guided_output(
     if guided_coupling not in ("both", "conditional"):
         raise ValueError(f"guided coupling {guided_coupling!r} is not one of both, conditional")
     axis = x.ndim - 4
-    twice = jnp.concatenate([x, x], axis)
     null = jnp.full_like(y, model.config.num_classes)
     if gate is not None and guided_coupling == "conditional":
         gate = jnp.broadcast_to(gate, (*gate.shape[:-3], len(y), *gate.shape[-2:]))
         closed = jnp.broadcast_to(jnp.eye(gate.shape[-1], dtype=gate.dtype), gate.shape)
-        gate = jnp.concatenate([gate, closed], -3)
+        gate = _interleaved(gate, closed, gate.ndim - 3)
     elif gate is not None and gate.ndim > 2 and gate.shape[-3] > 1:
-        gate = jnp.concatenate([gate, gate], -3)
-    out = model(twice, jnp.concatenate([t, t]), jnp.concatenate([y, null]), gate, **options)
+        gate = _interleaved(gate, gate, gate.ndim - 3)
+    out = model(_interleaved(x, x, axis), _interleaved(t, t), _interleaved(y, null), gate, **options)
     out, *taps = out if isinstance(out, tuple) else (out,)
-    conditional, unconditional = jnp.split(out, 2, axis)
+    halves = out.reshape(*x.shape[: axis + 1], 2, *out.shape[axis + 1 :])
+    conditional, unconditional = jnp.moveaxis(halves, axis + 1, 0)
     count = model.config.in_channels if channels == "all" else min(3, model.config.in_channels)
     out = guide(conditional, unconditional, scale, count)
     return (out, *taps) if taps else out
+
+
+def _interleaved(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
+    """Twice as long along an axis: a[0], b[0], a[1], ..."""
+    return jnp.stack([a, b], axis + 1).reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
 
 
 def network_denoiser(

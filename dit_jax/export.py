@@ -1,4 +1,4 @@
-"""A model folder back to a single file with the official keys, for PyTorch users. Bit for bit what was converted."""
+"""A model folder back to a single file with the official keys, for PyTorch users: the stored values, bit for bit."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax.checkpoint import CheckpointError, load_weights
-from dit_jax.weights import state_dict
+from dit_jax.weights import TABLE, inverted
 
 SUFFIXES = (".safetensors", ".pt")
 
@@ -25,10 +25,14 @@ def export_model(directory: str | Path, out: str | Path, *, overwrite: bool = Fa
     out = Path(out)
     if out.suffix not in SUFFIXES:
         raise CheckpointError(f"{out} is neither {' nor '.join(SUFFIXES)}; the name says which form to write")
-    if out.is_dir() or (out.exists() and not overwrite):
+    if out.is_dir():
+        raise CheckpointError(f"{out} is a folder; give the name of a file")
+    if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists; choose another name, or overwrite it (--overwrite)")
     config, weights, _ = load_weights(directory)
-    entries = dict(state_dict(config, weights))
+    entries: dict[str, np.ndarray] = {}
+    for rule in TABLE:  # never do both forms of all arrays exist at once
+        entries.update(inverted(rule, weights.pop(rule.target), config))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:

@@ -1,7 +1,8 @@
 """Ready-made taps and edits: what people most often want to see, or to change, inside a DiT.
 
 Each is a plain function of the form that `DiT.__call__` takes, so yours go wherever these do; docs/inside.md has
-examples. Layers count from 0.
+examples. Layers, heads and replicas count from 0; an edit in layers beyond the last of the network changes nothing, for
+an edit is not told the depth.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.attention import check_coupling
 from dit_jax.model import ACTIVATIONS, DiT, Edit, Tap
 
 PER_REPLICA = tuple(name for name, shape in ACTIVATIONS.items() if shape.startswith("(R, "))
@@ -49,14 +51,17 @@ def ablate(name: str, layers: Iterable[int] | None = None, heads: Sequence[int] 
       heads: for ``"head_out"`` only: these heads and no others.
 
     Raises:
-      ValueError: unknown name, or heads of something that has none.
+      ValueError: unknown name, a negative layer, or heads of something that has none; in use, heads that are not there.
     """
     _check([name])
     if heads is not None and name != "head_out":
         raise ValueError(f"heads can be told apart in head_out, not in {name}")
 
     def change(value: jax.Array) -> jax.Array:
-        return jnp.zeros_like(value) if heads is None else value.at[..., np.asarray(heads, int), :].set(0)
+        if heads is None:
+            return jnp.zeros_like(value)
+        _check_inside("head", heads, value.shape[-2])
+        return value.at[..., np.asarray(heads, int), :].set(0)
 
     return _in_layers(name, layers, change)
 
@@ -65,20 +70,28 @@ def copy_replica(name: str, source: int, target: int, layers: Iterable[int] | No
     """The edit that patches replica `source`'s activation into replica `target`, in these layers (all by default).
 
     Raises:
-      ValueError: unknown name, or one without a leading replica axis.
+      ValueError: unknown name, one without a leading replica axis, or a negative layer; in use, replicas that are not
+        there.
     """
     if name not in PER_REPLICA:
         raise ValueError(f"{name!r} has no replica axis in front; these have: {', '.join(PER_REPLICA)}")
-    return _in_layers(name, layers, lambda value: value.at[target].set(value[source]))
+
+    def change(value: jax.Array) -> jax.Array:
+        _check_inside("replica", (source, target), len(value))
+        return value.at[target].set(value[source])
+
+    return _in_layers(name, layers, change)
 
 
 def replace(name: str, values: jax.Array, layers: Iterable[int] | None = None) -> Edit:
     """The edit that puts stored activations in: `values` with a leading axis of all layers, as a tap gives them back.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: unknown name, or layers that `values` does not have.
     """
     _check([name])
+    layers = _checked(layers)
+    _check_inside("layer", layers or (), len(values))
 
     def edit(at: str, layer: jax.Array, value: jax.Array) -> jax.Array:
         if at != name:
@@ -87,6 +100,66 @@ def replace(name: str, values: jax.Array, layers: Iterable[int] | None = None) -
         return jnp.where(_chosen(layer, layers), stored, value)
 
     return edit
+
+
+def close_heads(heads: Sequence[int] | np.ndarray | jax.Array, layers: Iterable[int] | None = None) -> Edit:
+    """The edit that uncouples heads, whatever the gate, in these layers (all by default): of their patterns the blocks
+    of a replica's own keys are kept and normalised, which is their attention without coupling, `joint` and `blend`.
+
+    Args:
+      heads: indices; or booleans (heads,) or (N, heads), True where closed, which may be traced: other ones of the same
+        shape do not compile again.
+
+    Raises:
+      ValueError: a negative layer; in use, heads that are not there or booleans of another shape.
+    """
+    if not isinstance(heads, np.ndarray | jax.Array) or heads.dtype != bool:
+        heads = tuple(int(head) for head in heads)
+
+    def change(value: jax.Array) -> jax.Array:
+        batch, count, replicas, _, blocks, _ = value.shape
+        if isinstance(heads, tuple):
+            _check_inside("head", heads, count)
+            closed = jnp.isin(np.arange(count), np.asarray(heads, np.int32))
+        else:
+            if heads.shape not in ((count,), (1, count), (batch, count)):
+                raise ValueError(f"closed heads {heads.shape} are neither ({count},) nor ({batch}, {count})")
+            closed = jnp.asarray(heads)
+        if blocks == 1:  # no gate: there are own keys only
+            return value
+        own = value * jnp.eye(replicas, dtype=value.dtype)[:, None, :, None]
+        own = own / own.sum((-2, -1), keepdims=True)
+        return jnp.where(closed.reshape(-1, count, 1, 1, 1, 1), own, value)
+
+    return _in_layers("pattern", layers, change)
+
+
+def share(name: str, weight: float | jax.Array, layers: Iterable[int] | None = None) -> Edit:
+    """The edit by which replicas share their queries, keys or values, in these layers (all by default): a goes on with
+    ``(x_a + w sum of the others) / (1 + (R - 1) w)``. Weight 0 is the identity, 1 the mean for all.
+
+    Args:
+      name: ``"q"``, ``"k"`` or ``"v"``.
+      weight: w >= 0, scalar or (N,), which may be traced.
+
+    Raises:
+      ValueError: another name, a negative layer, or a weight that is negative or not finite; in use, one of another
+        shape.
+    """
+    if name not in ("q", "k", "v"):
+        raise ValueError(f"q, k or v can be shared, not {name!r}")
+    check_coupling(weight)
+
+    def change(value: jax.Array) -> jax.Array:
+        w = jnp.asarray(weight, jnp.promote_types(value.dtype, jnp.float32))
+        if w.shape not in ((), (1,), value.shape[1:2]):
+            raise ValueError(f"weight {w.shape} is neither a scalar nor one for each of {value.shape[1]} pairs")
+        w = w.reshape(-1, 1, 1, 1)
+        wide = value.astype(w.dtype)
+        mixed = ((1 - w) * wide + w * wide.sum(0)) / (1 + (len(value) - 1) * w)
+        return mixed.astype(value.dtype)
+
+    return _in_layers(name, layers, change)
 
 
 def chain(*edits: Edit) -> Edit:
@@ -101,7 +174,7 @@ def chain(*edits: Edit) -> Edit:
 
 
 def _in_layers(name: str, layers: Iterable[int] | None, change: Any) -> Edit:
-    layers = None if layers is None else tuple(layers)
+    layers = _checked(layers)
 
     def edit(at: str, layer: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.where(_chosen(layer, layers), change(value), value) if at == name else value
@@ -109,8 +182,21 @@ def _in_layers(name: str, layers: Iterable[int] | None, change: Any) -> Edit:
     return edit
 
 
-def _chosen(layer: jax.Array, layers: Iterable[int] | None) -> jax.Array:
-    return jnp.asarray(True) if layers is None else jnp.isin(layer, np.asarray(tuple(layers), np.int32))
+def _checked(layers: Iterable[int] | None) -> tuple[int, ...] | None:
+    layers = None if layers is None else tuple(layers)
+    if layers is not None and any(layer < 0 for layer in layers):
+        raise ValueError(f"layers count from 0, got {', '.join(map(str, layers))}")
+    return layers
+
+
+def _chosen(layer: jax.Array, layers: tuple[int, ...] | None) -> jax.Array:
+    return jnp.asarray(True) if layers is None else jnp.isin(layer, np.asarray(layers, np.int32))
+
+
+def _check_inside(what: str, indices: Iterable[int], count: int) -> None:
+    outside = [index for index in indices if not 0 <= index < count]
+    if outside:
+        raise ValueError(f"no {what} {', '.join(map(str, outside))}: there are {count}, from 0")
 
 
 def _check(names: Iterable[str]) -> None:

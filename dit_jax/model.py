@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
-from dit_jax.attention import Coupling, Implementation, attend, read_pattern
+from dit_jax.attention import Coupling, Implementation, attend, check_gate, read_pattern
 from dit_jax.config import DiTConfig
 
 Tap = Callable[[jax.Array, dict[str, jax.Array]], Any]
@@ -273,7 +274,8 @@ class DiT(nnx.Module):
 
         The blocks are then compiled one by one, which takes longer, and read where they lie: a scan copies the
         parameters of each layer out of the stack, which costs a CPU up to a quarter of a large network at small
-        batches (benchmarks/RESULTS.md). For running only; such a model is not trained or saved.
+        batches (benchmarks/RESULTS.md). For running only; such a model is not trained or saved. The blocks' parameters
+        are copied: until the model that it was made from is deleted, they take their memory twice.
         """
         if not isinstance(self.blocks, Block):
             return self
@@ -290,7 +292,14 @@ class DiT(nnx.Module):
         return tokens + self.pos_embed[...].astype(tokens.dtype)
 
     def condition(self, t: jax.Array, y: jax.Array) -> jax.Array:
-        """Timesteps and labels (N,) -> conditioning vector (N, D)."""
+        """Timesteps and labels (N,) -> conditioning vector (N, D).
+
+        Raises:
+          ValueError: a concrete label is out of range (traced ones pass).
+        """
+        null = self.config.num_classes
+        if not isinstance(y, Tracer) and np.any((np.asarray(y) < 0) | (np.asarray(y) > null)):
+            raise ValueError(f"labels must be from 0 to {null}, the null label; got {y}")
         return self.t_embedder(t) + self.y_embedder(y)
 
     def readout(self, h: jax.Array, c: jax.Array) -> jax.Array:
@@ -311,7 +320,7 @@ class DiT(nnx.Module):
         edit: Edit | None = None,
         unroll: int = 1,
     ) -> Any:
-        """Raw network output.
+        """Raw network output. To be called under jit: outside, every call traces and compiles the layers anew.
 
         Args:
           x: (N, H, W, C), or (R, N, H, W, C) for R replicas of N pairs.
@@ -331,8 +340,8 @@ class DiT(nnx.Module):
           (..., H, W, out_channels) of the shape of `x` but for channels; with `tap`, that and the taps.
 
         Raises:
-          ValueError: the image does not fit the config, a gate comes without a replica axis or does not broadcast, or
-            an edit changes a shape or dtype.
+          ValueError: the image does not fit the config, a gate comes without a replica axis or does not broadcast, an
+            edit changes a shape or dtype, or a concrete label or gate is out of range.
         """
         config = self.config
         image = (config.input_size, config.input_size, config.in_channels)
@@ -369,7 +378,7 @@ class DiT(nnx.Module):
 
 
 def _gates(gate: jax.Array, depth: int, replicas: int, pairs: int) -> jax.Array:
-    """A gate broadcast to (depth, N or 1, R, R)."""
+    """A gate, checked and broadcast to (depth, N or 1, R, R)."""
     full = (depth, pairs, replicas, replicas)
     fits = 2 <= gate.ndim <= 4 and all(
         n in (1, m) for n, m in zip(gate.shape[:-2][::-1], full[:-2][::-1], strict=False)
@@ -379,5 +388,6 @@ def _gates(gate: jax.Array, depth: int, replicas: int, pairs: int) -> jax.Array:
             f"gate {gate.shape} does not broadcast to (layers, pairs, replicas, replicas) = {full}; see "
             "dit_jax.attention.symmetric_gate"
         )
+    check_gate(gate)
     lead = jnp.broadcast_shapes(gate.shape[:-2], (depth, 1))
     return jnp.broadcast_to(gate, (*lead, replicas, replicas))

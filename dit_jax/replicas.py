@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.attention import symmetric_gate
+from dit_jax.attention import check_gate, symmetric_gate
 from dit_jax.diffusion import Denoiser, Sampler, sample
 from ou_theory.clock import Clock
 
@@ -108,7 +108,7 @@ def grid_gates(couplings: jax.Array, replicas: int = 2) -> jax.Array:
     """Gates (C, [[n,] layers,] R, R) of a grid of couplings, which may be scalars (C,) of symmetric replicas.
 
     Raises:
-      ValueError: neither.
+      ValueError: neither, or concrete ones that are no gates.
     """
     if couplings.ndim == 1:
         return symmetric_gate(couplings, replicas)
@@ -117,4 +117,5 @@ def grid_gates(couplings: jax.Array, replicas: int = 2) -> jax.Array:
             f"couplings {couplings.shape} are neither scalars (C,) nor gates (C, [[steps,] layers,] R, R) of "
             f"R = {replicas} replicas"
         )
+    check_gate(couplings)
     return couplings

@@ -1,7 +1,7 @@
 """Does a converted model compute what its checkpoint says? One in PyTorch against the other in JAX, by stage.
 
 Both sides run on the CPU in float32 on the same random input. The PyTorch side is this package's own DiT
-(dit_jax/torch_reference.py), filled from the file under its official keys.
+(dit_jax/torch_reference.py), filled from the file under its official keys, and rounded as the converted one is stored.
 """
 
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from dit_jax.checkpoint import stored_dtypes
 from dit_jax.config import DiTConfig
 from dit_jax.inside import keep
 from dit_jax.model import DiT
 from dit_jax.readers import Which, open_source
-from dit_jax.weights import official_entries, source_shapes
+from dit_jax.weights import TABLE, official_entries
 
 IN_BLOCK = ("adaln", "norm1", "attn_out", "norm2", "mlp_out", "resid_post")
 # Share of the largest value of a stage. At large t the float32 sinusoids of two libraries differ by 3e-5.
@@ -23,7 +24,7 @@ DEEP = 12  # blocks over which the limits are tested; rounding is let grow with 
 
 
 class Stage(NamedTuple):
-    """Largest difference of a stage over its largest value, at each timestep of `LIMITS`."""
+    """Largest difference of a stage over its largest value (1 if that is 0), at each timestep of `LIMITS`."""
 
     name: str
     deviation: tuple[float, ...]
@@ -34,8 +35,16 @@ def limits(depth: int) -> tuple[float, ...]:
     return tuple(limit * max(1.0, depth / DEEP) for limit in LIMITS.values())
 
 
-def compare_stages(source: str | Path, model: DiT, *, which: Which = "ema", seed: int = 0) -> list[Stage]:
+def compare_stages(
+    source: str | Path, model: DiT, *, which: Which = "ema", stored: str = "float32", seed: int = 0
+) -> list[Stage]:
     """Runs both and compares them from the embedding to the output.
+
+    Args:
+      source, which: the checkpoint, see `dit_jax.weights.convert`.
+      model: converted from it, computing in float32.
+      stored: dtype to which the conversion rounded its parameters.
+      seed: of the random input.
 
     Raises:
       WeightsError: the checkpoint cannot be read, or PyTorch is not installed.
@@ -45,13 +54,14 @@ def compare_stages(source: str | Path, model: DiT, *, which: Which = "ema", seed
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((len(timesteps), config.input_size, config.input_size, config.in_channels), np.float32)
     y = rng.integers(0, config.num_classes + 1, len(timesteps))
-    theirs = _torch_stages(source, config, which, x, timesteps, y)
+    theirs = _torch_stages(source, config, which, stored, x, timesteps, y)
     ours = _jax_stages(model, x, timesteps, y)
 
     def deviation(name: str) -> tuple[float, ...]:
         a, b = ours[name], theirs[name]
         over = tuple(range(1, a.ndim))
-        return tuple((np.abs(a - b).max(over) / np.abs(b).max(over)).tolist())
+        largest = np.abs(b).max(over)
+        return tuple((np.abs(a - b).max(over) / np.where(largest > 0, largest, 1)).tolist())
 
     return [Stage(name, deviation(name)) for name in theirs]
 
@@ -71,18 +81,20 @@ def _jax_stages(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> dict
     return {**stages, "out": out}
 
 
-def _torch_stages(source: str | Path, config: DiTConfig, which: Which, x, t, y) -> dict[str, np.ndarray]:
+def _torch_stages(source: str | Path, config: DiTConfig, which: Which, stored: str, x, t, y) -> dict[str, np.ndarray]:
     opened = open_source(source, which)
     import torch
 
     from dit_jax.torch_reference import TorchDiT
 
     entries, _, _ = official_entries(opened, str(source))
+    dtypes = stored_dtypes(config, stored)
     with torch.device("meta"):
         reference = TorchDiT(config)
     state = {
-        key: torch.tensor(entry.read().astype(np.float32, copy=False))
-        for key in source_shapes(config)
+        key: torch.tensor(entry.read().astype(np.float32).astype(dtypes[rule.target]).astype(np.float32))
+        for rule in TABLE
+        for key in rule.sources(config.depth)
         if (entry := entries.get(key)) is not None
     }
     reference.load_state_dict(state, assign=True)

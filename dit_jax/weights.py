@@ -162,7 +162,8 @@ def convert_entries(
     Raises:
       WeightsError: see `convert`.
     """
-    known = {key: entry for key, value in _without_prefixes(entries, label).items() if (entry := _entry(value))}
+    entries = _without_prefixes(entries, label)
+    known = {key: entry for key, value in entries.items() if (entry := _entry(value))}
     shapes = {key: entry.shape for key, entry in known.items()}
     depth = _depth(entries, label)
     names = dict.fromkeys(key for rule in TABLE for key in rule.sources(depth))
@@ -190,12 +191,16 @@ def convert_entries(
 def state_dict(config: DiTConfig, weights: Arrays) -> Iterator[tuple[str, np.ndarray]]:
     """The official keys and arrays of a model, one after the other: the inverse of `convert_entries`, bit for bit."""
     for rule in TABLE:
-        invert = TRANSFORMS[rule.transform].invert
-        for i, key in enumerate(rule.sources(config.depth)):
-            array = invert(weights[rule.target][i] if rule.stacked else weights[rule.target], config)
-            entry = np.empty(array.shape, array.dtype)
-            _copy(array, entry)
-            yield key, entry
+        yield from inverted(rule, weights[rule.target], config)
+
+
+def inverted(rule: Rule, array: np.ndarray, config: DiTConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """The official keys and arrays, copies, of one of our arrays."""
+    for i, key in enumerate(rule.sources(config.depth)):
+        found = TRANSFORMS[rule.transform].invert(array[i] if rule.stacked else array, config)
+        entry = np.empty(found.shape, found.dtype)
+        _copy(found, entry)
+        yield key, entry
 
 
 def source_shapes(config: DiTConfig) -> dict[str, Shape]:

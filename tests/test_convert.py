@@ -127,8 +127,9 @@ def test_which_part_of_a_training_checkpoint(run, tmp_path):
     assert digests["ema"] != digests["model"]
 
 
-def test_verify_prints_the_stages_and_passes(run, tmp_path):
-    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--verify")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_prints_the_stages_and_passes(run, tmp_path, dtype):
+    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--verify", "--dtype", dtype)
     assert status == 0
     stages = [line.split() for line in out.splitlines() if line.startswith("blocks.")]
     assert len(stages) == 4 * 6
@@ -159,6 +160,21 @@ def test_export_and_back(run, tmp_path):
     status, _, error = run("--export", tmp_path / "model", tmp_path / "back.safetensors")
     assert status == 2
     assert "--overwrite" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--verify", "--dry-run"), "give one of them"),
+        (("--export", "--verify"), "takes neither"),
+        (("--export", "--dry-run"), "takes neither"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(run, tmp_path, options, message):
+    status, _, errors = run(TINY, tmp_path / "model", "--num-heads", 6, *options)
+    assert status == 2
+    assert message in errors
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

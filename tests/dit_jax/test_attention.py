@@ -1,5 +1,7 @@
 """Coupled attention: limits, symmetries, and what a gate does to a difference."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import dit_jax.attention as attention_module
 from dit_jax.attention import COUPLINGS, anisotropic_gate, attend, symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.model import DiT
+from dit_jax.replicas import grid_gates
 from ou_theory.attention import exact_difference, first_order_difference, rho_n
 
 HEADS, DIM, TOKENS, BATCH = 2, 4, 5, 3
@@ -30,7 +33,8 @@ def gate(g, replicas=2):
 
 
 @couplings
-def test_zero_gate_is_independent_attention_bit_for_bit(coupling):
+def test_zero_gate_is_independent_attention(coupling):
+    """To the rounding of products of another shape; without a gate bit for bit."""
     q, k, v = qkv()
     coupled, _ = attend(q, k, v, gate(0.0), coupling)
     free, _ = attend(q, k, v)
@@ -66,6 +70,30 @@ def test_a_closed_replica_with_huge_logits_does_no_harm(coupling):
     free, _ = attend(q, k, v)
     np.testing.assert_allclose(out, free, atol=1e-5)
     assert np.isfinite(jax.grad(lambda g: attend(q, k, v, gate(g), coupling)[0].sum())(0.0))
+
+
+@pytest.mark.parametrize("behind", [1.0, 60.0])  # the other replica's logits: of the same size, or far above
+@pytest.mark.parametrize("g", [3e38, 1e30, 1e-30, 1.2e-38, 1e-42])
+def test_joint_gates_of_any_size_act_through_their_log(g, behind, x64):
+    """In float32 as in float64, in value and in slope by the gate's log; below the normal numbers g counts as 0."""
+    q, k, v = qkv(seed=3)
+    k = k.at[1].mul(behind)
+
+    def total(dtype):
+        def of_log(q, shift):
+            gates = symmetric_gate(jnp.asarray(g, dtype) * (1 + shift)).astype(dtype)[None]
+            return jnp.sum(jnp.sin(attend(q, k.astype(dtype), v.astype(dtype), gates, "joint", "explicit")[0]))
+
+        return jax.value_and_grad(of_log, (0, 1))(q.astype(dtype), jnp.zeros((), dtype))
+
+    (value, slopes), (exact, exact_slopes) = total(jnp.float32), total(jnp.float64)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+    if g < 1e-40:
+        np.testing.assert_allclose(value, jnp.sum(jnp.sin(attend(q, k, v, gate(0.0))[0])), rtol=1e-5)
+        return
+    np.testing.assert_allclose(value, exact, atol=2e-4)
+    for slope, expected in zip(slopes, exact_slopes, strict=True):
+        np.testing.assert_allclose(slope, expected, atol=2e-3 * max(1, np.abs(expected).max()))
 
 
 @couplings
@@ -229,6 +257,39 @@ def test_a_closed_replica_stays_closed_on_the_fused_path():
     np.testing.assert_allclose(out, attend(q, k, v)[0], atol=1e-5)
 
 
+def fake_device(version="PJRT C API\ncuda 12090", capability="9.0", platform="gpu"):
+    return SimpleNamespace(
+        platform=platform, compute_capability=capability, client=SimpleNamespace(platform_version=version)
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "most"),
+    [
+        (fake_device(), 256),
+        (fake_device(capability="10.0"), 256),
+        (fake_device(capability="8.9"), 128),
+        (fake_device("PJRT C API\nrocm 60200", "gfx942"), 0),
+        (fake_device("cpu", platform="cpu"), 0),
+    ],
+)
+def test_cudnn_is_asked_for_the_heads_it_takes(device, most):
+    taken = [features for features in range(4, 300, 4) if attention_module._cudnn_takes(device, features)]
+    assert taken == list(range(8, most + 1, 8))
+
+
+def test_the_implementation_goes_by_the_default_device(monkeypatch):
+    """A bfloat16 model on a GPU is fused, without cuDNN where the heads and the gate's features are too many for it."""
+    asked = []
+    monkeypatch.setattr(attention_module, "get_default_device", lambda: fake_device(capability="8.6"))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **options: asked.append(options) or q)
+    for dim, gates in ((64, gate(0.3)), (128, None), (128, gate(0.3))):
+        attend(*jnp.zeros((3, 2, BATCH, TOKENS, HEADS, dim), jnp.bfloat16), gates)
+    assert [options["implementation"] for options in asked] == ["cudnn", "cudnn", "xla"]
+    attend(*qkv(), gate(0.3))  # float32: explicit
+    assert len(asked) == 3
+
+
 def test_unknown_couplings_and_implementations_are_told():
     with pytest.raises(ValueError, match="'mixed' is not one of joint, blend"):
         attend(*qkv(), gate(0.1), "mixed")
@@ -326,6 +387,16 @@ def test_impossible_couplings_are_refused(bad):
         symmetric_gate(bad)
     with pytest.raises(ValueError, match="coupling"):
         anisotropic_gate(0.1, bad)
+
+
+@pytest.mark.parametrize("bad", [[[1, -0.1], [0.1, 1]], [[1, np.nan], [0, 1]], [[0.5, 0.5], [0.5, 0.5]]])
+def test_impossible_gates_are_refused_unless_traced(bad, model, pair):
+    bad = np.array(bad, np.float32)
+    with pytest.raises(ValueError, match=r"coupling|diagonal"):
+        model(*pair, bad)
+    with pytest.raises(ValueError, match=r"coupling|diagonal"):
+        grid_gates(bad[None])
+    assert run(model, *pair, bad).shape == (2, 2, 8, 8, 6)
 
 
 def test_unknown_coupling_is_named():

@@ -323,6 +323,16 @@ def test_digest_on_disk_is_the_digest_in_memory(folder):
     assert weights_digest(folder) == digest(random_weights()) == load_manifest(folder)["digest"]
 
 
+def test_digest_of_arrays_that_do_not_fit_is_refused_unread(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_open_stores", lambda *_: pytest.fail("read"))
+    edit_manifest(folder, config={**CONFIG.to_dict(), "num_classes": 4})
+    with pytest.raises(CheckpointError, match=r"y_embedder.embedding is \(4, 8\), expected \(5, 8\)"):
+        weights_digest(folder)
+    edit_manifest(folder, config={**CONFIG.to_dict(), "hidden_size": 2**20})
+    with pytest.raises(CheckpointError, match="asks for more bytes"):
+        weights_digest(folder)
+
+
 @given(
     path=st.sampled_from(sorted(shapes(CONFIG))),
     change=st.sampled_from(["bit", "dtype", "shape", "path"]),

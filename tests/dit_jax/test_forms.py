@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import dit_jax.export as export
 from dit_jax.checkpoint import CheckpointError, assemble, load_model, save_weights
 from dit_jax.export import export_model
 from dit_jax.model import DiT, position_embedding
@@ -183,6 +185,7 @@ def test_missing_and_unknown_diffusers_keys_are_listed(tmp_path, official):
     [
         ({"activation_fn": "gelu"}, "activation_fn is 'gelu', a DiT has 'gelu-approximate'"),
         ({"norm_type": "layer_norm"}, "norm_type"),
+        ({"norm_eps": 1e-6}, "norm_eps is 1e-06, a DiT has 1e-05"),
         ({"cross_attention_dim": 768}, "cross_attention_dim is 768"),
         ({"num_layers": 3}, "4 blocks, its config.json says 3"),
         ({"sample_size": None}, "sample_size is None, not a size"),
@@ -308,6 +311,29 @@ def test_export_is_the_inverse_of_conversion_bit_for_bit(tmp_path, official, exp
     assert not list(path.parent.glob(".*"))
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_export_lets_go_of_what_it_has_inverted(tmp_path, expected, monkeypatch, suffix):
+    """When the file is written, none of the folder's own arrays are left: one form is held, not two."""
+    save_weights(expected.config, expected.weights, tmp_path / "model")
+    left, stock = {}, export.load_weights
+
+    def watched(directory):
+        config, weights, manifest = stock(directory)
+        left.update({path: weakref.ref(array) for path, array in weights.items()})
+        return config, weights, manifest
+
+    def writer(*_, **__):
+        assert left
+        assert not [path for path, array in left.items() if array() is not None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "load_weights", watched)
+    monkeypatch.setattr(torch, "save", writer)
+    monkeypatch.setattr("safetensors.numpy.save_file", writer)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(tmp_path / "model", tmp_path / f"out.{suffix}")
+
+
 def test_export_refuses_what_it_cannot_do(tmp_path, expected, monkeypatch):
     save_weights(expected.config, expected.weights, tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"neither \.safetensors nor \.pt"):
@@ -316,6 +342,9 @@ def test_export_refuses_what_it_cannot_do(tmp_path, expected, monkeypatch):
     with pytest.raises(CheckpointError, match="exists"):
         export_model(tmp_path / "model", tmp_path / "taken.pt")
     assert (tmp_path / "taken.pt").read_text() == "mine"
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"folder\.pt is a folder; give the name of a file$"):
+        export_model(tmp_path / "model", tmp_path / "folder.pt", overwrite=True)
     export_model(tmp_path / "model", tmp_path / "taken.pt", overwrite=True)
     assert torch.load(tmp_path / "taken.pt", weights_only=True)
     with pytest.raises(CheckpointError, match="not a model folder"):
@@ -347,6 +376,16 @@ def test_verification_passes_on_the_true_model_and_finds_the_stage_of_a_fault(tm
     table, passed = report(stages, DEPTH)
     assert not passed
     assert "BEYOND" in table
+
+
+def test_a_stage_that_is_zero_on_both_sides_deviates_by_nothing(tmp_path, official):
+    quiet = {key: np.zeros_like(value) if key.startswith("final") else value for key, value in official.items()}
+    save_file(quiet, tmp_path / "model.safetensors")
+    conversion = convert(tmp_path / "model.safetensors", num_heads=HEADS)
+    with np.errstate(all="raise"):
+        stages = compare_stages(tmp_path / "model.safetensors", assemble(conversion.config, conversion.weights))
+    assert stages[-1] == ("out", (0.0, 0.0))
+    assert report(stages, DEPTH)[1]
 
 
 def test_the_limits_of_verification_grow_with_the_depth_only_beyond_twelve():

@@ -11,7 +11,7 @@ from flax import nnx
 from dit_jax.attention import anisotropic_gate, symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import denoised_at, guided_output, network_denoiser, sample
-from dit_jax.inside import ablate, chain, copy_replica, keep, lens, replace, residual_norm
+from dit_jax.inside import ablate, chain, close_heads, copy_replica, keep, lens, replace, residual_norm, share
 from dit_jax.model import ACTIVATIONS, DiT
 from dit_jax.replicas import run_pairs
 from ou_theory.clock import make_clock
@@ -190,6 +190,9 @@ def test_stored_activations_can_be_put_into_another_run(model):
         return model(other, T, Y, edit=replace("resid_post", stored, [2]))
 
     close(patched(model, other, stored["resid_post"]), plain)
+    edit = replace("resid_post", stored["resid_post"], iter([2]))
+    for tap in (None, keep("q")):  # a trace each
+        close(jax.tree.leaves(run(model, other, None, tap, edit))[0], plain)
 
 
 def test_wrong_edits_and_names_are_told(model):
@@ -205,6 +208,23 @@ def test_wrong_edits_and_names_are_told(model):
         copy_replica("adaln", 0, 1)
     with pytest.raises(ValueError, match="head_out"):
         ablate("attn_out", heads=[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ablate("attn_out", [-1]), "layers count from 0, got -1"),
+        (lambda: copy_replica("q", 0, 1, [2, -3]), "layers count from 0, got 2, -3"),
+        (lambda: replace("q", jnp.zeros((3, 1)), [-1]), "layers count from 0"),
+        (lambda: replace("q", jnp.zeros((3, 1)), [1, 3]), "no layer 3: there are 3"),
+        (lambda: ablate("head_out", heads=[0, 2]), "no head 2: there are 2"),
+        (lambda: copy_replica("q", 0, 2), "no replica 2: there are 2"),
+        (lambda: copy_replica("q", 7, 0), "no replica 7: there are 2"),
+    ],
+)
+def test_what_is_not_there_is_told(model, make, message):
+    with pytest.raises(ValueError, match=message):
+        run(model, images(), None, None, make())
 
 
 # --- gates: by layer, by step, one-way, of more replicas
@@ -323,4 +343,95 @@ def test_a_tap_under_guidance_sees_the_doubled_batch(model):
 
     norms = tapped(model, images())
     assert norms.shape == (4, 3, 2, 2 * BATCH)
-    assert np.abs(norms[..., :BATCH] - norms[..., BATCH:]).max() > 1e-4
+    first = CLOCK.timesteps[0]
+    for half, labels in enumerate((Y, jnp.full_like(Y, CONFIG.num_classes))):  # side by side, image by image
+        alone = jax.jit(lambda m, y: m(images(), jnp.full(BATCH, first), y, tap=residual_norm)[1])(model, labels)
+        close(norms[0, ..., half::2], alone, 1e-5)
+    assert np.abs(norms[..., ::2] - norms[..., 1::2]).max() > 1e-4
+
+
+# --- coupling of some heads, of queries, keys or values
+
+
+@pytest.mark.parametrize("coupling", ["joint", "blend"])
+def test_closed_heads_are_uncoupled_exactly(model, coupling):
+    x, gate = images(), symmetric_gate(jnp.array([0.7]))
+    free, coupled = run(model, x), run(model, x, gate, coupling=coupling)
+    close(run(model, x, gate, None, close_heads([0, 1]), coupling), free, 1e-5)
+    close(run(model, x, gate, None, close_heads([]), coupling), coupled, 1e-5)
+    taps = run(model, x, gate, keep("head_out", "pattern"), close_heads([1], [0]), coupling)[1]
+    alone = run(model, x, None, keep("head_out"))[1]["head_out"][0]
+    both = run(model, x, gate, keep("head_out"), coupling=coupling)[1]["head_out"][0]
+    close(taps["head_out"][0][..., 1, :], alone[..., 1, :], 1e-5)
+    close(taps["head_out"][0][..., 0, :], both[..., 0, :], 1e-5)
+    assert np.abs(alone - both).max() > 1e-3
+    close(taps["pattern"].sum((-2, -1)), np.ones(taps["pattern"].shape[:5]), 1e-5)
+    assert np.any(taps["pattern"][1][:, 1, 0, :, 1])  # the next layer reads across
+
+
+def test_closed_heads_may_differ_by_pair_and_are_data(model):
+    x, gate = images(), symmetric_gate(jnp.array([0.7]))
+    traces = []
+
+    @jax.jit
+    def closed_in(model, closed):
+        traces.append(closed.shape)
+        return model(x, T, Y, gate, edit=close_heads(closed))
+
+    free, coupled = run(model, x), run(model, x, gate)
+    mixed = closed_in(model, jnp.array([[True, True], [False, False]]))
+    close(mixed[:, 0], free[:, 0], 1e-5)
+    close(mixed[:, 1], coupled[:, 1], 1e-5)
+    one = closed_in(model, jnp.array([[True, False], [True, False]]))
+    close(one, run(model, x, gate, None, close_heads([0])), 1e-5)
+    assert traces == [(2, 2)]
+    close(run(model, x, None, None, close_heads(np.array([True, False]))), free)
+
+
+def test_sharing_nothing_is_the_identity_and_sharing_all_makes_replicas_read_alike(model):
+    x = images(3)
+    nothing = chain(*(share(name, 0.0) for name in "qkv"))
+    np.testing.assert_array_equal(run(model, x, None, None, nothing), run(model, x))
+    everything = chain(*(share(name, 1.0) for name in "qkv"))
+    taps = run(model, x, None, keep("attn_out"), everything)[1]["attn_out"]
+    close(taps, np.broadcast_to(np.asarray(taps)[:, :1], taps.shape))
+    assert np.abs(run(model, x, None, keep("attn_out"))[1]["attn_out"][:, 0] - taps[:, 0]).max() > 1e-3
+
+
+def test_sharing_by_pair_and_its_mean_and_difference(model):
+    """The mean over replicas stays; their differences shrink by (1 - w) / (1 + (R - 1) w)."""
+    x = images(3)
+    before = run(model, x, None, keep("k"))[1]["k"][1]
+    weight = jnp.array([0.0, 0.3])
+    after = jax.jit(lambda m, w: m(x, T, Y, tap=keep("k"), edit=share("k", w, [1])))(model, weight)[1]["k"][1]
+    close(after.mean(0), before.mean(0))
+    rho = np.asarray((1 - weight) / (1 + 2 * weight))[:, None, None, None]
+    close(after[0] - after[1], rho * (before[0] - before[1]))
+
+
+@pytest.mark.parametrize("coupling", ["joint", "blend"])
+def test_sharing_keys_and_values_is_the_gate_to_first_order(model, coupling):
+    """docs/theory.md, section 6: the queries' part of the difference is not coupled by either."""
+    x = images()
+    x = x.at[1].set(x[0] + 0.01 * x[1])
+    shared = chain(share("k", 0.6), share("v", 0.6))
+    gate = symmetric_gate(jnp.array([0.6]))
+    a, b, free = run(model, x, None, None, shared), run(model, x, gate, coupling=coupling), run(model, x)
+    close(a[0] - a[1], b[0] - b[1], 1e-3)
+    assert np.abs((a - free)[0] - (a - free)[1]).max() > 0.05 * np.abs(free[0] - free[1]).max()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: close_heads([2]), "no head 2: there are 2"),
+        (lambda: close_heads([0], [-1]), "layers count from 0"),
+        (lambda: close_heads(np.zeros(3, bool)), r"closed heads \(3,\) are neither \(2,\) nor \(2, 2\)"),
+        (lambda: share("pattern", 1.0), "q, k or v can be shared, not 'pattern'"),
+        (lambda: share("q", -0.1), "coupling must be finite and >= 0"),
+        (lambda: share("q", jnp.ones(3)), r"weight \(3,\) is neither a scalar nor one for each of 2 pairs"),
+    ],
+)
+def test_what_cannot_be_closed_or_shared_is_told(model, make, message):
+    with pytest.raises(ValueError, match=message):
+        run(model, images(), symmetric_gate(jnp.array([0.3])), None, make())

@@ -256,6 +256,14 @@ def test_wrong_images_are_refused(tiny, shape):
         model(jnp.zeros(shape), jnp.zeros(2, int), jnp.zeros(2, int))
 
 
+@pytest.mark.parametrize("label", [-1, 11])
+def test_labels_out_of_range_are_refused(tiny, label):
+    """Unless they are traced; the null label, 10 here, is one of them."""
+    model = abstract_model(tiny.config)
+    with pytest.raises(ValueError, match="labels must be from 0 to 10"):
+        model.condition(jnp.zeros(2), jnp.array([10, label]))
+
+
 def test_gate_without_replicas_is_refused(tiny):
     with pytest.raises(ValueError, match=r"\(R, N, H, W, C\)"):
         abstract_model(tiny.config)(jnp.zeros((2, 8, 8, 4)), jnp.zeros(2, int), jnp.zeros(2, int), jnp.eye(2)[None])
@@ -345,10 +353,11 @@ def test_layer_norm_keeps_its_digits_beside_a_large_mean():
     assert np.abs(np.asarray(LayerNorm()(jnp.asarray(x, jnp.float32))) - exact).max() < 1e-4
 
 
-def test_matrix_products_ask_for_full_float32():
+@pytest.mark.parametrize("attention", ["explicit", "fused"])
+def test_matrix_products_ask_for_full_float32(attention):
     """So that no device computes them in TF32, in the network or in its attention."""
     config = DiTConfig(input_size=4, hidden_size=8, depth=1, num_heads=2, num_classes=2)
-    call = jax.jit(lambda x, t, y: DiT(config, nnx.Rngs(0))(x, t, y))
+    call = jax.jit(lambda x, t, y: DiT(config, nnx.Rngs(0))(x, t, y, attention=attention))
     text = call.lower(jnp.zeros((1, 4, 4, 4)), jnp.zeros(1), jnp.zeros(1, int)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 1 + 2 + 5 + 2 + 2  # patches, timestep, block's linears, attention, final layer

@@ -211,3 +211,34 @@ except ValueError as error:
 """
     (out,) = run_together([["-c", code]], devices=4)
     assert out.startswith("6 pairs cannot be split evenly over 4 devices: take a multiple of 4 pairs")
+
+
+@pytest.mark.slow
+def test_nothing_is_sent_between_devices_on_any_path():
+    """Fused attention and both halves of guidance stay where their pair is."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import jax, jax.numpy as jnp
+from dit_jax.attention import symmetric_gate
+from dit_jax.diffusion import guided_output
+from dit_jax.sharding import make_mesh, place_model, split
+from sharded_run import random_model
+mesh = make_mesh()
+model = place_model(random_model(), mesh)
+inputs = jnp.ones((2, 8, 8, 8, 3)), jnp.ones(8), jnp.ones(8, int), symmetric_gate(jnp.full(8, 0.3))
+def sent(call):
+    def on_mesh(model, x, t, y, gate):
+        x, gate, t, y = split(mesh, x, -4), split(mesh, gate, -3), split(mesh, t, 0), split(mesh, y, 0)
+        return split(mesh, call(model, x, t, y, gate), -4)
+    program = jax.jit(on_mesh).lower(model, *inputs).compile().as_text()
+    names = "all-gather", "all-to-all", "all-reduce", "collective-permute"
+    return [name for name in names if f" {{name}}" in program]
+print("free", sent(lambda model, x, t, y, gate: model(x, t, y, attention="fused")))
+for coupling in ("joint", "blend"):
+    print(coupling, sent(lambda model, *args: model(*args, coupling=coupling, attention="fused")))
+for halves in ("both", "conditional"):
+    print(halves, sent(lambda model, *args: guided_output(model, *args, scale=2.0, guided_coupling=halves)))
+"""
+    (out,) = run_together([["-c", code]], devices=4)
+    assert out.splitlines() == [f"{name} []" for name in ("free", "joint", "blend", "both", "conditional")]

@@ -189,6 +189,22 @@ def test_prefixes_of_wrapped_training(tmp_path, state_dict, prefix):
     assert all(np.array_equal(ours[path], plain[path]) for path in plain)
 
 
+def test_prefixed_entries_are_accepted_as_they_are():
+    entries = random_entries(SMALL)
+    plain = convert_entries(entries, "file", SMALL.num_heads)
+    config, weights = convert_entries({f"module.{key}": a for key, a in entries.items()}, "file", SMALL.num_heads)
+    assert config == plain[0]
+    assert all(np.array_equal(weights[path], plain[1][path]) for path in plain[1])
+
+
+def test_a_ratio_that_is_no_binary_fraction():
+    """44 (15 / 44) is below 15 in floating point."""
+    config = DiTConfig(4, 2, 3, hidden_size=44, depth=1, num_heads=2, mlp_ratio=15 / 44, num_classes=3)
+    entries = random_entries(config)
+    assert entries["blocks.0.mlp.fc1.bias"].shape == (15,)
+    assert convert_entries(entries, "file", 2)[0] == config
+
+
 def test_key_with_and_without_prefix(tmp_path, state_dict):
     twice = {**state_dict, "module.pos_embed": state_dict["pos_embed"]}
     with pytest.raises(WeightsError, match="pos_embed twice"):
