@@ -13,6 +13,8 @@ import tyro
 from dit_jax.config import Prediction
 from experiments.compare import CompareConfig
 from experiments.depth import DepthConfig
+from experiments.interventions import InterventionsConfig
+from experiments.mechanism import MechanismConfig
 from experiments.pictures import SampleConfig
 from experiments.solvable import SolvableConfig
 from experiments.study import StudyConfig
@@ -65,7 +67,12 @@ class StudyRun(Generic[C]):
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
-STUDIES: dict[str, type[StudyConfig]] = {"depth": DepthConfig, "solvable": SolvableConfig}
+STUDIES: dict[str, type[StudyConfig]] = {
+    "depth": DepthConfig,
+    "mechanism": MechanismConfig,
+    "interventions": InterventionsConfig,
+    "solvable": SolvableConfig,
+}
 
 
 def _documented(config: type[StudyConfig]) -> type:
