@@ -82,12 +82,19 @@ def finish(
 
 
 def write_page(
-    runs: Sequence[RunFolder], path: Path, *, title: str = "", summary: Sequence[Any] = (), others: Sequence[Any] = ()
+    runs: Sequence[RunFolder],
+    path: Path,
+    *,
+    title: str = "",
+    summary: Sequence[Any] = (),
+    joint: Sequence[Mapping[str, Any]] = (),
+    others: Sequence[Any] = (),
 ) -> Path:
     """The page of the sections of these runs, under the first one's title by default.
 
     Args:
       summary: claims over all runs, in front, as the template wants them.
+      joint: sections over several runs, before theirs, as the template wants them.
       others: further runs to name, ``{"name", "page", "text"}``.
 
     Raises:
@@ -100,7 +107,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    entries = [_entry(run) for run in runs]
+    entries = [*joint, *(_entry(run) for run in runs)]
     page = environment.get_template("sections.html").render(
         title=title or entries[0]["title"], sections=entries, summary=summary, others=others
     )
@@ -114,7 +121,8 @@ def write_page(
 
 
 def joint_page(folder: Path) -> Path:
-    """``report.html`` of a folder of runs: what each says of the paper's four claims, then the studies in full.
+    """``report.html`` of a folder of runs: what each says of the paper's four claims, the depth studies of several
+    networks side by side, then the studies in full.
 
     Raises:
       StoreError: the folder holds no finished runs.
@@ -139,8 +147,24 @@ def joint_page(folder: Path) -> Path:
         if run not in studies
     ]
     ordered = [groups[number] for number in sorted(groups)]
+    depths = [run for run in studies if run.manifest.get("kind") == "depth"]
+    joint = [_depth_family(folder, depths)] if len(depths) > 1 else []
     title = "Where diffusion transformers decide: all experiments"
-    return write_page(studies, folder / "report.html", title=title, summary=ordered, others=others)
+    return write_page(studies, folder / "report.html", title=title, summary=ordered, joint=joint, others=others)
+
+
+def _depth_family(folder: Path, runs: Sequence[RunFolder]) -> dict[str, Any]:
+    from experiments.depth_family import depth_family  # which imports this module
+
+    section, figures = depth_family(runs)
+    draw_figures(folder / "figures", figures)
+    return {
+        **_filled(asdict(section), folder / "figures"),
+        "id": "depth-family",
+        "command": "",
+        "facts": [],
+        "status": "complete",
+    }
 
 
 def _subject(run: RunFolder) -> str:
@@ -148,19 +172,20 @@ def _subject(run: RunFolder) -> str:
 
 
 def _entry(run: RunFolder) -> dict[str, Any]:
-    section = run.read_json("section.json")
     manifest = run.manifest
-    figures = [
-        {"name": name, "caption": caption, "source": embedded(run.path / "figures" / f"{name}.svg")}
-        for name, caption in section["captions"].items()
-    ]
     return {
-        **section,
-        "claims": [claim_entry(claim) for claim in section["claims"]],
-        "figures": figures,
+        **_filled(run.read_json("section.json"), run.path / "figures"),
         "id": run.path.name,
-        "subject": manifest.get("subject", ""),
         "command": manifest["command"],
         "facts": facts(manifest),
         "status": manifest["status"],
     }
+
+
+def _filled(section: Mapping[str, Any], figures: Path) -> dict[str, Any]:
+    """A section as the template wants it, with its figures inside."""
+    shown = [
+        {"name": name, "caption": caption, "source": embedded(figures / f"{name}.svg")}
+        for name, caption in section["captions"].items()
+    ]
+    return {**section, "claims": [claim_entry(claim) for claim in section["claims"]], "figures": shown}

@@ -39,7 +39,7 @@ Measure = Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]  # pairs, labels
 class Subject(NamedTuple):
     """A network under study."""
 
-    name: str  # of its folder
+    name: str  # of its folder; of the training run for the folder ``model`` that `syncgap train` leaves in it
     model: DiT
     manifest: dict  # of its folder: digest, data, training
 
@@ -69,7 +69,9 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
     """
     source = model_folder(weights)
     with jax.default_device(jax.local_devices(backend="cpu")[0]) if on_host else nullcontext():
-        return Subject(source.name, load_model(source, dtype, params=dtype), load_manifest(source))
+        path = source.resolve()
+        name = path.parent.name if path.name == "model" else path.name
+        return Subject(name, load_model(source, dtype, params=dtype), load_manifest(source))
 
 
 def untrained_model(config: DiTConfig, seed: int) -> DiT:

@@ -1,5 +1,7 @@
 """The depth study: its readings against exact cases and against each other, and a run end to end."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from dit_jax.checkpoint import load_model, save_model
 from dit_jax.config import DiTConfig
 from experiments import cli
 from experiments.depth import DepthConfig, depth, localisation, probe_readings, readings
+from experiments.depth_family import answer, depth_family, localised
 from experiments.measure import coupled_network, shuffled_bands, trajectories
 from experiments.probe import FOLDS, patch_modes, probe_bands, probe_scores, token_bands
 from experiments.store import RunFolder
@@ -90,6 +93,64 @@ def test_a_finished_run_is_drawn_again_and_joined(finished):
     joint = (finished.path.parent / "report.html").read_text()
     assert "localised in depth" in joint
     assert 'id="depth"' in joint
+    assert 'id="depth-family"' not in joint  # one network is no family
+
+
+@pytest.mark.slow
+def test_several_networks_are_shown_side_by_side(finished, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(finished.path, tmp_path / name)
+    run = RunFolder.open(tmp_path / "two", writable=True)
+    run.manifest["model"]["prediction"] = "v"
+    run.write_json("manifest.json", run.manifest)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.index('id="depth-family"') < page.index('id="one"') < page.index('id="two"')
+    assert (tmp_path / "figures" / "family.png").stat().st_size > 10_000
+    section, _ = depth_family([RunFolder.open(tmp_path / name) for name in ("two", "one")])
+    (table,) = section.tables
+    assert [row[:4] for row in table.rows] == [["one", "tiny", "the noise", "2"], ["two", "tiny", "v", "2"]]
+
+
+def network(prediction, readout, probe=False):
+    return prediction, {"readout": readout, "probe": probe}
+
+
+@pytest.mark.parametrize(
+    ("networks", "said"),
+    [
+        ([network("epsilon", True), network("v", False), network("x0", False)], "a property of predicting the noise"),
+        ([network("epsilon", True), network("v", True)], "does not depend on what is predicted"),
+        ([network("epsilon", False), network("v", False)], "None of these networks"),
+        ([network("epsilon", True), network("v", None)], "does not decide it alone"),
+        ([network("epsilon", True), network("epsilon", False), network("v", False)], "does not decide it alone"),
+    ],
+)
+def test_the_sentence_over_networks_follows_from_them(networks, said):
+    text = answer(dict(enumerate(networks)))
+    assert said in text
+    assert sum(name in text for name in ("property", "depend", "None of", "decide")) == 1
+
+
+def test_networks_are_counted_by_what_they_predict():
+    text = answer({"a": network("epsilon", True), "b": network("epsilon", False), "c": network("v", False, True)})
+    assert "in 1 of 2 that predict the noise and 0 of 1 that predict v; by the linear probe 1 of all 3" in text
+
+
+def test_a_network_without_a_gap_or_with_a_wide_interval_is_neither():
+    def analysis(gap, share):
+        return xr.Dataset(
+            {
+                "network_readout_gap": (("coupling", "layer", "bound"), np.asarray(gap, float)[None, None]),
+                "network_readout_share": (("bound",), np.asarray(share, float)),
+            }
+        )
+
+    assert localised(analysis([4, 3, 5], [0.9, 0.7, 1.1])) == {"readout": True}
+    assert localised(analysis([4, 3, 5], [0.2, 0.1, 0.5])) == {"readout": False}
+    assert localised(analysis([4, 3, 5], [0.5, 0.4, 0.6])) == {"readout": None}
+    assert localised(analysis([0.1, -1, 1], [0.9, 0.7, 1.1])) == {"readout": None}
+    assert localised(analysis([0, 0, 0], [np.nan] * 3)) == {"readout": None}
 
 
 @pytest.mark.slow

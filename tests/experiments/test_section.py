@@ -1,5 +1,6 @@
 """Sections and their pages, and the frame that studies share."""
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -122,10 +123,11 @@ def test_blocks_are_measured_once_and_kept(weights, tmp_path):
     assert {"ell", "radius"} <= set(found.coords)
 
 
-def test_the_control_has_the_subjects_shape_and_other_weights(weights):
+def test_the_control_has_the_subjects_shape_and_other_weights(weights, tmp_path):
     subject = load_subject(weights)
     assert subject.name == "weights"
     assert subject.image_shape == (8, 8, 3)
+    assert load_subject(shutil.copytree(weights, tmp_path / "run7" / "model")).name == "run7"
     blank = subject.untrained(0)
     assert blank.config == subject.model.config
     assert not np.allclose(blank.x_embedder.kernel[...], subject.model.x_embedder.kernel[...])
