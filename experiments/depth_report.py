@@ -42,8 +42,9 @@ def section(manifest: dict, analysis: xr.Dataset, figures: list[str]) -> Section
     claims = [_claim(analysis, name) for name in known]
     parts = []
     for name in known:
-        share = analysis[f"network_{name}_share"].values
-        parts.append(f"{READINGS[name][0]} {_percent(share)}")
+        final = analysis[f"network_{name}_gap"].isel({_grid(name): 0, "layer": -1}).values
+        share = _percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "has no gap"
+        parts.append(f"{READINGS[name][0]} {share}")
     captions = {
         "gap_by_layer": "The gap after every block without coupling, in three readings; layer 0 is the embedding. "
         "Shaded: the last fifth of the layers. Grey: the readout of the untrained network.",
