@@ -82,17 +82,16 @@ def attend(
     Args:
       q, k, v: (R, N, T, H, d).
       gate: (N, R, R) or (1, R, R), non-negative, unit diagonal; None leaves the replicas uncoupled.
-      coupling: ``"joint"``: one softmax over all replicas' keys, the log of the gate added to the logits.
-        ``"blend"``: a softmax per replica of keys, averaged with the gate's rows as weights.
+      coupling: ``"joint"`` is one softmax over all replicas' keys, the log of the gate added to the logits; with
+        ``"blend"`` there is a softmax per replica of keys, averaged with the gate's rows as weights.
       implementation: ``"explicit"``, ``"fused"``, or ``"auto"``: fused in bfloat16 on a GPU, else explicit. The fused
         path has no derivative with respect to a gate entry that is 0, and takes a zero gate for closed as long as no
         logit behind it exceeds the open ones by 10,000. Both go by JAX's default device: where a bfloat16 model was
         placed on another platform, make that the default (`jax.default_device`) or ask for ``"explicit"``.
 
     Returns:
-      out: (R, N, T, H, d), in the dtype of `v`.
-      pattern: (N, H, R, T, R, T) attention weights, (query replica, query, key replica, key); for
-        ``gate=None``, (N, H, R, T, 1, T). Each row sums to 1. Free if unused under jit.
+      The output (R, N, T, H, d) in the dtype of `v`, and the attention weights (N, H, R, T, R, T): query replica, query,
+      key replica, key; for ``gate=None``, (N, H, R, T, 1, T). Each row of weights sums to 1; free if unused under jit.
 
     Raises:
       ValueError: unknown `coupling` or `implementation`.

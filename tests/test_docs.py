@@ -1,6 +1,9 @@
 """Every Python block of the docs runs, in order, in one namespace per page."""
 
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,41 @@ def test_the_table_of_activations_is_the_codes():
     table = re.findall(r"^\| (`.*?`) \| (\(.*?\)) \|", (ROOT / "docs/inside.md").read_text(), re.MULTILINE)
     documented = {name.strip("` "): shape for names, shape in table for name in names.split(",")}
     assert documented == {name: text[: text.index(")") + 1] for name, text in ACTIVATIONS.items()}
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    build = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        str(ROOT / "docs"),
+        str(tmp_path),
+    ]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theory, api = (tmp_path / "theory.html").read_text(), (tmp_path / "api/ou_theory.html").read_text()
+    assert "\\tag{5.11}" in theory
+    assert 'id="ou_theory.recursion.recursion_energy"' in api
+
+
+@pytest.mark.parametrize("package", ["ou_theory", "dit_jax"])
+def test_every_module_is_documented(package):
+    page = (ROOT / "docs" / "api" / f"{package}.md").read_text()
+    for path in (ROOT / package).glob("*.py"):
+        assert path.stem == "__init__" or f"automodule:: {package}.{path.stem}\n" in page, path.stem
+
+
+def test_names_on_the_page_of_symbols_exist():
+    rows = re.findall(r"^\| .* \| (`.*`) \|$", (ROOT / "docs" / "symbols.md").read_text(), re.MULTILINE)
+    assert len(rows) > 25
+    for name in re.findall(r"`([\w.]+)`", " ".join(rows)):
+        path = name if name.startswith("experiments.") else f"ou_theory.{name}"
+        found = importlib.import_module(".".join(path.split(".")[:2]))
+        for part in path.split(".")[2:]:
+            found = getattr(found, part)
