@@ -90,8 +90,9 @@ def attend(
         placed on another platform, make that the default (`jax.default_device`) or ask for ``"explicit"``.
 
     Returns:
-      The output (R, N, T, H, d) in the dtype of `v`, and the attention weights (N, H, R, T, R, T): query replica, query,
-      key replica, key; for ``gate=None``, (N, H, R, T, 1, T). Each row of weights sums to 1; free if unused under jit.
+      The output (R, N, T, H, d) in the dtype of `v`, and the attention weights (N, H, R, T, R, T): query replica,
+      query, key replica, key; for ``gate=None``, (N, H, R, T, 1, T). Each row of weights sums to 1; free if unused
+      under jit.
 
     Raises:
       ValueError: unknown `coupling` or `implementation`.
