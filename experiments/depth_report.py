@@ -43,7 +43,7 @@ def section(manifest: dict, analysis: xr.Dataset, figures: list[str]) -> Section
     parts = []
     for name in known:
         final = analysis[f"network_{name}_gap"].isel({_grid(name): 0, "layer": -1}).values
-        share = _percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "has no gap"
+        share = _percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "(no gap)"
         parts.append(f"{READINGS[name][0]} {share}")
     captions = {
         "gap_by_layer": "The gap after every block without coupling, in three readings; layer 0 is the embedding. "
