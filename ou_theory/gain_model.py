@@ -14,6 +14,7 @@ from jax.scipy.special import betainc, betaln, entr
 from jax.typing import ArrayLike
 from scipy.optimize import brentq
 
+from ou_theory.process import transition_time
 from ou_theory.special import exprel, log1prel
 
 Flow = Literal["ode", "sde"]
@@ -39,18 +40,6 @@ def commitment_log_snr(variance: ArrayLike, q: ArrayLike = 0.5) -> jax.Array:
     """Log-SNR at which a Gaussian mode is decided to the share `q` in (0, 1); at 1/2, where its SNR is 1."""
     q = jnp.asarray(q, float)
     return jnp.log(q) - jnp.log1p(-q) - jnp.log(variance)
-
-
-def transition_time(rate: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """OU time at which the pulled-back noise of a mode reaches `spread`: ``log(1 + rate spread / D) / (2 rate)``.
-
-    0 for ``spread <= 0``, infinite for ``rate spread / D <= -1``, ``spread / 2D`` at rate 0.
-    """
-    rate, spread, noise = (jnp.asarray(v, float) for v in (rate, spread, noise))
-    z = rate * spread / noise
-    reached = z > -1
-    time = spread / (2 * noise) * log1prel(jnp.where(reached, z, 0.0))
-    return jnp.where(spread <= 0, 0.0, jnp.where(reached, time, jnp.inf))
 
 
 def commitment_time(

@@ -1,0 +1,202 @@
+"""Cloning and growth: how alike two continuations of one state end, and how fast a difference grows on the way
+(docs/theory.md, sections 13.6 to 13.8).
+
+Clones branch from one state of noise variance sigma^2 and go on with independent noise under the reverse SDE, so that
+they are independent draws of the posterior. Of a Gaussian mode the correlation of their ends is
+`gain_model.q_uncoupled`. Functions broadcast, and work under jit, vmap and grad, unless they say otherwise.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ou_theory.clock import BETA_MAX, BETA_MIN, NUM_TRAIN_STEPS, Clock
+from ou_theory.commitment import latch, relative_energy, threshold_step
+from ou_theory.gain_model import commitment_log_snr
+from ou_theory.laws import Clusters, mmse, sign_correlation, wiener_gain
+from ou_theory.process import transition_time
+from ou_theory.recursion import recursion_energy
+from ou_theory.roots import falling_root, require
+from ou_theory.special import exprel
+
+# --- clones of clusters
+
+
+def same_cluster_probability(kappa: ArrayLike) -> jax.Array:
+    """Probability ``(1 + T(kappa)) / 2`` that two clones end in the same of two clusters; any shape."""
+    return (1 + sign_correlation(jnp.asarray(kappa, float))) / 2
+
+
+def clone_correlation(law: Clusters, sigma2: ArrayLike) -> jax.Array:
+    """Correlation of the ends of two clones in each mode (..., M), ``1 - mmse / Var``, for levels (...): the Q of any
+    law. Not below ``X / (1 + X)`` with ``X = Var / sigma^2``, its value for a Gaussian law of the same variance."""
+    return 1 - mmse(law, jnp.asarray(sigma2, float)) / law.total_variance()
+
+
+def _missing_correlation(kappa, q):
+    return q - sign_correlation(kappa)
+
+
+def kappa_level(q: ArrayLike = 0.5) -> jax.Array:
+    """The kappa at which ``T(kappa) = q``: the labels of clones correlate by q. Differentiable for q in (0, 1).
+
+    0 at q = 0, infinite at 1. At one half it is 0.850844, so that clones commit a little before speciation, which is
+    at kappa = 1.
+
+    Raises:
+      ValueError: q is outside [0, 1].
+    """
+    q = jnp.asarray(q, float)
+    require((q >= 0) & (q <= 1), f"q is a correlation in [0, 1], got {q}")
+    inside = (q > 0) & (q < 1)
+    safe = jnp.where(inside, q, 0.5)
+    level = falling_root(_missing_correlation, safe, safe)
+    return jnp.where(inside, level, jnp.where(q == 0, 0.0, jnp.where(q == 1, jnp.inf, jnp.nan)))
+
+
+def cluster_cloning_time(
+    centre: ArrayLike, variance: ArrayLike, q: ArrayLike = 0.5, rate: ArrayLike = 1.0, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """OU time at which the labels of clones of a mode with clusters ``+-m`` correlate by q in (0, 1): the clock at
+    ``m^2 / kappa_q - s^2``; 0 if they always correlate by less."""
+    spread = jnp.asarray(centre, float) ** 2 / kappa_level(q) - jnp.asarray(variance, float)
+    return transition_time(rate, spread, noise)
+
+
+def coupled_cloning_variance(variance: ArrayLike, x_end: ArrayLike, x_branch: ArrayLike, rho: ArrayLike) -> jax.Array:
+    """Variance, in the rescaled frame, of the difference mode of two clones that branch at the SNR `x_branch` and run
+    coupled, with the difference gain `rho`, under the ancestral SDE to `x_end`.
+
+    With the noise shares ``z = 1 / (1 + X)``, ``S z_e^(2 - 2 rho) / (1 - z_e)^2 [z_b^(2 rho - 1) - z_e^(2 rho - 1)] /
+    (2 rho - 1)``, removable at rho = 1/2. As the noise ends it tends to 0 for every rho < 1, and for rho = 1 to the
+    posterior variance at the branch.
+
+    Args:
+      variance: S > 0.
+      x_end: ``S / sigma^2 > 0`` at the end, not below `x_branch`.
+      x_branch: at the branch, >= 0.
+      rho: gain in [0, 1].
+    """
+    variance, x_end, x_branch, rho = (jnp.asarray(v, float) for v in (variance, x_end, x_branch, rho))
+    end, branch = -jnp.log1p(x_end), -jnp.log1p(x_branch)  # logs of the noise shares
+    b = 2 * rho - 1
+    gathered = (branch - end) * exprel(b * (branch - end))
+    return variance * jnp.exp(end) * gathered / jnp.expm1(end) ** 2
+
+
+# --- growth of a small difference along the reverse process
+
+
+def rescaled_growth_flow(variance: ArrayLike, sigma2: ArrayLike) -> jax.Array:
+    """Rate of a difference of rescaled states per unit of ``log(1 / sigma)`` under the flow, Gaussian mode:
+    ``-sigma^2 / (S + sigma^2)``, always contracting."""
+    sigma2 = jnp.asarray(sigma2, float)
+    return -sigma2 / (jnp.asarray(variance, float) + sigma2)
+
+
+def rescaled_growth_sde(variance: ArrayLike, sigma2: ArrayLike) -> jax.Array:
+    """The same under the reverse SDE with shared noise: twice that of the flow."""
+    return 2 * rescaled_growth_flow(variance, sigma2)
+
+
+def state_growth(variance: ArrayLike, alpha_bar: ArrayLike) -> jax.Array:
+    """Rate of a difference of variance-preserving states per reverse OU time under the flow, Gaussian mode:
+    ``(S - 1) alpha_bar / P`` with ``P = 1 + (S - 1) alpha_bar``. Its sign is that of S - 1 at all times: it says
+    nothing about commitment."""
+    excess = (jnp.asarray(variance, float) - 1) * jnp.asarray(alpha_bar, float)
+    return excess / (1 + excess)
+
+
+def denoised_growth(variance: ArrayLike, alpha_bar: ArrayLike) -> jax.Array:
+    """Rate of a difference of what is predicted, per reverse OU time under the flow, Gaussian mode: ``1 / P > 0``."""
+    return 1 / (1 + (jnp.asarray(variance, float) - 1) * jnp.asarray(alpha_bar, float))
+
+
+def cluster_growth(kappa: ArrayLike, variance: ArrayLike, sigma2: ArrayLike) -> jax.Array:
+    """Rate of a difference of rescaled states at the symmetric point of clusters, along the centre, per unit of
+    ``log(1 / sigma)`` under the flow: ``sigma^2 / (s^2 + sigma^2) (kappa - 1)``. Speciation is its change of sign."""
+    return -rescaled_growth_flow(variance, sigma2) * (jnp.asarray(kappa, float) - 1)
+
+
+def coupled_energy_growth(x: ArrayLike, rho: ArrayLike) -> jax.Array:
+    """Rate of the energy of the predicted difference per nat of log-SNR under the flow with the gain `rho`:
+    ``(1 - (1 - rho) X) / (1 + X)``, which changes sign at ``X = 1 / (1 - rho)``."""
+    x, rho = jnp.asarray(x, float), jnp.asarray(rho, float)
+    return (1 - (1 - rho) * x) / (1 + x)
+
+
+# --- one step of a discrete sampler, and what its size costs
+
+
+class Step(NamedTuple):
+    """``y' = factor y + sqrt(noise) xi`` in the rescaled frame."""
+
+    factor: jax.Array
+    noise: jax.Array
+
+
+def ddim_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> Step:
+    """Of DDIM with the linear denoiser ``gain y``: ``y' = [G + (1 - G) sigma' / sigma] y``."""
+    gain = jnp.asarray(gain, float)
+    factor = gain + (1 - gain) * jnp.asarray(sigma_next, float) / jnp.asarray(sigma, float)
+    return Step(factor, jnp.zeros_like(factor))
+
+
+def ancestral_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> Step:
+    """Of the ancestral sampler with the posterior variance: ``y' = [q + (1 - q) G] y + sigma' sqrt(1 - q) xi`` with
+    ``q = sigma'^2 / sigma^2``."""
+    gain, sigma, sigma_next = (jnp.asarray(v, float) for v in (gain, sigma, sigma_next))
+    q = (sigma_next / sigma) ** 2
+    factor = q + (1 - q) * gain
+    return Step(factor, jnp.broadcast_to(sigma_next**2 * (1 - q), factor.shape))
+
+
+def half_energy_bias(clock: Clock, variances: ArrayLike, eta: float = 0.0) -> np.ndarray:
+    """Sampler step (B,) at which an uncoupled Gaussian mode has half of its final energy, less its SNR = 1 step.
+
+    Negative: a discrete sampler is early, by less than 1 step for DDIM and about 2 for the ancestral sampler, however
+    many steps there are. Theory and network must go through the same recursion. Not for tracing.
+
+    Args:
+      clock: the sampler's.
+      variances: (B,) positive.
+      eta: as in `recursion.recursion_energy`.
+
+    Raises:
+      ValueError: a variance is not positive.
+    """
+    variances = np.asarray(variances, np.float64)
+    require(variances > 0, f"variances must be positive, got {variances}")
+    gain = wiener_gain(jnp.asarray(variances), jnp.asarray(clock.sigma)[:, None] ** 2)
+    energy = recursion_energy(gain, jnp.asarray(clock.sigma), jnp.asarray(variances + clock.sigma[0] ** 2), eta)
+    half = threshold_step(latch(relative_energy(energy, energy[-1])), clock.log_snr, 0.5)
+    return np.asarray(half) - clock.step(np.asarray(commitment_log_snr(variances)))
+
+
+# --- bands and spectra
+
+
+def effective_variance_bounds(variances: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """The mean of S and ``sum S^2 / sum S`` over the last axis, between which `gain_model.effective_variance` lies."""
+    s = jnp.asarray(variances, float)
+    return s.mean(-1), (s**2).sum(-1) / s.sum(-1)
+
+
+def power_law_level_gap(exponent: ArrayLike, num: ArrayLike) -> jax.Array:
+    """Log-SNR between the commitments of the first and the last of the modes ``S_1 k^-a``, k = 1..num:
+    ``a log(num)``, without bound where the gap in time (`gain_model.power_law_time_gap`) saturates."""
+    return jnp.asarray(exponent, float) * jnp.log(jnp.asarray(num, float))
+
+
+def power_law_step_gap(
+    steps: ArrayLike, first: ArrayLike, exponent: ArrayLike, num: ArrayLike, q: ArrayLike = 0.5
+) -> jax.Array:
+    """The same in steps of a sampler of the linear schedule, roughly: ``0.317 n [sqrt(log(1 + c S_1)) - sqrt(log(1 +
+    c S_num))]`` with ``c = (1 - q) / q``. It saturates, as few steps lie at small noise. `Clock.step` is exact."""
+    steps, first, exponent, num, q = (jnp.asarray(v, float) for v in (steps, first, exponent, num, q))
+    c = (1 - q) / q
+    ends = jnp.sqrt(jnp.log1p(c * first)) - jnp.sqrt(jnp.log1p(c * first * num**-exponent))
+    return (2 / ((BETA_MAX - BETA_MIN) * (NUM_TRAIN_STEPS - 1))) ** 0.5 * steps * ends

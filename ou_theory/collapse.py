@@ -1,0 +1,259 @@
+"""Collapse: when the score of n stored samples condenses onto one of them (docs/theory.md, section 13.5).
+
+It happens where the mutual information of data and state equals ``log n``. Information is in nats and falls with t, so
+that more samples collapse later in generation, at a smaller t.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jax.typing import ArrayLike
+
+from ou_theory.process import Process, mode_noise, transition_time
+from ou_theory.roots import falling_root, require
+from ou_theory.speciation import observation, whitener
+
+_matmul = partial(jnp.matmul, precision="highest")
+
+# --- mutual information of data and state
+
+
+def gaussian_information(process: Process, t: ArrayLike, covariance: ArrayLike) -> jax.Array:
+    """``log det(I + N_t^-1 C_0) / 2`` of Gaussian data under any drift, for times t > 0 of any shape.
+
+    Args:
+      process: drift (n, n).
+      t: times.
+      covariance: (n, n) of the data, positive semidefinite.
+    """
+    covariance = jnp.asarray(covariance, float)
+    factor, noise = observation(process, t)
+    whiten = partial(solve_triangular, whitener(noise), lower=True)
+    signal = whiten(jnp.swapaxes(whiten(_matmul(_matmul(factor, covariance), jnp.swapaxes(factor, -1, -2))), -1, -2))
+    return jnp.linalg.slogdet(jnp.eye(covariance.shape[0]) + signal)[1] / 2
+
+
+def mode_information(rate: ArrayLike, t: ArrayLike, variance: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
+    """``log(1 + S / N_lambda(t)) / 2`` of one Gaussian mode; broadcasts. t must be positive."""
+    return jnp.log1p(jnp.asarray(variance, float) / mode_noise(rate, t, noise)) / 2
+
+
+_POINTS = np.linspace(-12, 12, 4801)  # the trapezoid rule of laws.sign_correlation
+_WEIGHTS = np.exp(-(_POINTS**2) / 2) / np.exp(-(_POINTS**2) / 2).sum()
+
+
+def _field(kappa: jax.Array) -> jax.Array:
+    """``kappa + sqrt(kappa) z`` on the nodes, along a new last axis."""
+    root = jnp.sqrt(jnp.where(kappa > 0, kappa, 1.0))
+    return kappa[..., None] + jnp.where(kappa > 0, root, 0.0)[..., None] * jnp.asarray(_POINTS, kappa.dtype)
+
+
+@jax.custom_jvp
+def _class_information(kappa: jax.Array) -> jax.Array:
+    lost = (jnp.asarray(_WEIGHTS, kappa.dtype) * jax.nn.softplus(-2 * _field(kappa))).sum(-1)
+    return jnp.clip(np.log(2) - lost, 0.0, np.log(2))
+
+
+@_class_information.defjvp
+def _(primals, tangents):
+    # I' is half the mean square error of the label, which the quadrature of the derivative would lose near kappa = 0
+    (kappa,), (moved,) = primals, tangents
+    doubt = (jnp.asarray(_WEIGHTS, kappa.dtype) / jnp.cosh(_field(kappa)) ** 2).sum(-1)
+    return _class_information(kappa), doubt / 2 * moved
+
+
+def class_information(kappa: ArrayLike) -> jax.Array:
+    """What the state tells about which of two equally likely clusters it comes from, in [0, log 2] nats:
+    ``I_c(kappa) = log 2 - E log(1 + exp[-2 (kappa + sqrt(kappa) z)])``, any shape. Its slope is ``(1 - T(kappa)) / 2``,
+    with the `laws.sign_correlation` T."""
+    return _class_information(jnp.asarray(kappa, float))
+
+
+def cluster_information(
+    rates: ArrayLike, t: ArrayLike, variances: ArrayLike, centre: ArrayLike, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """Of data in two clusters ``+-m`` with independent modes: what is learnt within the cluster and which it is.
+
+    Args:
+      rates: (..., n) of the modes.
+      t: (...) times > 0.
+      variances: (..., n) within a cluster, >= 0.
+      centre: (..., n) m.
+    """
+    t, variances = jnp.asarray(t, float)[..., None], jnp.asarray(variances, float)
+    kappa = (jnp.asarray(centre, float) ** 2 / (variances + mode_noise(rates, t, noise))).sum(-1)
+    return mode_information(rates, t, variances, noise).sum(-1) + class_information(kappa)
+
+
+# --- collapse times
+
+
+def collapse_time_isotropic(
+    log_count_per_mode: ArrayLike, variance: ArrayLike, rate: ArrayLike = 1.0, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """Of n samples in d equal Gaussian modes: the clock at ``S / (n^(2 / d) - 1)``. Broadcasts.
+
+    Args:
+      log_count_per_mode: ``alpha = log(n) / d >= 0``; at 0 the time is infinite.
+      variance: S > 0.
+    """
+    variance, excess = jnp.asarray(variance, float), jnp.expm1(2 * jnp.asarray(log_count_per_mode, float))
+    several = excess > 0
+    return jnp.where(several, transition_time(rate, variance / jnp.where(several, excess, 1.0), noise), jnp.inf)
+
+
+def _check(log_count: ArrayLike, **positive: ArrayLike) -> None:
+    require(jnp.asarray(log_count) >= 0, f"log_count must be the log of at least one sample, got {log_count}")
+    for name, values in positive.items():
+        require(jnp.asarray(values) >= 0, f"{name} must not be negative, got {values}")
+
+
+def _at_one_sample(log_count: jax.Array, time: jax.Array) -> jax.Array:
+    """The time, infinite for a single sample."""
+    return jnp.where(log_count > 0, time, jnp.where(jnp.isnan(log_count), jnp.nan, jnp.inf))
+
+
+def _scale(variance: jax.Array, rate: jax.Array, noise: jax.Array, log_count: jax.Array) -> jax.Array:
+    """Guess of a collapse time: that of a mode of the given variance, short of the curvature of the clock."""
+    spread = variance / jnp.expm1(2 * jnp.clip(log_count, 1e-3, 20.0))
+    spread = jnp.where(spread > 0, spread, 1.0)
+    return spread / (jnp.abs(rate) * spread + 2 * noise)
+
+
+def _gaussian_excess(t, process, covariance, log_count):
+    return gaussian_information(process, t, covariance) - log_count
+
+
+def collapse_time(process: Process, covariance: ArrayLike, log_count: ArrayLike) -> jax.Array:
+    """The time () at which ``gaussian_information`` is `log_count`, for any drift; differentiable.
+
+    0 for data without variance; infinite for one sample, and where an unstable drift never forgets that much, or not
+    for as long as it can be told.
+
+    Args:
+      process: drift (n, n).
+      covariance: (n, n) of the data, positive semidefinite.
+      log_count: log of the number of samples.
+
+    Raises:
+      ValueError: shapes do not belong together, or `log_count` is negative.
+    """
+    covariance, log_count = jnp.asarray(covariance, float), jnp.asarray(log_count, float)
+    if process.drift.shape != covariance.shape or log_count.shape != ():
+        raise ValueError(
+            f"drift {process.drift.shape} and covariance {covariance.shape} must be (n, n) and log_count "
+            f"{log_count.shape} a number; vmap over more"
+        )
+    _check(log_count)
+    size = covariance.shape[0]
+    scale = _scale(
+        jnp.trace(covariance) / size, jnp.linalg.norm(process.drift), jnp.asarray(process.noise), log_count / size
+    )
+    return _at_one_sample(log_count, falling_root(_gaussian_excess, scale, process, covariance, log_count))
+
+
+def _modes_excess(t, rates, variances, log_count, noise):
+    return mode_information(rates, t[..., None], variances, noise[..., None]).sum(-1) - log_count
+
+
+def collapse_time_modes(
+    rates: ArrayLike, variances: ArrayLike, log_count: ArrayLike, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """The time at which independent Gaussian modes have lost all but ``log n`` of information; differentiable.
+
+    0 for data without variance; infinite for one sample, and where unstable modes never forget that much.
+
+    Args:
+      rates: (..., n).
+      variances: (..., n) >= 0.
+      log_count: (...) log of the number of samples.
+      noise: (...) noise strength.
+
+    Raises:
+      ValueError: a variance or `log_count` is negative.
+    """
+    _check(log_count, variances=variances)
+    rates, variances = jnp.broadcast_arrays(jnp.asarray(rates, float), jnp.asarray(variances, float))
+    shape = jnp.broadcast_shapes(rates.shape[:-1], jnp.shape(log_count), jnp.shape(noise))
+    log_count, noise = (jnp.broadcast_to(jnp.asarray(v, float), shape) for v in (log_count, noise))
+    scale = _scale(variances.max(-1), jnp.abs(rates).max(-1), noise, log_count / rates.shape[-1])
+    return _at_one_sample(log_count, falling_root(_modes_excess, scale, rates, variances, log_count, noise))
+
+
+def _clusters_excess(t, rates, variances, centre, log_count, noise):
+    return cluster_information(rates, t, variances, centre, noise[..., None]) - log_count
+
+
+def collapse_time_clusters(
+    rates: ArrayLike, variances: ArrayLike, centre: ArrayLike, log_count: ArrayLike, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """As `collapse_time_modes`, of data in two clusters ``+-m`` (`cluster_information`); `centre` is (..., n).
+
+    Raises:
+      ValueError: a variance or `log_count` is negative.
+    """
+    _check(log_count, variances=variances)
+    rates, variances, centre = jnp.broadcast_arrays(*(jnp.asarray(v, float) for v in (rates, variances, centre)))
+    shape = jnp.broadcast_shapes(rates.shape[:-1], jnp.shape(log_count), jnp.shape(noise))
+    log_count, noise = (jnp.broadcast_to(jnp.asarray(v, float), shape) for v in (log_count, noise))
+    scale = _scale((variances + centre**2).max(-1), jnp.abs(rates).max(-1), noise, log_count / rates.shape[-1])
+    return _at_one_sample(log_count, falling_root(_clusters_excess, scale, rates, variances, centre, log_count, noise))
+
+
+class PairCollapse(NamedTuple):
+    """Collapse times of a coupled pair."""
+
+    joint: jax.Array  # of the score of n stored pairs; not before either of the others
+    common: jax.Array  # of a score that knows the common modes alone
+    difference: jax.Array
+
+
+def pair_collapse_times(
+    b: ArrayLike,
+    g: ArrayLike,
+    variances_common: ArrayLike,
+    variances_difference: ArrayLike,
+    log_count: ArrayLike,
+    noise: ArrayLike = 1.0,
+) -> PairCollapse:
+    """Of `log_count` stored pairs with independent Gaussian modes under a symmetric coupling: rates b - g of the common
+    and b + g of the difference modes. Once the index of a pair is known both modes collapse, hence the joint time; the
+    other two are the collapse of scores learnt on one kind of mode **[ours]**.
+
+    Args:
+      b, g, log_count, noise: (...).
+      variances_common, variances_difference: (..., n) each.
+
+    Raises:
+      ValueError: a variance or `log_count` is negative.
+    """
+    b, g = (jnp.asarray(v, float)[..., None] for v in (b, g))
+    common, difference = jnp.asarray(variances_common, float), jnp.asarray(variances_difference, float)
+
+    def modes(variances, rate):
+        shape = jnp.broadcast_shapes(variances.shape, rate.shape)
+        return jnp.broadcast_to(rate, shape), jnp.broadcast_to(variances, shape)
+
+    rates_u, common = modes(common, b - g)
+    rates_v, difference = modes(difference, b + g)
+    leading = jnp.broadcast_shapes(common.shape[:-1], difference.shape[:-1])
+
+    def both(u, v):
+        return jnp.concatenate([jnp.broadcast_to(w, leading + w.shape[-1:]) for w in (u, v)], -1)
+
+    return PairCollapse(
+        collapse_time_modes(both(rates_u, rates_v), both(common, difference), log_count, noise),
+        collapse_time_modes(rates_u, common, log_count, noise),
+        collapse_time_modes(rates_v, difference, log_count, noise),
+    )
+
+
+def collapse_precedes_speciation(log_count_per_mode: ArrayLike, variance: ArrayLike, spread: ArrayLike) -> jax.Array:
+    """Whether, in generation, isotropic data of variance S collapse before clusters of the `spread` ``m^2 - s^2``
+    speciate: ``S / (n^(2 / d) - 1) > spread``, whatever the rate and the noise strength."""
+    excess = jnp.expm1(2 * jnp.asarray(log_count_per_mode, float))
+    return jnp.asarray(variance, float) > jnp.asarray(spread, float) * excess

@@ -1,0 +1,213 @@
+"""Speciation: when a diffusion commits to one of two clusters, and the gap that coupling opens (docs/theory.md,
+sections 13.1 to 13.3).
+
+Clusters lie at ``+-m`` with the covariance C within. `spread` is ``m^2 - s^2``, the noise variance, pulled back to the
+data, at which a mode speciates. "First" means at a larger time t, earlier in generation. All functions work under jit,
+vmap and grad; those of numbers broadcast.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jax.typing import ArrayLike
+
+from ou_theory.process import Process, Transition, left_modes, mode_noise, transition, transition_time
+from ou_theory.roots import falling_root, require
+from ou_theory.special import log1prel
+
+_matmul = partial(jnp.matmul, precision="highest")
+
+# --- the criterion
+
+
+def observation(process: Process, t: ArrayLike) -> Transition:
+    """What the state at time t shows of the data, ``A x_0`` and Gaussian noise, in the frame in which noise grows less:
+    that of the state, with the factor and the covariance of `transition`; or, if rates are negative on the average,
+    pulled back to the data, with the identity and N_t."""
+    forward = jnp.trace(process.drift) >= 0
+    factor, covariance = transition(process._replace(drift=jnp.where(forward, process.drift, -process.drift)), t)
+    return Transition(jnp.where(forward, factor, jnp.eye(factor.shape[-1])), covariance)
+
+
+def whitener(covariance: jax.Array) -> jax.Array:
+    """Cholesky factor (..., n, n), NaN where the covariance has overflowed or rounding has eaten one of its directions:
+    where growing modes differ so much that one is lost beside the other."""
+    lower = jnp.linalg.cholesky(covariance)
+    rest, whole = (jnp.diagonal(m, axis1=-2, axis2=-1) for m in (lower, covariance))
+    lost = (rest**2 < 100 * jnp.finfo(lower.dtype).eps * whole) | jnp.isinf(whole)
+    return jnp.where(lost.any(-1)[..., None, None], jnp.nan, lower)
+
+
+def kappa(process: Process, t: ArrayLike, centre: ArrayLike, covariance: ArrayLike) -> jax.Array:
+    """``m^T (C + N_t)^-1 m`` for any drift: the symmetric point stops being a maximum of the density where it passes 1.
+
+    Strictly decreasing in t. Evaluated as ``(F m)^T (F C F^T + Sigma)^-1 F m`` for a stable drift, in which nothing
+    overflows. NaN at times at which the modes of an unstable drift have grown too far apart to be told from rounding,
+    and at t = 0 if C is singular.
+
+    Args:
+      process: drift (n, n).
+      t: times >= 0, any shape.
+      centre: (n,) m.
+      covariance: (n, n) C, positive semidefinite.
+
+    Returns:
+      an array of t's shape.
+    """
+    centre, covariance = jnp.asarray(centre, float), jnp.asarray(covariance, float)
+    factor, noise = observation(process, t)
+    spread = _matmul(_matmul(factor, covariance), jnp.swapaxes(factor, -1, -2)) + noise
+    moved = _matmul(factor, centre)
+    white = solve_triangular(whitener(spread), moved[..., None], lower=True)[..., 0]
+    return (white**2).sum(-1)
+
+
+def mode_kappa(
+    centre: ArrayLike, variance: ArrayLike, rate: ArrayLike, t: ArrayLike, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """``m^2 / (s^2 + N_lambda(t))`` of one mode."""
+    return jnp.asarray(centre, float) ** 2 / (jnp.asarray(variance, float) + mode_noise(rate, t, noise))
+
+
+def mode_speciation_time(
+    centre: ArrayLike, variance: ArrayLike, rate: ArrayLike = 1.0, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """Time at which one mode speciates: the clock at the spread ``m^2 - s^2``.
+
+    0 if the clusters are not two maxima even without noise (``m^2 <= s^2``), infinite if the process never merges them
+    (``rate spread <= -D``).
+    """
+    return transition_time(rate, jnp.asarray(centre, float) ** 2 - jnp.asarray(variance, float), noise)
+
+
+def _above_one(t, process, centre, covariance):
+    return kappa(process, t, centre, covariance) - 1
+
+
+def speciation_time(process: Process, centre: ArrayLike, covariance: ArrayLike) -> jax.Array:
+    """The time () at which `kappa` is 1, for any drift.
+
+    0 if ``kappa(0) <= 1``; infinite if kappa stays above 1 for ever, which takes an unstable drift, or for as long as
+    it can be told. Differentiable in all arguments.
+
+    Args:
+      process: drift (n, n).
+      centre: (n,) m.
+      covariance: (n, n) C, positive semidefinite.
+
+    Raises:
+      ValueError: shapes do not belong together, or the noise strength is not positive.
+    """
+    centre, covariance = jnp.asarray(centre, float), jnp.asarray(covariance, float)
+    size = process.drift.shape[0]
+    if process.drift.shape != (size, size) or centre.shape != (size,) or covariance.shape != (size, size):
+        raise ValueError(
+            f"drift {process.drift.shape}, centre {centre.shape} and covariance {covariance.shape} must be "
+            "(n, n), (n,) and (n, n); vmap over more"
+        )
+    require(jnp.asarray(process.noise) > 0, f"the noise strength must be positive, got {process.noise}")
+    square = (centre**2).sum()
+    square = jnp.where(square > 0, square, 1.0)  # any scale will do at m = 0, where the time is 0
+    scale = square / (jnp.linalg.norm(process.drift) * square + 2 * process.noise)
+    return falling_root(_above_one, scale, process, centre, covariance)
+
+
+# --- the gap of a symmetric pair whose common and difference mode are clustered each
+
+
+def _clock_slope(rate: jax.Array, spread: jax.Array, noise: jax.Array) -> jax.Array:
+    """Derivative of the clock in its rate, element by element; negative."""
+    z = rate * spread / noise
+    _, slope = jax.jvp(log1prel, (z,), (jnp.ones_like(z),))
+    return (spread / noise) ** 2 / 2 * slope
+
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+
+
+def speciation_gap(
+    b: ArrayLike, g: ArrayLike, spread_common: ArrayLike, spread_difference: ArrayLike, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """``t_u - t_v = f(b - g; spread_common) - f(b + g; spread_difference)``, f the clock; positive if the common mode
+    goes first.
+
+    For equal spreads it is odd in g, increasing, and convex on [0, b). Infinite from ``g = b + D / spread_common`` on,
+    minus infinity from the same coupling of the other sign on. Without loss of digits at small g.
+    """
+    b, g, common, difference, noise = jnp.broadcast_arrays(
+        *(jnp.asarray(v, float) for v in (b, g, spread_common, spread_difference, noise))
+    )
+    spread = jnp.maximum(difference, 0.0)
+    # f(b - g) - f(b + g) at one spread is an integral of the clock's slope; 16 nodes give it to rounding as long as its
+    # singularity, where the clock diverges, is far enough from the interval
+    near = noise + b * spread >= 2 * jnp.abs(g) * spread
+    rate = jnp.where(near, b, 1.0)[..., None] + jnp.where(near, g, 0.0)[..., None] * jnp.asarray(_NODES, b.dtype)
+    slopes = _clock_slope(rate, jnp.where(near, spread, 1.0)[..., None], noise[..., None])
+    integral = -g * (slopes * jnp.asarray(_WEIGHTS, b.dtype)).sum(-1)
+    rest = transition_time(b - g, common, noise) - transition_time(b - g, spread, noise)
+    far = transition_time(b - g, common, noise) - transition_time(b + g, difference, noise)
+    return jnp.where(near, integral + jnp.where(near, rest, 0.0), far)
+
+
+def gap_small_coupling(b: ArrayLike, g: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
+    """First order of the gap in g: ``g / b^2 [log(1 + z) - z / (1 + z)]`` with ``z = b spread / D``."""
+    b, g, spread, noise = (jnp.asarray(v, float) for v in (b, g, spread, noise))
+    return -2 * g * _clock_slope(b, jnp.maximum(spread, 0.0), noise)
+
+
+def gap_large_spread(b: ArrayLike, g: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
+    """The gap for ``(b - |g|) spread >> D``. Its divergence at ``g -> b`` is an artefact; see `gap_at_bound`."""
+    b, g, spread, noise = (jnp.asarray(v, float) for v in (b, g, spread, noise))
+    slow, fast = b - g, b + g
+    return g / (slow * fast) * jnp.log(spread / noise) + jnp.log(slow) / (2 * slow) - jnp.log(fast) / (2 * fast)
+
+
+def gap_large_spread_error(b: ArrayLike, g: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
+    """Bound on the error of `gap_large_spread`, for |g| < b."""
+    b, g, spread, noise = (jnp.asarray(v, float) for v in (b, g, spread, noise))
+    return noise / (2 * spread) * ((b - g) ** -2 + (b + g) ** -2)
+
+
+def gap_at_bound(b: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
+    """The gap as g tends to b, where the pair loses its stationary state: ``spread / 2D - f(2b; spread)``, finite."""
+    b, spread, noise = (jnp.asarray(v, float) for v in (b, spread, noise))
+    return jnp.maximum(spread, 0.0) / (2 * noise) - transition_time(2 * b, spread, noise)
+
+
+def gap_without_coupling(
+    b: ArrayLike, spread_common: ArrayLike, spread_difference: ArrayLike, noise: ArrayLike = 1.0
+) -> jax.Array:
+    """The gap at g = 0, ``log[(1 + b spread_common / D) / (1 + b spread_difference / D)] / 2b``: from the strengths of
+    the modes, not from coupling."""
+    return transition_time(b, spread_common, noise) - transition_time(b, spread_difference, noise)
+
+
+class ModeTimes(NamedTuple):
+    """Speciation of the left modes of a drift, taken one by one."""
+
+    rates: jax.Array  # (n,) ascending
+    times: jax.Array  # (n,)
+
+
+def projected_times(process: Process, centre: ArrayLike, covariance: ArrayLike) -> ModeTimes:
+    """Speciation times of the projections on the unit left eigenvectors of a drift with real modes **[ours]**: the
+    clock at ``(l^T m)^2 - l^T C l``. The joint `speciation_time` is another time, and always defined.
+
+    Raises:
+      ValueError: two modes rotate into each other.
+    """
+    centre, covariance = jnp.asarray(centre, float), jnp.asarray(covariance, float)
+    rates, modes = left_modes(process)
+    spread = _matmul(modes, centre) ** 2 - (_matmul(modes, covariance) * modes).sum(-1)
+    return ModeTimes(rates, transition_time(rates, spread, process.noise))
+
+
+def projected_gap(process: Process, centre: ArrayLike, covariance: ArrayLike) -> jax.Array:
+    """Time of the slowest left mode less that of the fastest (`projected_times`); of a symmetric pair with g > 0 the
+    gap between common and difference mode."""
+    times = projected_times(process, centre, covariance).times
+    return times[0] - times[-1]
