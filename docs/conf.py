@@ -21,6 +21,7 @@ default_role = "code"  # `name` in docstrings is code, as in Markdown
 
 html_theme = "furo"
 html_title = "syncgap"
+html_extra_path = ["playground.html"]
 
 
 def plain(app, what, name, obj, options, lines):
