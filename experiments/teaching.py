@@ -293,8 +293,8 @@ LESSONS = {
 
 
 def theory(out: str | Path) -> Path:
-    """Draws all figures and writes ``theory.html`` and the interactive ``playground.html``, both self-contained, into the
-    folder `out`; returns the path of the first."""
+    """Draws all figures and writes ``theory.html`` and the interactive ``playground.html`` into the folder `out`, each
+    self-contained; returns the path of the first."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with jax.enable_x64(True):
