@@ -11,11 +11,13 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from dit_jax.config import Prediction
+from experiments.cloning import CloningConfig
 from experiments.compare import CompareConfig
 from experiments.depth import DepthConfig
 from experiments.interventions import InterventionsConfig
 from experiments.mechanism import MechanismConfig
 from experiments.pictures import SampleConfig
+from experiments.response import ResponseConfig
 from experiments.solvable import SolvableConfig
 from experiments.study import StudyConfig
 
@@ -54,6 +56,13 @@ class Train:
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
+@dataclass(frozen=True)
+class Theory:
+    """Draw the teaching figures of the theory, with captions, as one page, with the interactive one beside it."""
+
+    out: Path = Path("runs/theory")  # folder of the page
+
+
 C = TypeVar("C", bound=StudyConfig)
 
 
@@ -71,6 +80,8 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "depth": DepthConfig,
     "mechanism": MechanismConfig,
     "interventions": InterventionsConfig,
+    "cloning": CloningConfig,
+    "response": ResponseConfig,
     "solvable": SolvableConfig,
 }
 
@@ -114,7 +125,15 @@ def main(args: list[str] | None = None) -> int:
     argv = sys.argv[1:] if args is None else args
     studies = {name: _documented(config) for name, config in STUDIES.items()}
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare, **studies, "report": Report, "train": Train, "sample": Sample, "info": Info},
+        {
+            "compare": Compare,
+            **studies,
+            "report": Report,
+            "theory": Theory,
+            "train": Train,
+            "sample": Sample,
+            "info": Info,
+        },
         args=argv,
         prog="syncgap",
     )
@@ -145,6 +164,10 @@ def _run(command: Compare | StudyRun | Train | Report | Sample | Info, line: str
         print(f"report: {page}")
     elif isinstance(command, Report):
         print(f"report: {_report(command.run)}")
+    elif isinstance(command, Theory):
+        from experiments.teaching import theory
+
+        print(f"page: {theory(command.out)}")
     elif isinstance(command, Sample):
         from experiments.pictures import sample_pictures
 
