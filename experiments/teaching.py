@@ -172,7 +172,8 @@ def gap_against_gate() -> Figure:
     figure, (left, right) = new_figure(7.2, 3.2, 1, 2)
     gates = np.concatenate([np.linspace(0, 0.1, 21), np.linspace(0.12, 0.95, 30)])
     clock = make_clock(50)
-    found = [_estimate(clock, float(rho(g))) for g in gates]
+    gains = rho(jnp.asarray(gates))
+    found = [_estimate(clock, float(gain)) for gain in gains]
     timing = [float(one.level[-1] - one.level[0]) for one in found]
     latched = [float(one.latched[-1] - one.latched[0]) for one in found]
     left.plot(gates, timing, color=COMMON, label="timing  $\\Gamma_\\tau$")
@@ -181,8 +182,8 @@ def gap_against_gate() -> Figure:
     left.set(xlabel="attention gate $g$", ylabel="gap (nats)", ylim=(0, None), title="Gap, 50 DDIM steps")
     left.legend(loc="center right")
     for flow, color, name in ((gain_model.w_ode, COMMON, "flow"), (gain_model.w_sde, DIFFERENCE, "SDE")):
-        right.plot(gates, np.asarray(flow(rho(gates))), color=color, label=name)
-    right.plot(gates, np.asarray(rho(gates)) ** 2, color=QUIET, linestyle="--", linewidth=1.1, label="$\\rho^2$")
+        right.plot(gates, np.asarray(flow(gains)), color=color, label=name)
+    right.plot(gates, np.asarray(gains) ** 2, color=QUIET, linestyle="--", linewidth=1.1, label="$\\rho^2$")
     right.set(xlabel="attention gate $g$", ylabel="share ever decided individually", title="$w(\\rho)$")
     right.legend()
     return figure

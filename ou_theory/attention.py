@@ -8,25 +8,22 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 Coupling = Literal["joint", "blend"]
 
 
-def rho(g: ArrayLike) -> jax.Array:
+def rho(g: jax.Array) -> jax.Array:
     """Gain of values and keys of the difference mode of a symmetric pair, ``(1 - g) / (1 + g)``; its own inverse."""
-    g = jnp.asarray(g)
     return (1 - g) / (1 + g)
 
 
-def xi(g: ArrayLike) -> jax.Array:
+def xi(g: jax.Array) -> jax.Array:
     """Weight of a replica's own keys under `blend`, ``1 / (1 + g)``."""
-    return 1 / (1 + jnp.asarray(g))
+    return 1 / (1 + g)
 
 
-def rho_n(g: ArrayLike, num_replicas: int) -> jax.Array:
+def rho_n(g: jax.Array, num_replicas: int) -> jax.Array:
     """`rho` of any difference mode of `num_replicas` replicas coupled all to all, ``(1 - g) / (1 + (N - 1) g)``."""
-    g = jnp.asarray(g)
     return (1 - g) / (1 + (num_replicas - 1) * g)
 
 
