@@ -65,6 +65,8 @@ def section(manifest: dict, analysis: xr.Dataset, figures: Sequence[str]) -> Sec
         "others do.",
         "A head's number means nothing across layers: one head everywhere is a sample of "
         f"1/{manifest['model']['num_heads']} of the heads.",
+        f"Every interval is for its own number: of {analysis.sizes['arm']} arms one in twenty is missed by chance. The "
+        "claim rests on the first, middle and last fifth, which were named in advance.",
         "Coupling a part makes the network run on states that it was not trained on, as all coupling does.",
         "Nominal 95 % intervals from so few pairs cover less, about 85 to 90 %; --pairs 64 is better."
         if pairs < 64
