@@ -269,14 +269,11 @@ def test_functions_of_processes_map():
     def everything(g):
         process = ou.symmetric_pair(1.0, g, 0.7)
         modes = ou.left_modes(process)
-        grid = jnp.array([0.0, 0.5, 2.0])
         return (
             ou.transition(process, 0.3),
             ou.entropy_production(process),
             (modes.rates, modes.modes**2),
-            ou.scheduled_modes(jnp.stack([1 - g, 1 + g]), grid),
             ou.symmetric_bound(1 + g),
-            ou.schedule_time(1 + g * grid, grid),
             (ou.is_stable(process), ou.is_contracting(process), ou.has_real_modes(process)),
         )
 
@@ -301,9 +298,6 @@ def test_functions_of_processes_map():
         (lambda: ou.transition(process_of(np.ones((3, 2, 2))), 1.0), "square"),
         (lambda: ou.symmetric_bound(1.0, 1), "2 replicas"),
         (lambda: ou.symmetric_bound(0.0), "positive"),
-        (lambda: ou.scheduled_modes(np.ones(3), np.arange(3.0)), "one rate a step"),
-        (lambda: ou.scheduled_modes(np.ones(2), np.array([0.0, 2.0, 1.0])), "increase"),
-        (lambda: ou.schedule_time(np.ones(3), np.arange(4.0)), r"\(T,\)"),
     ],
 )
 def test_bad_input_raises(make, match):

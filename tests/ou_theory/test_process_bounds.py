@@ -1,4 +1,4 @@
-"""Bounds on couplings, stationary states, left modes and schedules of the coupled process (sections 12.3, 12.4)."""
+"""Bounds on couplings, stationary states and left modes of the coupled process (section 12.3)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.integrate import quad, solve_ivp
 from scipy.linalg import solve_continuous_lyapunov
 
-from ou_theory import clock
 from ou_theory import process as ou
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -32,7 +30,6 @@ transition = jax.jit(ou.transition)
 stationary_covariance = jax.jit(ou.stationary_covariance)
 entropy_production = jax.jit(ou.entropy_production)
 left_modes = jax.jit(ou.left_modes)
-scheduled_modes = jax.jit(ou.scheduled_modes)
 
 
 def process_of(drift, noise=0.7):
@@ -180,71 +177,3 @@ def test_left_modes_have_slopes(x64):
         for a, low, high in zip(slopes(0.0, drift), along(-1e-5, drift), along(1e-5, drift), strict=True):
             np.testing.assert_allclose(a, (high - low) / 2e-5, rtol=1e-6, atol=1e-8)
     assert not np.isfinite(slopes(0.0, np.asarray(DRIFTS["defective"])).modes).all()
-
-
-# --- schedules
-
-
-def test_constant_rates_are_the_process(x64):
-    grid = np.array([0.0, 0.1, 0.1, 0.7, 3.0])
-    rates = np.array([0.0, 1.4, -0.5])
-    got = scheduled_modes(np.repeat(rates[:, None], 4, 1), grid, 0.7)
-    np.testing.assert_allclose(got.factor, ou.mode_factor(rates[:, None], grid), rtol=1e-13)
-    np.testing.assert_allclose(got.variance, ou.mode_variance(rates[:, None], grid, 0.7), rtol=1e-13, atol=1e-15)
-
-
-def test_changing_rates_are_the_integral(x64):
-    """``2 D int exp(-2 int_s^t rate) ds``, step by step."""
-    grid, rates = np.array([0.0, 0.3, 1.0, 1.2, 2.0]), np.array([1.0, -2.0, 30.0, 0.2])
-    sums = np.append(0, np.cumsum(rates * np.diff(grid)))
-    got = scheduled_modes(rates, grid, 0.7)
-    np.testing.assert_allclose(got.factor, np.exp(-sums), rtol=1e-13)
-    for i in range(1, 5):
-        expected, _ = quad(
-            lambda s, i=i: 1.4 * np.exp(-2 * (sums[i] - np.interp(s, grid, sums))),
-            0,
-            grid[i],
-            points=grid[1:-1],
-            epsabs=1e-13,
-        )
-        assert float(got.variance[i]) == pytest.approx(expected, rel=1e-10)
-
-
-def test_a_coupling_switched_on_smoothly(x64):
-    """The common mode of a pair against the moment equations of the pair; the error is of second order."""
-
-    def coupling(t):
-        return 0.8 * np.sin(t) ** 2
-
-    def rate(t, s):
-        drift, s = np.array([[1, -coupling(t)], [-coupling(t), 1]]), s.reshape(2, 2)
-        return (-drift @ s - s @ drift.T + 1.4 * np.eye(2)).ravel()
-
-    expected = solve_ivp(rate, (0, 3), np.zeros(4), rtol=1e-11, atol=1e-12).y[:, -1].reshape(2, 2)
-    errors = []
-    for steps in (50, 100):
-        grid = np.linspace(0, 3, steps + 1)
-        g = coupling((grid[1:] + grid[:-1]) / 2)
-        common, difference = scheduled_modes(np.stack([1 - g, 1 + g]), grid, 0.7).variance[:, -1]
-        errors.append([float(common) - expected.sum() / 2, float(difference) - (expected[0, 0] - expected[0, 1])])
-    np.testing.assert_allclose(errors[1], 0, atol=1e-4)
-    np.testing.assert_allclose(np.divide(*errors), 4, rtol=0.05)
-
-
-def test_extreme_schedules_stay_finite():
-    grid = np.array([0.0, 1e-3, 1.0, 1e4])
-    got = scheduled_modes(np.array([-50.0, 1e6, 1e3]), grid)
-    assert np.all(np.isfinite(got.variance))
-    np.testing.assert_allclose(got.variance[1:], [0.105171 / 100 * 2, 1e-6, 1e-3], rtol=1e-4)
-    grads = jax.grad(lambda r: ou.scheduled_modes(r, grid).variance.sum())(jnp.array([0.0, 1e6, 1e3]))
-    assert np.all(np.isfinite(grads))
-
-
-def test_schedule_time(x64):
-    times_ = np.linspace(0, 1, 6)
-    got = ou.schedule_time(np.array([[0.1], [2.0]]) + 3 * times_, times_)
-    np.testing.assert_allclose(got, np.array([[0.05], [1.0]]) * times_ + 0.75 * times_**2, rtol=1e-14, atol=1e-16)
-    betas = clock.linear_betas()  # of the discrete schedule the first order, by 0.67 % at most
-    discrete = clock.ou_time(np.cumprod(1 - betas))
-    got = ou.schedule_time(np.append(betas[0], betas), np.arange(1001.0))[1:]
-    np.testing.assert_allclose(got[50:], discrete[50:], rtol=0.02)
