@@ -111,14 +111,18 @@ def replica_mixture(
     return mixture(weights, jnp.asarray(centre, float) * _SIGNS, jnp.broadcast_to(covariance, (4, 2, 2)))
 
 
+def gaussian_root(covariance: jax.Array) -> jax.Array:
+    """R (..., n, n) with ``R R^T`` the covariance; it exists, unlike Cholesky's, where a direction has no width."""
+    values, vectors = jnp.linalg.eigh(covariance)
+    return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
+
+
 def sample(law: Mixture, key: jax.Array, count: int) -> jax.Array:
     """Independent draws (count, n)."""
     for_labels, for_noise = jax.random.split(key)
     labels = jax.random.categorical(for_labels, _log_weights(law), shape=(count,))
-    values, vectors = jnp.linalg.eigh(law.covariances)  # unlike Cholesky's, this root exists without width too
     noise = jax.random.normal(for_noise, (count, law.means.shape[1]), law.means.dtype)
-    width = jnp.sqrt(jnp.maximum(values, 0.0))[labels]
-    return law.means[labels] + _einsum("kij,kj->ki", vectors[labels], width * noise)
+    return law.means[labels] + _einsum("kij,kj->ki", gaussian_root(law.covariances)[labels], noise)
 
 
 # --- the law of the state

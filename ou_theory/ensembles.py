@@ -1,0 +1,236 @@
+"""Reverse simulation of ensembles with exact denoisers (docs/theory.md, section 12.9).
+
+Steps of the reverse SDE are draws from the exact ``p(x_s | x_t)``, so that a path of any step sizes has the law of the
+continuum; steps of the probability flow are of second and fourth order. A step is a function ``(key, x, level) -> x``
+of one path, and `simulate` carries many; call it inside ``jax.jit``, or every call compiles anew. Random numbers belong
+to (seed, path, step): they do not depend on how many paths run together.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jax.typing import ArrayLike
+
+from ou_theory.laws import Clusters
+from ou_theory.mixture import Mixture, flow_drift, gaussian_root
+from ou_theory.process import Process, Transition
+
+Level = TypeVar("Level")
+Step = Callable[[jax.Array, jax.Array, Level], jax.Array]
+
+_einsum = partial(jnp.einsum, precision="highest")
+_CACHE = 2**18  # bytes of state that run together on a CPU: a core's second-level cache holds them and what is derived
+
+
+def path_keys(seed: ArrayLike, paths: ArrayLike, step: ArrayLike) -> jax.Array:
+    """Keys of (seed, path, step), of the shape of `paths`; step 0 is the start."""
+    paths = jnp.asarray(paths)
+    root = jax.random.key(seed)
+    keys = jax.vmap(lambda path: jax.random.fold_in(jax.random.fold_in(root, path), step))(paths.reshape(-1))
+    return keys.reshape(paths.shape)
+
+
+def simulate(
+    step: Step,
+    start: jax.Array,
+    levels: Any,
+    seed: ArrayLike,
+    *,
+    paths: ArrayLike | None = None,
+    observe: Callable[[jax.Array], Any] | None = None,
+    block: int | None = None,
+) -> tuple[jax.Array, Any]:
+    """Carries an ensemble through all levels, as one compilation.
+
+    Args:
+      step: ``step(key, x, level)``, x (n,), of one path.
+      start: (N, n).
+      levels: what the steps are told, arrays or a tree of arrays with the steps as leading axis, in their order.
+      seed: of the random numbers.
+      paths: (N,) int, the names of the paths in the random numbers; 0..N-1 by default.
+      observe: ``observe(x)`` after every step is kept, and nothing else: without it memory does not grow with the steps.
+      block: paths that run together. By default as many as a core's cache holds on a CPU, all elsewhere.
+
+    Returns:
+      the last states (N, n), and what was observed with the axes (N, steps) in front.
+    """
+    count = len(jax.tree.leaves(levels)[0])
+    paths = jnp.arange(start.shape[0]) if paths is None else jnp.asarray(paths)
+    if block is None and jax.default_backend() == "cpu":
+        block = max(_CACHE // (start.dtype.itemsize * start[0].size), 1)
+
+    def carry(path, x):
+        key = jax.random.fold_in(jax.random.key(seed), path)
+
+        def advance(x, at):
+            index, level = at
+            x = step(jax.random.fold_in(key, index), x, level)
+            return x, None if observe is None else observe(x)
+
+        return jax.lax.scan(advance, x, (1 + jnp.arange(count), levels))
+
+    if block is None or block >= start.shape[0]:
+        return jax.vmap(carry)(paths, start)
+    return jax.lax.map(lambda args: carry(*args), (paths, start), batch_size=block)
+
+
+# --- independent modes, in the frame of the data
+
+
+class NoiseStep(NamedTuple):
+    """Noise variances before and after a step; numbers, or (n,) if every mode has its own."""
+
+    before: jax.Array
+    after: jax.Array
+
+
+def falling(noise: ArrayLike) -> NoiseStep:
+    """Levels for `simulate` of noise variances (T,) or (T, n) in the order of generation, T - 1 steps."""
+    noise = jnp.asarray(noise, float)
+    return NoiseStep(noise[:-1], noise[1:])
+
+
+def noised_clusters(law: Clusters, noise: ArrayLike, seed: ArrayLike, paths: ArrayLike) -> jax.Array:
+    """States ``x_0 + sqrt(noise) xi`` (N, n) of the law, one for each of the paths (N,)."""
+
+    def draw(key):
+        for_data, for_noise = jax.random.split(key)
+        x = law.draw(for_data, 1)[0]
+        return x + jnp.sqrt(jnp.asarray(noise, x.dtype)) * jax.random.normal(for_noise, x.shape, x.dtype)
+
+    return jax.vmap(draw)(path_keys(seed, paths, 0))
+
+
+def clusters_sde(law: Clusters) -> Step[NoiseStep]:
+    """Exact step of the reverse SDE: signs from their posterior, then the Gaussian bridge that they leave.
+
+    In the frame of the data, ``y = x_0 + nu`` with noise of independent increments, whose variances are `NoiseStep`;
+    with one number per mode that is a coupled process in its modes, its coupling changing in time if wanted.
+    """
+
+    def step(key: jax.Array, y: jax.Array, level: NoiseStep) -> jax.Array:
+        for_signs, for_noise = jax.random.split(key)
+        chance = jax.nn.sigmoid(2 * law.field(y, level.before))
+        signs = jnp.where(jax.random.uniform(for_signs, chance.shape, y.dtype) < chance, 1.0, -1.0).astype(y.dtype)
+        centre = jnp.matmul(signs, law.centres, precision="highest")
+        shrink = (law.variance + level.after) / (law.variance + level.before)
+        width = jnp.sqrt(shrink * (level.before - level.after))
+        return centre + shrink * (y - centre) + width * jax.random.normal(for_noise, y.shape, y.dtype)
+
+    return step
+
+
+def clusters_flow(law: Clusters) -> Step[NoiseStep]:
+    """Step of the probability flow, exact for a Gaussian law and of second order in its size otherwise: the expected
+    signs are held at the mean of their values before and after. The noise may fall to 0 if no variance is 0."""
+
+    def step(key: jax.Array, y: jax.Array, level: NoiseStep) -> jax.Array:
+        shrink = jnp.sqrt((law.variance + level.after) / (law.variance + level.before))
+
+        def moved(signs):
+            centre = jnp.matmul(signs, law.centres, precision="highest")
+            return centre + shrink * (y - centre)
+
+        signs = jnp.tanh(law.field(y, level.before))
+        return moved((signs + jnp.tanh(law.field(moved(signs), level.after))) / 2)
+
+    return step
+
+
+# --- mixtures under any drift
+
+
+class Bridge(NamedTuple):
+    """The law of the state before a reverse step (later in t), by component, and what each component makes of it."""
+
+    log_scale: jax.Array  # (c,) log weight less log volume
+    whiten: jax.Array  # (c, n, n) inverse Cholesky factor of the covariance before
+    before: jax.Array  # (c, n) mean before
+    after: jax.Array  # (c, n) mean after
+    gain: jax.Array  # (c, n, n) of the mean after in the state before
+    root: jax.Array  # (c, n, n) of the covariance that is left
+
+
+def passed(law: Mixture, steps: Transition) -> Mixture:
+    """Laws of the state at all times of a grid, by components with the times (T,) as leading axis.
+
+    Args:
+      law: of the data, at the first time.
+      steps: factor and covariance (T - 1, n, n) from each time to the next, for example
+        ``transition(process, jnp.diff(times))``; of a drift that changes, one transition for each of its values.
+    """
+
+    def advance(law, step):
+        means = _einsum("ij,aj->ai", step.factor, law.means)
+        spread = _einsum("ij,ajk,lk->ail", step.factor, law.covariances, step.factor)
+        law = Mixture(law.weights, means, spread + step.covariance)
+        return law, law
+
+    _, later = jax.lax.scan(advance, law, steps)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), law, later)
+
+
+def bridges(law: Mixture, steps: Transition) -> Bridge:
+    """Levels for `simulate` of `mixture_sde`, (T - 1, ...) in the order of generation; arguments as of `passed`."""
+    laws = passed(law, steps)
+    before, after = (jax.tree.map(lambda v, part=part: v[part], laws) for part in (slice(1, None), slice(None, -1)))
+
+    def bridge(weight, mean, covariance, mean_after, covariance_after, factor, noise):
+        lower = jnp.linalg.cholesky(covariance)
+        whiten = solve_triangular(lower, jnp.eye(mean.size), lower=True)
+        gain = _einsum("ij,kj,lk,lm->im", covariance_after, factor, whiten, whiten)
+        rest = jnp.eye(mean.size) - _einsum("ij,jk->ik", gain, factor)
+        # not P - G F P, which cancels where the step is small or the noise is
+        left = _einsum("ij,jk,lk->il", rest, covariance_after, rest) + _einsum("ij,jk,lk->il", gain, noise, gain)
+        log_weight = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1.0)), -jnp.inf)
+        log_scale = log_weight - jnp.log(jnp.diagonal(lower)).sum()
+        return Bridge(log_scale, whiten, mean, mean_after, gain, gaussian_root(left))
+
+    by_component = jax.vmap(bridge, (0, 0, 0, 0, 0, None, None))
+    found = jax.vmap(by_component)(*before, after.means, after.covariances, steps.factor, steps.covariance)
+    return jax.tree.map(lambda v: v[::-1], found)
+
+
+def mixture_sde(key: jax.Array, x: jax.Array, level: Bridge) -> jax.Array:
+    """Exact step of the reverse SDE of a mixture under any drift: a component from its posterior, then the Gaussian
+    bridge that it leaves. Its levels are `bridges`."""
+    for_component, for_noise = jax.random.split(key)
+    apart = x - level.before
+    log_chance = level.log_scale - jnp.square(_einsum("aij,aj->ai", level.whiten, apart)).sum(-1) / 2
+    one = jax.nn.one_hot(jax.random.categorical(for_component, log_chance), apart.shape[0], dtype=x.dtype)
+    mean = level.after + _einsum("aij,aj->ai", level.gain, apart)
+    noise = _einsum("aij,j->ai", level.root, jax.random.normal(for_noise, x.shape, x.dtype))
+    return _einsum("a,ai->i", one, mean + noise)
+
+
+class TimeStep(NamedTuple):
+    """Times before and after a reverse step."""
+
+    before: jax.Array
+    after: jax.Array
+
+
+def backwards(times: ArrayLike) -> TimeStep:
+    """Levels for `simulate` of increasing times (T,), T - 1 steps in the order of generation."""
+    times = jnp.asarray(times, float)
+    return TimeStep(times[:0:-1], times[-2::-1])
+
+
+def mixture_flow(law: Mixture, process: Process) -> Step[TimeStep]:
+    """Step of the probability flow of a mixture under any drift by the classical fourth-order rule of Runge and Kutta;
+    at t = 0 the law must have a density."""
+
+    def step(key: jax.Array, x: jax.Array, level: TimeStep) -> jax.Array:
+        h = level.before - level.after
+        velocity = partial(flow_drift, law, process)
+        a = velocity(level.before, x)
+        b = velocity(level.before - h / 2, x + h / 2 * a)
+        c = velocity(level.before - h / 2, x + h / 2 * b)
+        d = velocity(level.after, x + h * c)
+        return x + h / 6 * (a + 2 * b + 2 * c + d)
+
+    return step
