@@ -48,8 +48,13 @@ def implicit(function: Callable[..., jax.Array], root: jax.Array, found: jax.Arr
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def falling_root(function: Callable[..., jax.Array], scale: jax.Array, *parameters) -> jax.Array:
+@partial(jax.jit, static_argnums=0, static_argnames="rounding")
+def falling_root(
+    function: Callable[..., jax.Array],
+    scale: jax.Array,
+    *parameters,
+    rounding: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
     """The t > 0 at which a strictly decreasing function passes 0.
 
     Args:
@@ -58,6 +63,8 @@ def falling_root(function: Callable[..., jax.Array], scale: jax.Array, *paramete
       scale: guess of t, of the shape of the result; wrong by a factor of 2^50 it still serves, and `function` must be
         a number there.
       parameters: arrays or trees of arrays; the result is differentiable in these.
+      rounding: of the form of `function`: how far its value may be off. It is seen to fall to 0 only if it falls by
+        more than that over the last tenth of the time, else a level just above 0 may have passed for a root.
 
     Returns:
       0 if the function is nowhere seen above 0, infinity if it is not seen to fall to 0, NaN if it is NaN at `scale`.
@@ -76,7 +83,10 @@ def falling_root(function: Callable[..., jax.Array], scale: jax.Array, *paramete
     # that an end moved says what the value was; evaluated again, it may round to the other side of 0
     starts = (low > -reach) & ~jnp.isnan(at(low, *fixed))
     ends = (high < reach) & ~jnp.isnan(at(high, *fixed))
+    root = scale * jnp.exp2(high)
+    if rounding is not None:
+        ends &= function(0.9 * root, *fixed) > rounding(root, *fixed)
     found = starts & ends
-    root = implicit(function, jnp.where(found, scale * jnp.exp2(high), scale), found, *parameters)
+    root = implicit(function, jnp.where(found, root, scale), found, *parameters)
     number = ~jnp.isnan(function(scale, *fixed))
     return jnp.where(found, root, jnp.where(number, jnp.where(starts, jnp.inf, 0.0), jnp.nan))

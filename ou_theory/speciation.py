@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
+from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 
 from ou_theory.process import Process, Transition, left_modes, mode_noise, transition, transition_time
@@ -42,6 +42,13 @@ def whitener(covariance: jax.Array) -> jax.Array:
     return jnp.where(lost.any(-1)[..., None, None], jnp.nan, lower)
 
 
+def _seen(process: Process, t: ArrayLike, centre: jax.Array, covariance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Centre (..., n) and covariance (..., n, n) of a cluster as they are seen at time t (`observation`)."""
+    factor, noise = observation(process, t)
+    spread = _matmul(_matmul(factor, covariance), jnp.swapaxes(factor, -1, -2)) + noise
+    return _matmul(factor, centre), spread
+
+
 def kappa(process: Process, t: ArrayLike, centre: ArrayLike, covariance: ArrayLike) -> jax.Array:
     """``m^T (C + N_t)^-1 m`` for any drift: the symmetric point stops being a maximum of the density where it passes 1.
 
@@ -59,9 +66,7 @@ def kappa(process: Process, t: ArrayLike, centre: ArrayLike, covariance: ArrayLi
       an array of t's shape.
     """
     centre, covariance = jnp.asarray(centre, float), jnp.asarray(covariance, float)
-    factor, noise = observation(process, t)
-    spread = _matmul(_matmul(factor, covariance), jnp.swapaxes(factor, -1, -2)) + noise
-    moved = _matmul(factor, centre)
+    moved, spread = _seen(process, t, centre, covariance)
     white = solve_triangular(whitener(spread), moved[..., None], lower=True)[..., 0]
     return (white**2).sum(-1)
 
@@ -88,11 +93,19 @@ def _above_one(t, process, centre, covariance):
     return kappa(process, t, centre, covariance) - 1
 
 
+def _rounding(t, process, centre, covariance):
+    """How far kappa may be off if each entry of the spread is off by ten roundings of its size."""
+    moved, spread = _seen(process, t, centre, covariance)
+    size = jnp.sqrt(jnp.diagonal(spread, axis1=-2, axis2=-1))
+    pull = cho_solve((whitener(spread), True), moved)
+    return 10 * jnp.finfo(spread.dtype).eps * (size * jnp.abs(pull)).sum(-1) ** 2
+
+
 def speciation_time(process: Process, centre: ArrayLike, covariance: ArrayLike) -> jax.Array:
     """The time () at which `kappa` is 1, for any drift.
 
     0 if ``kappa(0) <= 1``; infinite if kappa stays above 1 for ever, which takes an unstable drift, or for as long as
-    it can be told. Differentiable in all arguments.
+    it can be told from rounding. Differentiable in all arguments.
 
     Args:
       process: drift (n, n).
@@ -113,7 +126,7 @@ def speciation_time(process: Process, centre: ArrayLike, covariance: ArrayLike) 
     square = (centre**2).sum()
     square = jnp.where(square > 0, square, 1.0)  # any scale will do at m = 0, where the time is 0
     scale = square / (jnp.linalg.norm(process.drift) * square + 2 * process.noise)
-    return falling_root(_above_one, scale, process, centre, covariance)
+    return falling_root(_above_one, scale, process, centre, covariance, rounding=_rounding)
 
 
 # --- the gap of a symmetric pair whose common and difference mode are clustered each

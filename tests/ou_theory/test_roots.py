@@ -54,6 +54,23 @@ def test_ends(x64):
     assert np.isnan(float(falling_root(power, one, jnp.asarray(np.nan), one)))
 
 
+def rough_level(t, a):
+    return jnp.where(t < 1, 2 - t, 1 - 0.01 * t) - a
+
+
+def roughness(t, a):
+    return 0.02 * jnp.ones_like(t)
+
+
+def test_a_root_takes_a_fall_that_can_be_told_from_rounding(x64):
+    one = jnp.asarray(1.0)
+    for a, root, seen in ((1.5, 0.5, 0.5), (0.9, 10.0, np.inf), (0.5, 50.0, 50.0)):  # falls by 0.05, 0.01 and 0.05
+        assert float(falling_root(rough_level, one, jnp.asarray(a))) == pytest.approx(root)
+        got = falling_root(rough_level, one, jnp.asarray(a), rounding=roughness)
+        assert float(got) == pytest.approx(seen)
+    assert float(falling_root(rough_level, one, jnp.asarray(3.0), rounding=roughness)) == 0
+
+
 def test_three_derivatives(x64):
     def root(a):
         return falling_root(power, jnp.asarray(1.0), a, jnp.asarray(3.0))

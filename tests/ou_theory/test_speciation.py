@@ -171,8 +171,6 @@ def test_strong_coupling_never_erases_the_class(x64):
 def test_what_an_unstable_drift_remembers_for_ever(double, rates):
     """Clusters along one growing mode, a little too strong and a little too weak to be remembered."""
     slow, fast = rates
-    if not double and fast - slow > 10:
-        pytest.skip("kappa to 1 % takes more digits")
     with jax.enable_x64(double):
         process = symmetric_pair((slow + fast) / 2, (fast - slow) / 2, 0.7)
         for share, finite in ((1.01, False), (0.99, True)):
@@ -181,6 +179,35 @@ def test_what_an_unstable_drift_remembers_for_ever(double, rates):
             expected = float(transition_time(slow, strength**2 - 0.2, 0.7))
             assert np.isfinite(expected) == finite
             assert got == pytest.approx(expected, rel=1e-9 if double else 1e-3)
+
+
+def unstable_problem(seed, excess):
+    """A drift with one growing mode, which remembers clusters for ever to ``kappa = 1 + excess``; of single precision,
+    so that both precisions are asked the same."""
+    rng = np.random.default_rng(seed)
+    rates, right = np.append(-rng.uniform(0.05, 20), rng.normal(size=2) ** 2 * 5), rng.normal(size=(3, 3))
+    right = right if seed % 2 else np.linalg.qr(right)[0]
+    drift = np.float32(right @ np.diag(rates) @ np.linalg.inv(right)).astype(float)
+    rates, left = np.linalg.eig(drift.T)
+    slow = np.argmin(rates.real)
+    rate, left = rates[slow].real, left[:, slow].real
+    root, centre = rng.normal(size=(3, 3)), rng.normal(size=3)
+    covariance = root @ root.T / 4
+    # in the end only the growing mode's own projection is left, with noise of the variance D / |rate|
+    spread = left @ covariance @ left + 0.7 / -rate
+    return drift, centre * (spread * (1 + excess)) ** 0.5 / abs(left @ centre), covariance
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("excess", [0.1, 0.01, 1e-3])
+def test_what_is_remembered_for_ever_has_no_time(double, excess):
+    """Modes that grow and modes that decay: kappa is 1 + excess for as long as it can be told, and what rounding makes
+    of it later, when nothing more can be seen beside the noise of the modes that were left behind, is no time."""
+    problems = [unstable_problem(seed, excess) for seed in range(40)]
+    with jax.enable_x64(double):
+        drifts, centres, covariances = (jnp.asarray(np.stack(v), float) for v in zip(*problems, strict=True))
+        times = jax.vmap(lambda k, m, c: sp.speciation_time(process_of(k), m, c))(drifts, centres, covariances)
+    np.testing.assert_array_equal(times, np.inf)
 
 
 @pytest.mark.parametrize("covariance", [np.zeros((2, 2)), np.full((2, 2), 0.3), np.array([[0.3, -0.3], [-0.3, 0.3]])])
