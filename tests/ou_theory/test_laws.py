@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ou_theory.laws import Clusters, mmse, sign_correlation, wiener_gain
+from ou_theory.laws import Clusters, mmse, sign_correlation, sign_doubt, wiener_gain
 
 positive = st.floats(0.05, 4.0)
 
@@ -87,12 +87,54 @@ def test_reference_values_of_the_sign_correlation():
         assert float(sign_correlation(jnp.asarray(0.0))) == 0
 
 
+def quadrature(function, kappa):
+    """Mean over the field of a sign, by the rule of its density."""
+    z = np.linspace(-12, 12, 4801)
+    weight = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+    return (weight * function(kappa + np.sqrt(kappa) * z)).sum()
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.floats(1e-3, 30.0))
 def test_nishimori(kappa):
     """The mean of tanh is the mean of its square."""
     with jax.enable_x64(True):
-        z = np.linspace(-12, 12, 4801)
-        weight = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
-        square = (weight * np.tanh(kappa + np.sqrt(kappa) * z) ** 2).sum()
-        assert abs(float(sign_correlation(jnp.asarray(kappa))) - square) < 1e-12
+        assert abs(float(sign_correlation(kappa)) - quadrature(np.tanh, kappa)) < 1e-12
+        assert float(sign_doubt(kappa)) == pytest.approx(1 - float(sign_correlation(kappa)), abs=1e-14)
+
+
+derivatives = [jax.jit(jax.vmap(d)) for d in (jax.grad(sign_correlation), jax.grad(jax.grad(sign_correlation)))]
+
+
+def test_slopes_of_the_sign_correlation(x64):
+    """By Stein's lemma, without Nishimori's identity; and the curvature by a difference of the slopes."""
+    kappas, step = np.array([1e-3, 0.1, 1.0, 5.0, 20.0]), 1e-4
+
+    def by_stein(field):
+        return (1 - np.tanh(field)) / np.cosh(field) ** 2
+
+    expected = [quadrature(by_stein, k) for k in kappas]
+    np.testing.assert_allclose(derivatives[0](kappas), expected, rtol=1e-9, atol=1e-14)
+    moved = [derivatives[0](kappas + sign * step * kappas) for sign in (1, -1)]
+    np.testing.assert_allclose(derivatives[1](kappas), (moved[0] - moved[1]) / (2 * step * kappas), rtol=1e-6)
+
+
+def test_the_sign_correlation_starts_smoothly(x64):
+    """``kappa - kappa^2 + 5 kappa^3 / 3``: at 0 the square root of the field has no slope, but its mean has."""
+    derivative = sign_correlation
+    for expected in (0, 1, -2, 10):
+        assert float(derivative(0.0)) == pytest.approx(expected, abs=1e-14)
+        derivative = jax.grad(derivative)
+    small = 1e-8
+    assert float(sign_correlation(small)) == pytest.approx(small - small**2, rel=1e-14)
+    law = clusters(0.5, 0.0)
+    slope = jax.grad(lambda m: mmse(law._replace(centres=m), jnp.asarray(0.7)).sum())(law.centres)
+    np.testing.assert_array_equal(slope, np.zeros((2, 5)))
+
+
+@pytest.mark.parametrize(("kappa", "doubt"), [(20.0, 1.2036620875489877e-05), (80.0, 5.864529199810667e-19)])
+def test_small_doubts_keep_their_digits(kappa, doubt):
+    """Against 30 digits."""
+    assert float(sign_doubt(kappa)) == pytest.approx(doubt, rel=2e-5)
+    with jax.enable_x64(True):
+        assert float(sign_doubt(kappa)) == pytest.approx(doubt, rel=1e-13)
