@@ -59,7 +59,7 @@ def pair_weights(q: jax.Array, k: jax.Array, g: jax.Array, coupling: Coupling) -
 
 
 class Difference(NamedTuple):
-    """Parts of ``O_A - O_B``, each (T, d)."""
+    """Parts of a difference of outputs, each (..., T, d)."""
 
     routing: jax.Array  # through the values
     key: jax.Array  # through the pattern, by the keys
@@ -70,20 +70,40 @@ class Difference(NamedTuple):
         return self.routing + self.key + self.query
 
 
+def _response(q, k, v, dq, dk, dv) -> Difference:
+    """Linear response (..., T, d) of attention at q, k, v (T, d) to changes (..., T, d) of its inputs."""
+    scale = q.shape[-1] ** -0.5
+    pattern = jax.nn.softmax(q @ k.T * scale, -1)
+
+    def bend(logits):  # derivative of the softmax along `logits`, applied to the values
+        return (pattern * (logits - (pattern * logits).sum(-1, keepdims=True))) @ v
+
+    return Difference(pattern @ dv, bend(q @ jnp.swapaxes(dk, -1, -2) * scale), bend(dq @ k.T * scale))
+
+
 def first_order_difference(q, k, v, dq, dk, dv, g: jax.Array) -> Difference:
-    """Linear response of ``O_A - O_B`` to replicas at ``q +- dq / 2`` and so on, the same for both couplings.
+    """Linear response of ``O_A - O_B`` to replicas at ``q +- dq / 2`` and so on, the same for both couplings: that of
+    attention, with the gain `rho` on keys and values.
 
     Args:
       q, k, v, dq, dk, dv: (T, d), the common point and the differences.
       g: coupling.
     """
-    scale = q.shape[-1] ** -0.5
-    pattern = jax.nn.softmax(q @ k.T * scale, -1)
+    return _response(q, k, v, dq, rho(g) * dk, rho(g) * dv)
 
-    def response(logits):  # derivative of the softmax along `logits`, applied to the values
-        return (pattern * (logits - (pattern * logits).sum(-1, keepdims=True))) @ v
 
-    return Difference(rho(g) * pattern @ dv, rho(g) * response(q @ dk.T * scale), response(dq @ k.T * scale))
+def first_order_response(q, k, v, dq, dk, dv, gate: jax.Array) -> Difference:
+    """Linear response (R, T, d) of the output of each replica a to replicas at ``q + dq[a]`` and so on, the same for
+    both couplings: that of attention, where a replica's keys and values move by the mean over its row of the gate.
+
+    Args:
+      q, k, v: (T, d), the common point.
+      dq, dk, dv: (R, T, d), the displacements.
+      gate: (R, R), non-negative, as in `gated_weights`.
+    """
+    heeded = gate / gate.sum(-1, keepdims=True)
+    dk, dv = (jnp.einsum("ab,btd->atd", heeded, z, precision="highest") for z in (dk, dv))
+    return _response(q, k, v, dq, dk, dv)
 
 
 def exact_difference(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, coupling: Coupling) -> Difference:

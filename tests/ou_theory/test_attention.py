@@ -14,7 +14,6 @@ from ou_theory.attention import (
     gated_weights,
     pair_weights,
     rho,
-    rho_n,
     xi,
 )
 
@@ -61,20 +60,6 @@ def test_rho_is_its_own_inverse_and_bounds_xi(g):
     assert rho(rho(g)) == pytest.approx(g, abs=1e-15)
     assert xi(g) + g * xi(g) == pytest.approx(1)
     assert rho(g) <= xi(g) <= 1
-
-
-@LAW
-@given(st.floats(0.01, 0.98), st.integers(2, 20))
-def test_rho_n_laws(g, num):
-    assert rho_n(0.0, num) == 1
-    assert rho_n(1.0, num) == 0
-    assert rho_n(g + 0.01, num) < rho_n(g, num)
-    assert rho_n(g, num + 1) < rho_n(g, num)
-    assert rho_n(g, 2) == pytest.approx(rho(g))
-
-
-def test_rho_n_reference():
-    assert rho_n(0.25, 5) == pytest.approx(0.375, rel=1e-12)
 
 
 # --- weights
@@ -233,48 +218,7 @@ def test_xi_belongs_to_the_own_pattern_of_blend(x64):
     assert np.abs(cross).max() > 0.1 * np.abs(own).max()
 
 
-# --- more replicas
-
-
-def replicas_at(size, common, changes, amplitudes):
-    """q, k, v (R, T, d) at the common point plus `size` times the change times each replica's amplitude."""
-    return [c + size * amplitudes[:, None, None] * d for c, d in zip(common, changes, strict=True)]
-
-
-@both
-def test_gates_mix_values_and_keys_and_leave_queries(x64, coupling):
-    """A general gate: replica a gets the row-normalised gate's mean of the changes on values and keys, its own on
-    queries."""
-    num, rng = 4, np.random.default_rng(11)
-    common, changes = split(random_pair(11))
-    gate = jnp.asarray(rng.uniform(0.1, 2, (num, num)))
-    amplitudes = jnp.asarray(rng.standard_normal(num))
-
-    def outputs(size):
-        return gated_attention(*replicas_at(size, common, changes, amplitudes), gate, coupling)
-
-    free = first_order_difference(*common, *changes, 0.0)
-    mixed = (gate / gate.sum(1, keepdims=True)) @ amplitudes
-    expected = mixed[:, None, None] * (free.routing + free.key) + amplitudes[:, None, None] * free.query
-    np.testing.assert_allclose(jax.jvp(outputs, (0.0,), (1.0,))[1], expected, atol=1e-13)
-
-
-@both
-@pytest.mark.parametrize("num", [2, 3, 5])
-def test_all_to_all_difference_modes_carry_rho_n(x64, num, coupling):
-    g, eye = 0.25, jnp.eye(num)
-    common, changes = split(random_pair(12))
-    amplitudes = jnp.arange(num) - (num - 1) / 2  # sums to zero: a difference mode
-
-    def outputs(size, amplitudes):
-        return gated_attention(*replicas_at(size, common, changes, amplitudes), eye + g * (1 - eye), coupling)
-
-    free = first_order_difference(*common, *changes, 0.0)
-    per_unit = rho_n(g, num) * (free.routing + free.key) + free.query
-    got = jax.jvp(lambda s: outputs(s, amplitudes), (0.0,), (1.0,))[1]
-    np.testing.assert_allclose(got, amplitudes[:, None, None] * per_unit, atol=1e-13)
-    together = jax.jvp(lambda s: outputs(s, jnp.ones(num)), (0.0,), (1.0,))[1]  # the common mode feels no gate
-    np.testing.assert_allclose(together, jnp.broadcast_to(free.total, together.shape), atol=1e-13)
+# --- between the couplings, and without one
 
 
 @both
