@@ -16,6 +16,7 @@ from experiments.compare import CompareConfig
 from experiments.depth import DepthConfig
 from experiments.interventions import InterventionsConfig
 from experiments.mechanism import MechanismConfig
+from experiments.modalities import ModalitiesConfig
 from experiments.pictures import SampleConfig
 from experiments.response import ResponseConfig
 from experiments.solvable import SolvableConfig
@@ -63,7 +64,7 @@ class Theory:
     out: Path = Path("runs/theory")  # folder of the page
 
 
-C = TypeVar("C", bound=StudyConfig)
+C = TypeVar("C", bound=StudyConfig | ModalitiesConfig)
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,18 @@ class StudyRun(Generic[C]):
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
-STUDIES: dict[str, type[StudyConfig]] = {
+STUDIES: dict[str, type[StudyConfig] | type[ModalitiesConfig]] = {
     "depth": DepthConfig,
     "mechanism": MechanismConfig,
     "interventions": InterventionsConfig,
     "cloning": CloningConfig,
     "response": ResponseConfig,
     "solvable": SolvableConfig,
+    "modalities": ModalitiesConfig,
 }
 
 
-def _documented(config: type[StudyConfig]) -> type:
+def _documented(config: type[StudyConfig] | type[ModalitiesConfig]) -> type:
     """`StudyRun` of these settings, with their docstring as its help."""
     return make_dataclass(
         config.__name__, [], bases=(StudyRun[config],), namespace={"__doc__": config.__doc__}, frozen=True

@@ -52,7 +52,8 @@ def simulate(
       levels: what the steps are told, arrays or a tree of arrays with the steps as leading axis, in their order.
       seed: of the random numbers.
       paths: (N,) int, the names of the paths in the random numbers; 0..N-1 by default.
-      observe: ``observe(x)`` after every step is kept, and nothing else: without it memory does not grow with the steps.
+      observe: ``observe(x)`` after every step is kept, and nothing else; without it memory is the same at any number
+        of steps.
       block: paths that run together. By default as many as a core's cache holds on a CPU, all elsewhere.
 
     Returns:
@@ -191,7 +192,15 @@ def bridges(law: Mixture, steps: Transition) -> Bridge:
         return Bridge(log_scale, whiten, mean, mean_after, gain, gaussian_root(left))
 
     by_component = jax.vmap(bridge, (0, 0, 0, 0, 0, None, None))
-    found = jax.vmap(by_component)(*before, after.means, after.covariances, steps.factor, steps.covariance)
+    found = jax.vmap(by_component)(
+        before.weights,
+        before.means,
+        before.covariances,
+        after.means,
+        after.covariances,
+        steps.factor,
+        steps.covariance,
+    )
     return jax.tree.map(lambda v: v[::-1], found)
 
 
