@@ -28,21 +28,28 @@ class Reading(NamedTuple):
 
 
 def read_crossing(times: np.ndarray, values: np.ndarray, errors: np.ndarray, level: float) -> Reading:
-    """By a weighted cubic through the points within `WINDOW` of the level; NaN if they do not lie on both sides of it.
+    """By a weighted cubic through the points at which the curve lies within `WINDOW` of the level; NaN if they do not
+    lie on both sides of it.
+
+    Which points these are is told by a first fit, not by their own values, whose errors would then be cut off; and the
+    weights come from errors smoothed over time, as that of a correlation by itself is the smaller the larger it is.
 
     Args:
       times, values, errors: (T,), standard errors of the values.
     """
     near = np.abs(values - level) < WINDOW
-    if near.sum() < 5 or not (values[near].min() < level < values[near].max()):
-        return Reading(np.nan, np.nan)
-    middle = times[near].mean()
-    t, weights = times[near] - middle, 1 / np.maximum(errors[near], 1e-12)
-    fit, covariance = np.polyfit(t, values[near] - level, 3, w=weights, cov="unscaled")
-    ends = np.polyval(fit, t[[0, -1]])
-    if ends[0] <= 0 or ends[1] >= 0:
-        return Reading(np.nan, np.nan)
-    root = root_scalar(lambda x: np.polyval(fit, x), bracket=(t[0], t[-1])).root
+    for _ in range(2):
+        if near.sum() < 5 or not (values[near].min() < level < values[near].max()):
+            return Reading(np.nan, np.nan)
+        middle = times[near].mean()
+        t = times[near] - middle
+        smooth = np.polyval(np.polyfit(t, errors[near], 2), t)
+        fit, covariance = np.polyfit(t, values[near] - level, 3, w=1 / np.maximum(smooth, 1e-12), cov="unscaled")
+        first, last = times[near][[0, -1]]
+        if np.polyval(fit, first - middle) <= 0 or np.polyval(fit, last - middle) >= 0:
+            return Reading(np.nan, np.nan)
+        root = root_scalar(lambda x, fit=fit: np.polyval(fit, x), bracket=(first - middle, last - middle)).root
+        near = (first <= times) & (times <= last) & (np.abs(np.polyval(fit, times - middle)) < WINDOW)
     slope = np.polyval(np.polyder(fit), root)
     powers = root ** np.arange(3, -1, -1)
     return Reading(root + middle, float(np.sqrt(powers @ covariance @ powers) / abs(slope)))
