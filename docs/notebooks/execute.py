@@ -21,7 +21,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 PATHS = sorted(FOLDER.glob("[0-9]_*.ipynb"))
-COLOURS = 96  # of a stored picture; lines, shades and their smooth edges need no more
+COLOURS = 128  # of a stored picture; lines, shades and their smooth edges need no more
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},
@@ -80,7 +80,7 @@ def strip(notebook: NotebookNode) -> NotebookNode:
 
 def _few_colours(encoded: str) -> str:
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
-    picture = picture.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture = picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
     return base64.b64encode(stream.getvalue()).decode() + "\n"
