@@ -4,8 +4,10 @@ import re
 
 project = "syncgap"
 author = "the syncgap authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
+
+nb_execution_mode = "off"  # the notebooks store their outputs; docs/notebooks/execute.py makes them
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
