@@ -53,7 +53,8 @@ def finite(entry: Any) -> Any:
     return None if isinstance(entry, float) and not np.isfinite(entry) else entry
 
 
-def _side(interval: list[float] | None, threshold: float = 0.0) -> str:
+def side(interval: list[float] | None, threshold: float = 0.0) -> str:
+    """Verdict of an interval: wholly above the threshold, not above it anywhere, or neither."""
     if interval is None or not np.all(np.isfinite(interval)):
         return "undecided"
     low, high = interval
@@ -80,7 +81,7 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
     return Claim(
         1,
         "The synchronization gap is there without coupling",
-        _side(interval),
+        side(interval),
         "gap at g = 0, nats of log-SNR",
         value,
         interval,
@@ -90,7 +91,7 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
                 "untrained network",
                 blank,
                 blank_interval,
-                _side(blank_interval) == "holds",
+                side(blank_interval) == "holds",
                 f"The same architecture with random weights: {100 * blank / value:.0f} % of the network's gap.",
             ),
             Control(
@@ -134,7 +135,7 @@ def _gap_collapses(analysis: xr.Dataset, drawn: dict) -> Claim:
     low, high = (float(network.decided[analysis.attrs[name]]) for name in ("low_band", "high_band"))
     _, blank_gap = _gap(analysis, "untrained")
     controls = []
-    if _side(blank_gap) == "holds":
+    if side(blank_gap) == "holds":
         blank, blank_interval = _ratio(analysis, drawn, "untrained")
         controls.append(
             Control(
@@ -183,7 +184,7 @@ def _order(analysis: xr.Dataset, drawn: dict) -> Claim:
     def control(name, levels, draws, text):
         value = float(order(levels))
         interval = [float(v) for v in np.clip(_interval(value, order(draws)), -1, 1)]
-        return Control(name, value, interval, _side(interval) == "holds", text)
+        return Control(name, value, interval, side(interval) == "holds", text)
 
     levels = analysis.tau.sel(source="network").isel(coupling=0).values
     network = control("network", levels, drawn["network"]["tau"][:, 0], "")
@@ -193,7 +194,7 @@ def _order(analysis: xr.Dataset, drawn: dict) -> Claim:
     return Claim(
         4,
         "Low, global frequencies commit before high, local ones",
-        _side(network.interval),
+        side(network.interval),
         "Kendall's tau-b of commitment level against frequency, DC left out, g = 0",
         network.value,
         network.interval,

@@ -189,7 +189,7 @@ def _joint_time(drift: jax.Array) -> jax.Array:
 UNEQUAL_LAW = (np.array([CENTRE, 0.0]), np.diag([WIDTH, 1.0]))  # the first modality is clustered
 
 
-def plane_of_couplings(reach: float = 2.0, points: int = 61) -> tuple[np.ndarray, np.ndarray]:
+def plane_of_couplings(reach: float = 2.0, points: int = 41) -> tuple[np.ndarray, np.ndarray]:
     """Couplings (N,) and the time of the joint criterion (N, N) over them, g21 along the first axis; NaN where there is
     no stationary state."""
     axis = np.linspace(-reach, reach, points)
@@ -213,7 +213,7 @@ def anisotropic(config: ModalitiesConfig) -> xr.Dataset:
             if kind == "symmetric" and g >= B:
                 continue
             exact[i, j] = unequal_time(kind, g)
-            times = exact[i, j] * np.linspace(0.4, 1.8, 15)
+            times = exact[i, j] * np.linspace(0.4, 1.8, 20)
             curve = []
             for t in times:
                 steps = ou.transition(process, jnp.asarray(np.diff(_towards_data(t, config.steps)[::-1])))

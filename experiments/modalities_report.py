@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from experiments.claims import Claim, Control
+from experiments.claims import Claim, Control, side
 from experiments.clone_reading import SPECIATION
 from experiments.drawing import FAINT, INK, QUIET, new_figure
 from experiments.section import Section, Table, finish
@@ -112,7 +112,7 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
         Claim(
             0,
             "Coupling opens a gap: the common mode speciates first",
-            "holds" if with_bounds(gap[at])[0] > 0 else "does not hold",
+            side(with_bounds(gap[at])),
             f"gap at g = {pair.coupling.values[at]:g}, units of time",
             float(gap[at, 0]),
             with_bounds(gap[at]),
@@ -122,7 +122,7 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
                     "no coupling",
                     float(gap[0, 0]),
                     with_bounds(gap[0]),
-                    with_bounds(gap[0])[0] > 0,
+                    side(with_bounds(gap[0])) == "holds",
                     "The same simulation at g = 0, where both modes are equal.",
                 )
             ],
@@ -172,7 +172,7 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
         Claim(
             0,
             "At equal total, coupling near the data holds the gap open",
-            "holds" if with_bounds(clean)[0] > with_bounds(noisy)[1] else "does not hold",
+            side(with_bounds(np.array([clean[0] - noisy[0], np.hypot(clean[1], noisy[1])]))),
             "gap, coupling in the clean half",
             float(clean[0]),
             with_bounds(clean),

@@ -80,13 +80,17 @@ def falling_root(
         return jnp.where(jnp.isnan(value), -octave, value)
 
     low, high = bisect(away_from_nan, jnp.full_like(scale, -reach), jnp.full_like(scale, reach), *fixed)
-    # that an end moved says what the value was; evaluated again, it may round to the other side of 0
-    starts = (low > -reach) & ~jnp.isnan(at(low, *fixed))
-    ends = (high < reach) & ~jnp.isnan(at(high, *fixed))
     root = scale * jnp.exp2(high)
+    # in turn: side by side, large batches of LAPACK's solves can wait for the same two threads for ever
+    at_low, at_high, before, at_scale = jax.lax.map(
+        lambda t: function(t, *fixed), jnp.stack([scale * jnp.exp2(low), root, 0.9 * root, scale])
+    )
+    # that an end moved says what the value was; evaluated again, it may round to the other side of 0
+    starts = (low > -reach) & ~jnp.isnan(at_low)
+    ends = (high < reach) & ~jnp.isnan(at_high)
     if rounding is not None:
-        ends &= function(0.9 * root, *fixed) > rounding(root, *fixed)
+        last, before = jax.lax.optimization_barrier((root, before))
+        ends &= before > rounding(last, *fixed)
     found = starts & ends
     root = implicit(function, jnp.where(found, root, scale), found, *parameters)
-    number = ~jnp.isnan(function(scale, *fixed))
-    return jnp.where(found, root, jnp.where(number, jnp.where(starts, jnp.inf, 0.0), jnp.nan))
+    return jnp.where(found, root, jnp.where(jnp.isnan(at_scale), jnp.nan, jnp.where(starts, jnp.inf, 0.0)))

@@ -1,0 +1,186 @@
+"""Two modalities: readings of clones, schedules, verdicts, and the study end to end."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import cli
+from experiments import modalities as mo
+from experiments.clone_reading import SPECIATION, read_crossing, read_zero
+from experiments.modalities_report import agree, deviations, gaps, with_bounds
+from experiments.store import RunFolder
+from ou_theory.laws import sign_correlation
+from ou_theory.schedules import scheduled_noise
+
+FLAGS = ["--paths", "1600", "--steps", "3", "--trials", "50", "--quiet"]
+
+
+def test_the_level_is_that_of_speciation():
+    assert pytest.approx(float(sign_correlation(np.ones(()))), abs=1e-6) == SPECIATION
+
+
+# --- readings
+
+
+def curve(t):
+    return 1 / (1 + t**2)
+
+
+def test_a_cubic_is_read_exactly():
+    t = np.linspace(0, 2, 21)
+    found = read_crossing(t, 0.9 - 0.3 * t - 0.02 * t**3, np.full(21, 0.01), 0.5)
+    root = np.real(next(r for r in np.roots([-0.02, 0, -0.3, 0.4]) if abs(r.imag) < 1e-9))
+    assert found.value == pytest.approx(root, abs=1e-9)
+    assert 0 < found.error < 0.02
+
+
+def test_errors_of_readings_are_what_they_say():
+    """600 curves with noise: root mean square of the deviations in standard errors within 5 of its own error (0.03) of
+    1, mean within 5 of 0."""
+    rng, t = np.random.default_rng(0), np.linspace(0.1, 2.5, 25)
+    error = 0.012 * np.sqrt(1 - curve(t) ** 2)
+    found = np.array([read_crossing(t, curve(t) + error * rng.normal(size=25), error, 0.5) for _ in range(600)])
+    exact = read_crossing(t, curve(t), error, 0.5).value
+    assert exact == pytest.approx(1, abs=2e-3)
+    z = (found[:, 0] - exact) / found[:, 1]
+    assert abs(z.mean()) < 5 / 600**0.5
+    assert (z**2).mean() ** 0.5 == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "values", [np.full(10, 0.9), np.linspace(0.3, 0.9, 10), np.array([1, 1, 1, 1, 0.6, 0.4, 0, 0, 0, 0.0])]
+)
+def test_no_crossing_is_no_number(values):
+    """None at all, a rising curve, too few points."""
+    assert np.isnan(read_crossing(np.arange(10.0), values, np.full(10, 0.01), 0.5)).all()
+
+
+def test_zero_of_the_mean_over_trials():
+    rng, t = np.random.default_rng(0), np.geomspace(0.2, 1.5, 20)
+    odds = -2 * np.log(t / 0.5) + rng.normal(size=(4000, 1))
+    found = read_zero(t, odds)
+    assert found.error == pytest.approx(0.5 / 2 / 4000**0.5, rel=0.1)
+    assert abs(found.value - 0.5) < 5 * found.error
+
+
+# --- verdicts
+
+
+def test_verdicts():
+    assert agree(np.array([0.5, -2.0, 1.0]))[0] == "holds"
+    assert agree(np.array([0.5, -6.0, 1.0]))[0] == "does not hold"
+    many = np.zeros(1000)
+    many[0] = 3.5
+    assert agree(many)[0] == "holds"  # one in a thousand is as far off by chance
+    assert agree(many[:1])[0] == "does not hold"
+    assert agree(np.array([]))[0] == "does not hold"
+
+
+def test_gaps_and_deviations():
+    found = np.array([[[1.0, 0.3], [0.4, 0.4]], [[np.nan, np.nan], [1.0, 0.1]]])
+    np.testing.assert_allclose(gaps(found)[0], [0.6, 0.5])
+    np.testing.assert_allclose(deviations(found, np.array([[0.7, 0.4], [1.0, 0.9]])), [1.0, 0.0, 1.0])
+    low, high = with_bounds(np.array([1.0, 0.1]))
+    assert (low, high) == pytest.approx((0.804, 1.196), abs=1e-3)
+
+
+# --- schedules
+
+
+def test_schedules_have_one_integral_or_no_gap():
+    known, width = mo.schedules(), np.diff(mo.EDGES)[0]
+    for name, g in known.items():
+        total = g.sum() * width
+        if name not in ("none", "reversed"):
+            assert total == pytest.approx(mo.TOTAL), name
+    common, difference = mo._schedule_times(known["reversed"])
+    assert common - difference == pytest.approx(0, abs=1e-5)
+    assert np.abs(known["reversed"]).min() > 0.1
+    assert np.subtract(*mo._schedule_times(known["noisy half"])) == pytest.approx(0, abs=1e-5)
+
+
+def test_noise_between_the_edges_of_a_schedule():
+    g = mo.schedules()["rising with noise"]
+    on_grid = mo._schedule_noise(g, mo.EDGES)
+    np.testing.assert_allclose(on_grid.T, scheduled_noise(np.stack([mo.B - g, mo.B + g]), mo.EDGES), rtol=1e-5)
+    between = mo._schedule_noise(g, np.array([1.61, 0.0, 0.013]))  # any order, beyond the grid
+    assert np.all(between[0] > on_grid[-1])
+    np.testing.assert_allclose(between[1], 0)
+    assert np.all((between[2] > 0) & (between[2] < on_grid[1]))
+
+
+# --- the study
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "modalities"
+    assert cli.main(["modalities", "--out", str(out), *FLAGS]) == 0
+    return RunFolder.open(out)
+
+
+@pytest.mark.slow
+def test_the_folder_holds_what_theory_and_simulation_say(finished):
+    assert finished.manifest["status"] == "complete"
+    assert finished.manifest["kind"] == "modalities"
+    pair = finished.load("speciation")
+    assert pair.speciation.dims == ("coupling", "mode", "reading")
+    np.testing.assert_allclose(pair.speciation_fitted, pair.speciation_theory, atol=0.01)
+    z = deviations(pair.speciation.values, pair.speciation_theory.values)
+    assert z.size == 14
+    assert np.abs(z).max() < 5
+    for name in mo.PARTS:
+        assert finished.load(name).sizes
+    page = (finished.path / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 7
+    assert "At equal total, coupling near the data holds the gap open" in page
+
+
+@pytest.mark.slow
+def test_claims_have_controls_that_fail(finished):
+    """With few paths, too: theory agrees, and what must fail does."""
+    claims = json.loads((finished.path / "claims.json").read_text())["claims"]
+    assert len(claims) == 8
+    assert {c["verdict"] for c in claims} == {"holds"}
+    control = {k["name"]: k["also_holds"] for c in claims for k in c["controls"]}
+    for name in ("no coupling", "rates without coupling", "times without coupling", "gap of far clusters",
+                 "the other direction", "constant coupling"):  # fmt: skip
+        assert control[name] is False, name
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    out = tmp_path / "again"
+    calls = []
+
+    def dies(config):
+        calls.append("dies")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(mo.PARTS, "anisotropic", dies)
+    assert cli.main(["modalities", "--out", str(out), *FLAGS]) == 130
+    monkeypatch.undo()
+    for name in ("collapse", "scheduling", "filtering"):  # as stored, to save their time
+        monkeypatch.setitem(mo.PARTS, name, lambda config, name=name: finished.load(name))
+    for name in ("timescales", "speciation"):  # done before
+        monkeypatch.setitem(mo.PARTS, name, lambda config: pytest.fail("measured twice"))
+    assert cli.main(["modalities", "--out", str(out), "--resume", *FLAGS]) == 0
+    assert calls == ["dies"]
+    for name in ("timescales", "speciation", "anisotropic"):
+        assert RunFolder.open(out).load(name).identical(finished.load(name))
+    assert cli.main(["modalities", "--out", str(out), *FLAGS]) == 2  # taken
+
+
+@pytest.mark.slow
+def test_a_stored_run_is_drawn_again(finished):
+    before = (finished.path / "report.html").read_text()
+    (finished.path / "report.html").unlink()
+    assert cli.main(["report", str(finished.path)]) == 0
+    assert (finished.path / "report.html").read_text() == before
+
+
+@pytest.mark.parametrize(("name", "least"), [("paths", 100), ("steps", 1), ("trials", 50)])
+def test_bad_settings_are_refused(name, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}"):
+        mo.ModalitiesConfig(**{name: least - 1})
