@@ -38,6 +38,7 @@ def read_crossing(times: np.ndarray, values: np.ndarray, errors: np.ndarray, lev
       times, values, errors: (T,), standard errors of the values.
     """
     near = np.abs(values - level) < WINDOW
+    found = Reading(np.nan, np.nan)
     for _ in range(2):
         if near.sum() < 5 or not (values[near].min() < level < values[near].max()):
             return Reading(np.nan, np.nan)
@@ -45,14 +46,16 @@ def read_crossing(times: np.ndarray, values: np.ndarray, errors: np.ndarray, lev
         t = times[near] - middle
         smooth = np.polyval(np.polyfit(t, errors[near], 2), t)
         fit, covariance = np.polyfit(t, values[near] - level, 3, w=1 / np.maximum(smooth, 1e-12), cov="unscaled")
-        first, last = times[near][[0, -1]]
-        if np.polyval(fit, first - middle) <= 0 or np.polyval(fit, last - middle) >= 0:
+        first, last = t[0], t[-1]
+        if np.polyval(fit, first) <= 0 or np.polyval(fit, last) >= 0:
             return Reading(np.nan, np.nan)
-        root = root_scalar(lambda x, fit=fit: np.polyval(fit, x), bracket=(first - middle, last - middle)).root
-        near = (first <= times) & (times <= last) & (np.abs(np.polyval(fit, times - middle)) < WINDOW)
-    slope = np.polyval(np.polyder(fit), root)
-    powers = root ** np.arange(3, -1, -1)
-    return Reading(root + middle, float(np.sqrt(powers @ covariance @ powers) / abs(slope)))
+        root = root_scalar(lambda x, fit=fit: np.polyval(fit, x), bracket=(first, last)).root
+        powers = root ** np.arange(3, -1, -1)
+        error = np.sqrt(powers @ covariance @ powers) / abs(np.polyval(np.polyder(fit), root))
+        found = Reading(root + middle, float(error))
+        apart = times - middle
+        near = (first <= apart) & (apart <= last) & (np.abs(np.polyval(fit, apart)) < WINDOW)
+    return found
 
 
 def read_zero(times: np.ndarray, odds: np.ndarray) -> Reading:
