@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from ou_theory.laws import Clusters
 from ou_theory.mixture import Mixture, flow_drift, gaussian_root
 from ou_theory.process import Process, Transition
+from ou_theory.roots import require
 
 Level = TypeVar("Level")
 Step = Callable[[jax.Array, jax.Array, Level], jax.Array]
@@ -58,9 +59,19 @@ def simulate(
 
     Returns:
       the last states (N, n), and what was observed with the axes (N, steps) in front.
+
+    Raises:
+      ValueError: shapes do not belong together, or a block without paths.
     """
-    count = len(jax.tree.leaves(levels)[0])
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(levels)}
+    if len(counts) != 1 or () in counts:
+        raise ValueError(f"levels must be arrays with the steps as leading axis, got leading sizes {sorted(counts)}")
+    (count,) = counts.pop()
     paths = jnp.arange(start.shape[0]) if paths is None else jnp.asarray(paths)
+    if start.ndim != 2 or paths.shape != start.shape[:1]:
+        raise ValueError(f"start {start.shape} and paths {paths.shape} must be (N, n) and (N,)")
+    if block is not None and block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
     if block is None and jax.default_backend() == "cpu":
         block = max(_CACHE // (start.dtype.itemsize * start[0].size), 1)
 
@@ -90,8 +101,16 @@ class NoiseStep(NamedTuple):
 
 
 def falling(noise: ArrayLike) -> NoiseStep:
-    """Levels for `simulate` of noise variances (T,) or (T, n) in the order of generation, T - 1 steps."""
+    """Levels for `simulate` of noise variances (T,) or (T, n) in the order of generation, T - 1 steps.
+
+    Raises:
+      ValueError: fewer than two levels, noise that rises on the way or is negative.
+    """
     noise = jnp.asarray(noise, float)
+    if noise.ndim not in (1, 2) or len(noise) < 2:
+        raise ValueError(f"noise {noise.shape} must be (T,) or (T, n) with two levels or more")
+    require(jnp.diff(noise, axis=0) <= 0, "noise must fall in the order of generation; turn it round")
+    require(noise >= 0, f"noise variances must not be negative, got {noise.min()}")
     return NoiseStep(noise[:-1], noise[1:])
 
 
@@ -163,7 +182,15 @@ def passed(law: Mixture, steps: Transition) -> Mixture:
       law: of the data, at the first time.
       steps: factor and covariance (T - 1, n, n) from each time to the next, for example
         ``transition(process, jnp.diff(times))``; of a drift that changes, one transition for each of its values.
+
+    Raises:
+      ValueError: the steps are not of the size of the law.
     """
+    size = law.means.shape[-1]
+    if steps.factor.shape[1:] != (size, size) or steps.covariance.shape != steps.factor.shape:
+        raise ValueError(
+            f"factors {steps.factor.shape} and covariances {steps.covariance.shape} must be (T - 1, {size}, {size})"
+        )
 
     def advance(law, step):
         means = _einsum("ij,aj->ai", step.factor, law.means)
@@ -224,8 +251,15 @@ class TimeStep(NamedTuple):
 
 
 def backwards(times: ArrayLike) -> TimeStep:
-    """Levels for `simulate` of increasing times (T,), T - 1 steps in the order of generation."""
+    """Levels for `simulate` of increasing times (T,), T - 1 steps in the order of generation.
+
+    Raises:
+      ValueError: fewer than two times, or they do not increase.
+    """
     times = jnp.asarray(times, float)
+    if times.ndim != 1 or times.size < 2:
+        raise ValueError(f"times {times.shape} must be (T,) with two times or more")
+    require(jnp.diff(times) >= 0, f"times must increase, got {times}")
     return TimeStep(times[:0:-1], times[-2::-1])
 
 

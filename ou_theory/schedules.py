@@ -83,9 +83,10 @@ def scheduled_time(rate_values: ArrayLike, times: ArrayLike, spread: ArrayLike, 
       noise: number.
 
     Raises:
-      ValueError: shapes do not belong together, or the times decrease.
+      ValueError: shapes do not belong together, or the times decrease or do not begin at 0.
     """
     rates, times = _grid(rate_values, times)
+    require(times[0] == 0, f"times must begin at 0, where the data are, got {times[0]}")
     spread, noise = jnp.asarray(spread, float), jnp.asarray(noise, float)
     stretch, gathered = (v[..., :-1] for v in _noise(rates, times, noise))
     # in the step in which it happens: the clock, for what is still missing, in the units of its beginning

@@ -271,3 +271,23 @@ def test_levels_run_from_noise_to_data():
     back = en.backwards([0.0, 0.5, 2.0])
     np.testing.assert_array_equal(back.before, [2, 0.5])
     np.testing.assert_array_equal(back.after, [0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: en.falling([1.0, 2.0]), "must fall"),
+        (lambda: en.falling([1.0, -1.0]), "negative"),
+        (lambda: en.falling([1.0]), "two levels"),
+        (lambda: en.backwards([1.0, 0.5]), "increase"),
+        (lambda: en.backwards(1.0), "two times"),
+        (lambda: en.simulate(None, jnp.zeros(3), jnp.zeros(2), 0), r"\(N, n\)"),
+        (lambda: en.simulate(None, jnp.zeros((3, 1)), jnp.zeros(2), 0, paths=jnp.arange(2)), r"\(N,\)"),
+        (lambda: en.simulate(None, jnp.zeros((3, 1)), (jnp.zeros(2), jnp.zeros(3)), 0), "leading axis"),
+        (lambda: en.simulate(None, jnp.zeros((3, 1)), jnp.zeros(2), 0, block=0), "block"),
+        (lambda: en.bridges(mx.mixture(*LAW), ou.transition(ou.replicas(1.0, 0.1, 3), np.ones(2))), "must be"),
+    ],
+)
+def test_bad_input_raises(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -179,6 +179,7 @@ def test_single_precision():
         (lambda: sc.scheduled_modes(np.ones(3), np.arange(3.0)), "one rate a step"),
         (lambda: sc.scheduled_noise(np.ones(3), np.arange(3.0)), "one rate a step"),
         (lambda: sc.scheduled_time(np.ones(2), np.array([0.0, 2.0, 1.0]), 1.0), "increase"),
+        (lambda: sc.scheduled_time(np.ones(2), np.array([0.5, 1.0, 2.0]), 1.0), "begin at 0"),
         (lambda: sc.schedule_time(np.ones(3), np.arange(4.0)), r"\(T,\)"),
     ],
 )
