@@ -1,11 +1,48 @@
-"""The x64 switch for tests of closed forms and parity."""
+"""Compiling takes most of the time of the tests: here with little effort, and once a run. And the x64 switch."""
 
-import jax
+import os
+import subprocess
+import sys
+import tempfile
+
 import pytest
+
+# LLVM does not optimise, and fusions are written in one piece by the emitters that compile fast: a quarter of the time
+# to compile, programs that run slower and round in other places. The tolerances of all tests hold with and without;
+# XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" runs them as users compile.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+STOCK = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
+
+def known(flags: str) -> bool:
+    """Whether this jaxlib knows the flags: it ends the process otherwise."""
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    probe = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(probe, env=environment, capture_output=True, check=False).returncode == 0
+
+
+# jax reads these when it is imported, hence no jax up here. Workers of pytest-xdist and subprocesses inherit them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    if known(QUICK):  # what is set already comes later and wins
+        os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # of this run: workers, subprocesses and resumed runs share it
+        _cache = tempfile.TemporaryDirectory(prefix="syncgap-tests-", ignore_cleanup_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture
+def stock_compiler():
+    """Options of jax.jit for tests that hang on the last place: they are about programs as users compile them."""
+    return STOCK if QUICK in os.environ.get("XLA_FLAGS", "") else None
 
 
 @pytest.fixture
 def x64():
     """Double precision for one test."""
+    import jax
+
     with jax.enable_x64(True):
         yield

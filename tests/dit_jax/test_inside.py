@@ -1,6 +1,7 @@
 """Taps, edits, the lens, and gates by layer and by step: one path for all."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,10 +88,10 @@ def test_residual_norm(model):
 # --- the lens
 
 
-def test_the_last_readout_of_the_lens_is_the_output(model):
+def test_the_last_readout_of_the_lens_is_the_output(model, stock_compiler):
     gate = symmetric_gate(jnp.array([0.5]))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=stock_compiler)
     def look(model, x):
         return model(x, T, Y, gate, tap=lens(model))
 

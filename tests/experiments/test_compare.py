@@ -171,17 +171,29 @@ def test_a_sweep_is_one_compilation(weights):
     assert instrument._network_gain._cache_size() == 1
 
 
+@pytest.fixture(scope="module")
+def split(weights, tmp_path_factory):
+    """Runs on two devices with either layout of the parameters, in a process of their own, for the number of host
+    devices is fixed at its start. Nothing reads their figures, so that none are drawn."""
+    out = tmp_path_factory.mktemp("split")
+    layouts = ("replicated", "sharded")
+    commands = [arguments(weights, out / name, "--block", "4", "--parameters", name) for name in layouts]
+    script = f"""
+import jax
+from experiments import cli, compare
+assert jax.device_count() == 2
+compare.save_figures, compare.write_report = lambda run: None, lambda run: run.path
+assert [cli.main(command) for command in {commands}] == [0, 0]
+"""
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, check=True)
+    return out
+
+
 @pytest.mark.parametrize("parameters", ["replicated", "sharded"])
-def test_two_devices_measure_what_one_does(finished, weights, tmp_path, parameters):
-    """In a process of its own, for the number of host devices is fixed at its start. Six pairs in blocks of four: the
-    last block is not split evenly, and is not split at all."""
-    out = tmp_path / "two"
-    command = arguments(weights, out, "--block", "4", "--parameters", parameters)
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
-    script = "import jax, sys; from experiments import cli; assert jax.device_count() == 2; sys.exit(cli.main())"
-    subprocess.run([sys.executable, "-c", script, *command], env=environment, check=True)
+def test_two_devices_measure_what_one_does(finished, split, parameters):
+    """Six pairs in blocks of four: the last block is not split evenly, and is not split at all."""
     for group in ("network", "untrained"):
-        one, two = RunFolder.open(finished).load(group), RunFolder.open(out).load(group)
+        one, two = RunFolder.open(finished).load(group), RunFolder.open(split / parameters).load(group)
         for name in one.data_vars:
             scale = np.abs(np.nan_to_num(one[name].values)).max()
             np.testing.assert_allclose(two[name].values, one[name].values, atol=1e-5 * scale, err_msg=name)

@@ -147,12 +147,14 @@ def test_ends(x64):
 
 
 @pytest.mark.parametrize("rates", [(-1.0, 3.0), (-0.5, -2.0), (-1.0, -1.0)])
-def test_what_an_unstable_drift_remembers_for_ever(x64, rates):
+def test_what_an_unstable_drift_remembers_for_ever(x64, stock_compiler, rates):
+    """At the far end a last place decides between a late time and none."""
+    time = jax.jit(co.collapse_time, compiler_options=stock_compiler)
     process = symmetric_pair(sum(rates) / 2, (rates[1] - rates[0]) / 2, 0.7)
     covariance = np.array([[2.0, 0.5], [0.5, 2.0]])
     kept = sum(0.5 * np.log1p(s * -r / 0.7) for r, s in zip(rates, (2.5, 1.5), strict=True) if r < 0)
     for share, finite in ((0.99, False), (1.01, True)):
-        got = float(co.collapse_time(process, covariance, share * kept))
+        got = float(time(process, covariance, share * kept))
         expected = float(co.collapse_time_modes(np.array(rates), np.array([2.5, 1.5]), share * kept, 0.7))
         assert np.isfinite(expected) == finite
         assert got == pytest.approx(expected, rel=1e-9)
