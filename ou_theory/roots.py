@@ -90,7 +90,7 @@ def falling_root(
     ends = (high < reach) & ~jnp.isnan(at_high)
     if rounding is not None:
         last, before = jax.lax.optimization_barrier((root, before))
-        ends &= before > rounding(last, *fixed)
+        ends &= (high <= 0) | (before > rounding(last, *fixed))  # a level that is never left lies late
     found = starts & ends
     root = implicit(function, jnp.where(found, root, scale), found, *parameters)
     return jnp.where(found, root, jnp.where(jnp.isnan(at_scale), jnp.nan, jnp.where(starts, jnp.inf, 0.0)))

@@ -16,12 +16,15 @@ from ou_theory.process import mode_factor, mode_noise, mode_variance, transition
 from ou_theory.roots import require
 
 
-def _grid(rate_values: ArrayLike, times: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    rates, times = jnp.asarray(rate_values, float), jnp.asarray(times, float)
+def _grid(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rates, times, noise = (jnp.asarray(v, float) for v in (rate_values, times, noise))
     if times.ndim != 1 or rates.ndim < 1 or rates.shape[-1] != times.size - 1:
         raise ValueError(f"{times.shape} times and rates {rates.shape} must be (T,) and (..., T - 1): one rate a step")
+    if noise.ndim:
+        raise ValueError(f"the noise strength must be a number, got shape {noise.shape}; vmap over more")
     require(~(jnp.diff(times) < 0), f"times must increase, got {times}")
-    return rates, times
+    require(noise > 0, f"the noise strength must be positive, got {noise}")
+    return rates, times, noise
 
 
 class ScheduledMode(NamedTuple):
@@ -40,9 +43,9 @@ def scheduled_modes(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike =
       noise: number.
 
     Raises:
-      ValueError: shapes do not belong together, or the times decrease.
+      ValueError: shapes do not belong together, the times decrease, or the noise strength is not positive.
     """
-    rates, times = _grid(rate_values, times)
+    rates, times, noise = _grid(rate_values, times, noise)
     steps = jnp.diff(times)
 
     def join(first, second):
@@ -57,17 +60,12 @@ def scheduled_modes(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike =
 def scheduled_noise(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
     """Pulled-back noise ``N(t) = 2 D int_0^t exp(2 int_0^s rate) ds`` (..., T) of a mode whose rate changes; arguments
     as in `scheduled_modes`. It increases, and overflows where the mode has forgotten all."""
-    rates, times = _grid(rate_values, times)
-    return _noise(rates, times, jnp.asarray(noise, float))[1]
-
-
-def _noise(rates: jax.Array, times: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``exp(2 int rate)`` and the pulled-back noise at the times, (..., T) each."""
+    rates, times, noise = _grid(rate_values, times, noise)
     steps = jnp.diff(times)
     start = jnp.zeros((*rates.shape[:-1], 1), rates.dtype)
-    stretch = jnp.exp(2 * jnp.concatenate([start, jnp.cumsum(rates * steps, -1)], -1))
-    added = stretch[..., :-1] * mode_noise(rates, steps, noise)
-    return stretch, jnp.concatenate([start, jnp.cumsum(added, -1)], -1)
+    stretch = jnp.exp(2 * jnp.concatenate([start, jnp.cumsum(rates * steps, -1)[..., :-1]], -1))
+    added = stretch * mode_noise(rates, steps, noise)
+    return jnp.concatenate([start, jnp.cumsum(added, -1)], -1)
 
 
 def scheduled_time(rate_values: ArrayLike, times: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
@@ -83,19 +81,56 @@ def scheduled_time(rate_values: ArrayLike, times: ArrayLike, spread: ArrayLike, 
       noise: number.
 
     Raises:
-      ValueError: shapes do not belong together, or the times decrease or do not begin at 0.
+      ValueError: shapes do not belong together, the times decrease or do not begin at 0, or the noise strength is not
+        positive.
     """
-    rates, times = _grid(rate_values, times)
+    rates, times, noise = _grid(rate_values, times, noise)
     require(times[0] == 0, f"times must begin at 0, where the data are, got {times[0]}")
-    spread, noise = jnp.asarray(spread, float), jnp.asarray(noise, float)
-    stretch, gathered = (v[..., :-1] for v in _noise(rates, times, noise))
-    # in the step in which it happens: the clock, for what is still missing, in the units of its beginning
-    last = jnp.maximum((gathered < spread[..., None]).sum(-1, keepdims=True) - 1, 0)
-    rates, stretch, gathered, began = (
-        jnp.take_along_axis(jnp.broadcast_to(v, (*last.shape[:-1], rates.shape[-1])), last, -1)[..., 0]
-        for v in (rates, stretch, gathered, times[:-1])
-    )
-    return jnp.where(spread <= 0, 0.0, began + transition_time(rates, (spread - gathered) / stretch, noise))
+    spread = jnp.asarray(spread, float)
+    shape = jnp.broadcast_shapes(rates.shape[:-1], spread.shape)
+    rates = jnp.broadcast_to(rates, (*shape, rates.shape[-1]))
+
+    # the log of what is missing, in the units of each step's beginning: the noise itself may overflow
+    def advance(state, step):
+        log_missing, found, time = state
+        rate, began, width, is_last = step
+        within = _clock(rate, log_missing, noise)
+        here = ~found & (is_last | (within <= width))
+        goes_on = ~found & ~here & (width > 0)
+        log_share = _log_noise(rate, jnp.where(goes_on, width, 1.0), noise) - log_missing
+        log_share = jnp.where(goes_on, jnp.minimum(log_share, -jnp.finfo(rates.dtype).eps), -1.0)
+        left = log_missing + jnp.log1p(-jnp.exp(log_share)) - 2 * rate * width
+        return (jnp.where(goes_on, left, log_missing), found | here, jnp.where(here, began + within, time)), None
+
+    positive = spread > 0
+    log_spread = jnp.broadcast_to(jnp.log(jnp.where(positive, spread, 1.0)), shape).astype(rates.dtype)
+    start = log_spread, jnp.zeros(shape, bool), jnp.full(shape, jnp.inf, rates.dtype)
+    count = times.size - 1
+    steps = jnp.moveaxis(rates, -1, 0), times[:-1], jnp.diff(times), jnp.arange(count) == count - 1
+    (_, _, time), _ = jax.lax.scan(advance, start, steps)
+    return jnp.where(positive, time, jnp.where(jnp.isnan(spread), jnp.nan, 0.0))
+
+
+_LARGE = 40.0  # of a log, above which one is nothing beside the exponential
+
+
+def _clock(rate: jax.Array, log_spread: jax.Array, noise: jax.Array) -> jax.Array:
+    """`transition_time` of a spread given by its log."""
+    large = log_spread > _LARGE
+    rises = large & (rate > 0)
+    safe = jnp.where(rises, rate, 1.0)
+    far = jax.nn.softplus(log_spread + jnp.log(safe / noise)) / (2 * safe)
+    near = transition_time(jnp.where(large, 1.0, rate), jnp.exp(jnp.where(large, 0.0, log_spread)), noise)
+    return jnp.where(large, jnp.where(rises, far, jnp.inf), near)
+
+
+def _log_noise(rate: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    """Log of `mode_noise`, t > 0."""
+    z = 2 * rate * t
+    far = z > 1
+    safe = jnp.where(far, z, 2.0)
+    distant = jnp.log(noise / jnp.where(far, rate, 1.0)) + safe + jnp.log1p(-jnp.exp(-safe))
+    return jnp.where(far, distant, jnp.log(mode_noise(jnp.where(far, 0.0, rate), t, noise)))
 
 
 def schedule_response(rate: ArrayLike, spread: ArrayLike, times: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
@@ -103,16 +138,23 @@ def schedule_response(rate: ArrayLike, spread: ArrayLike, times: ArrayLike, nois
     ``[spread - N(s)] / (D + rate spread)`` before its time, 0 after it; broadcasts.
 
     The functional derivative of the time in the rate, with a minus, at a constant rate. It is largest at the clean end
-    and falls to 0 at the mode's own time: coupling at more noise than that changes nothing.
+    and falls to 0 at the mode's own time: coupling at more noise than that changes nothing. NaN where the mode has no
+    finite time.
 
     Args:
-      rate: of the mode; its time must be finite.
+      rate: of the mode.
       spread: pulled-back noise at its time, for example ``m^2 - s^2``.
       times: s >= 0.
+
+    Raises:
+      ValueError: a time is negative.
     """
-    rate, spread, noise = (jnp.asarray(v, float) for v in (rate, spread, noise))
-    times = jnp.minimum(jnp.asarray(times, float), transition_time(rate, spread, noise))
-    return jnp.maximum(spread - mode_noise(rate, times, noise), 0.0) / (noise + rate * spread)
+    rate, spread, noise, times = (jnp.asarray(v, float) for v in (rate, spread, noise, times))
+    require(~(times < 0), f"times must not be negative, got {times}")
+    times = jnp.minimum(times, transition_time(rate, spread, noise))
+    finite = noise + rate * spread > 0
+    slope = jnp.where(finite, noise + rate * spread, jnp.nan)  # half that of the noise at the mode's time
+    return jnp.maximum(spread - mode_noise(rate, times, noise), 0.0) / slope
 
 
 def schedule_time(beta: ArrayLike, times: ArrayLike) -> jax.Array:
@@ -122,9 +164,13 @@ def schedule_time(beta: ArrayLike, times: ArrayLike) -> jax.Array:
     Args:
       beta: (..., T), linear between the times. For a table of signal powers there is `clock.ou_time`.
       times: (T,).
+
+    Raises:
+      ValueError: shapes do not belong together, or the times decrease.
     """
     beta, times = jnp.asarray(beta, float), jnp.asarray(times, float)
     if times.ndim != 1 or beta.shape[-1:] != times.shape:
         raise ValueError(f"{times.shape} times and beta {beta.shape} must be (T,) and (..., T)")
+    require(~(jnp.diff(times) < 0), f"times must increase, got {times}")
     rise = jnp.diff(times) * (beta[..., 1:] + beta[..., :-1]) / 4
     return jnp.concatenate([jnp.zeros_like(rise[..., :1]), jnp.cumsum(rise, -1)], -1)

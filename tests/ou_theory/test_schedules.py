@@ -163,6 +163,33 @@ def test_response_is_the_derivative_of_the_time(rate, spread, share, noise):
         assert whole == pytest.approx(-float(slope_of_the_clock(rate, spread, noise)), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("rates", "grid", "expected"),
+    [
+        ([-10.0, 10.0], [0.0, 5.0, 20.0], 5 + (np.log(10 * (3.75 - 0.1)) + 100) / 20),  # forgets nothing, then all
+        ([60.0, 1.0], [0.0, 5.0, 20.0], np.log1p(60 * 3.75) / 120),  # noise overflows after its time
+        ([-1.0, -1.0], [0.0, 1.0, 2.0], np.inf),
+        ([1e-9, 1e-9], [0.0, 1.0, 2.0], 3.75 / 2),
+    ],
+)
+def test_extreme_rates_have_times_and_slopes(rates, grid, expected):
+    """In single precision, where the noise of the first two is beyond all numbers."""
+    got, slopes = jax.value_and_grad(sc.scheduled_time)(jnp.array(rates), jnp.array(grid), 3.75)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert np.all(np.isfinite(slopes))
+    many = jax.grad(sc.scheduled_time)(jnp.ones(60), jnp.arange(61.0), 3.75)
+    np.testing.assert_allclose(many.sum(), jax.grad(ou.transition_time)(1.0, 3.75), rtol=1e-5)
+    assert np.all(np.asarray(many)[1:] == 0)
+
+
+def test_no_number_in_no_number_out():
+    got = sc.scheduled_time(np.ones(2), np.arange(3.0), np.array([np.nan, 1.0, np.inf]))
+    assert np.isnan(got[0])
+    assert np.isfinite(got[1])
+    assert got[2] == np.inf
+    assert np.isnan(sc.schedule_response(-1.0, 3.75, 0.1))
+
+
 def test_single_precision():
     rates = np.array([0.6, 1.4, -0.2, 1.0, 0.3, 1.0])
     spread = np.array([0.1, 1.0, 3.75])
@@ -180,6 +207,10 @@ def test_single_precision():
         (lambda: sc.scheduled_noise(np.ones(3), np.arange(3.0)), "one rate a step"),
         (lambda: sc.scheduled_time(np.ones(2), np.array([0.0, 2.0, 1.0]), 1.0), "increase"),
         (lambda: sc.scheduled_time(np.ones(2), np.array([0.5, 1.0, 2.0]), 1.0), "begin at 0"),
+        (lambda: sc.scheduled_time(np.ones(2), np.arange(3.0), 1.0, np.ones(2)), "must be a number"),
+        (lambda: sc.scheduled_noise(np.ones(2), np.arange(3.0), -1.0), "positive"),
+        (lambda: sc.schedule_response(1.0, 1.0, -0.5), "negative"),
+        (lambda: sc.schedule_time(np.ones(3), np.array([0.0, 2.0, 1.0])), "increase"),
         (lambda: sc.schedule_time(np.ones(3), np.arange(4.0)), r"\(T,\)"),
     ],
 )
