@@ -273,36 +273,3 @@ def test_gaps_of_a_power_law(x64):
     assert float(cl.power_law_step_gap(250, 100.0, 60.0, 16)) == pytest.approx(
         0.317 * 250 * np.log(101) ** 0.5, rel=2e-3
     )
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (cl.same_cluster_probability, (1.3,)),
-        (cl.cluster_cloning_time, (2.0, 0.3, 0.5, 0.6, 0.7)),
-        (cl.coupled_cloning_variance, (2.0, 9.0, 0.3, 0.8)),
-        (cl.rescaled_growth_flow, (2.0, 0.3)),
-        (cl.rescaled_growth_sde, (2.0, 0.3)),
-        (cl.state_growth, (2.0, 0.3)),
-        (cl.denoised_growth, (2.0, 0.3)),
-        (cl.cluster_growth, (1.3, 2.0, 0.3)),
-        (cl.coupled_energy_growth, (2.0, 0.3)),
-        (cl.ddim_step, (0.4, 3.0, 1.2)),
-        (cl.ancestral_step, (0.4, 3.0, 1.2)),
-        (cl.power_law_level_gap, (1.5, 16.0)),
-        (cl.power_law_step_gap, (50.0, 100.0, 1.5, 16.0, 0.4)),
-    ],
-    ids=lambda v: getattr(v, "__name__", None),
-)
-def test_closed_forms_compile_map_and_differentiate(function, arguments):
-    stacked = [np.asarray(a) * np.array([1.0, 1.02]) for a in arguments]
-    with jax.enable_x64(True):
-        double = np.asarray(jax.tree.leaves(jax.jit(jax.vmap(function))(*stacked)))
-        # along all arguments together
-        _, slope = jax.jvp(function, tuple(map(float, arguments)), tuple(map(float, arguments)))
-        ends = [jax.tree.leaves(function(*(s * a for a in arguments))) for s in (1 - 1e-5, 1 + 1e-5)]
-        expected = (np.asarray(ends[1]) - np.asarray(ends[0])) / 2e-5
-        np.testing.assert_allclose(jax.tree.leaves(slope), expected, rtol=1e-6, atol=1e-9)
-    single = np.asarray(jax.tree.leaves(jax.vmap(function)(*(jnp.asarray(a, jnp.float32) for a in stacked))))
-    assert single.dtype == np.float32
-    np.testing.assert_allclose(single, double, rtol=2e-5, atol=1e-6)

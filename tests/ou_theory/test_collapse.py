@@ -119,26 +119,3 @@ def test_class_information_in_single_precision():
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, double, atol=5e-6)
     assert np.all((got >= 0) & (got <= np.float32(np.log(2))))
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (co.mode_information, (0.6, 0.8, 2.0, 0.7)),
-        (co.class_information, (1.3,)),
-        (co.collapse_time_isotropic, (0.3, 2.0, 0.6, 0.7)),
-    ],
-    ids=lambda v: getattr(v, "__name__", None),
-)
-def test_closed_forms_compile_map_and_differentiate(function, arguments):
-    stacked = [np.asarray(a) * np.array([1.0, 1.02]) for a in arguments]
-    with jax.enable_x64(True):
-        double = np.asarray(jax.tree.leaves(jax.jit(jax.vmap(function))(*stacked)))
-        # along all arguments together
-        _, slope = jax.jvp(function, tuple(map(float, arguments)), tuple(map(float, arguments)))
-        ends = [jax.tree.leaves(function(*(s * a for a in arguments))) for s in (1 - 1e-5, 1 + 1e-5)]
-        expected = (np.asarray(ends[1]) - np.asarray(ends[0])) / 2e-5
-        np.testing.assert_allclose(jax.tree.leaves(slope), expected, rtol=1e-6, atol=1e-9)
-    single = np.asarray(jax.tree.leaves(jax.vmap(function)(*(jnp.asarray(a, jnp.float32) for a in stacked))))
-    assert single.dtype == np.float32
-    np.testing.assert_allclose(single, double, rtol=2e-5, atol=1e-6)

@@ -360,7 +360,7 @@ def test_class_means_at_the_ends(x64):
     assert float(gm.class_mean_difference(0.9, 0.7, 0.9)) == 0
 
 
-# --- precision and transformations
+# --- precision
 
 
 @jax.jit
@@ -386,9 +386,3 @@ def test_single_precision_is_close_to_double():
         assert a.dtype == jnp.float32
         assert np.all(np.isfinite(a))
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
-
-
-def test_closed_forms_compile_and_map(x64):
-    rho = jnp.linspace(0, 1, 5)
-    for function in (gm.w_ode, gm.w_sde, lambda r: gm.q_sde(2.0, r, 0.1), lambda r: gm.latched_level_ode(2.0, r, 9.0)):
-        np.testing.assert_allclose(jax.jit(jax.vmap(function))(rho), function(rho), rtol=1e-12, atol=1e-14)

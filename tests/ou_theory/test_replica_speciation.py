@@ -227,32 +227,3 @@ def test_matrices_of_the_test_are_the_process():
     stationary = 0.8 / (1 - 0.16) * np.array([[1.0, 0.4], [0.4, 1.0]])
     np.testing.assert_allclose(drift @ stationary + stationary @ drift.T, 1.6 * np.eye(2), atol=1e-12)
     np.testing.assert_allclose(expm(-drift) @ TO_MODES[0], np.exp(-0.6) * TO_MODES[0], rtol=1e-12)
-
-
-def kappas_and_curvatures(centre, variance, label, within, b, g, t, noise):
-    pair = ReplicaPair(centre, variance, label, within)
-    return *rs.replica_kappas(pair, b, g, t, noise), *rs.replica_curvatures(pair, b, g, t, noise)
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (kappas_and_curvatures, (1.7, 0.3, 0.2, 0.1, 1.0, 0.3, 0.5, 0.7)),
-        (rs.replica_quartic, (0.4,)),
-        (rs.independent_gap_third_order, (1.0, 0.3, 3.0, 2.0, 0.7)),
-        (rs.marginal_instability, (2.0, 0.8)),
-    ],
-    ids=lambda v: getattr(v, "__name__", None),
-)
-def test_closed_forms_compile_map_and_differentiate(function, arguments):
-    stacked = [np.asarray(a) * np.array([1.0, 1.02]) for a in arguments]
-    with jax.enable_x64(True):
-        double = np.asarray(jax.tree.leaves(jax.jit(jax.vmap(function))(*stacked)))
-        # along all arguments together
-        _, slope = jax.jvp(function, tuple(map(float, arguments)), tuple(map(float, arguments)))
-        ends = [jax.tree.leaves(function(*(s * a for a in arguments))) for s in (1 - 1e-5, 1 + 1e-5)]
-        expected = (np.asarray(ends[1]) - np.asarray(ends[0])) / 2e-5
-        np.testing.assert_allclose(jax.tree.leaves(slope), expected, rtol=1e-6, atol=1e-9)
-    single = np.asarray(jax.tree.leaves(jax.vmap(function)(*(jnp.asarray(a, jnp.float32) for a in stacked))))
-    assert single.dtype == np.float32
-    np.testing.assert_allclose(single, double, rtol=2e-5, atol=1e-6)

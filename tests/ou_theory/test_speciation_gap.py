@@ -128,31 +128,3 @@ def test_slopes_of_the_gap(x64, g):
     got = jax.grad(sp.speciation_gap, argnums=range(5))(*arguments)
     expected = jax.grad(plain, argnums=range(5))(*arguments)
     np.testing.assert_allclose(np.array(got), np.array(expected), rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (sp.mode_kappa, (2.0, 0.3, 0.6, 0.8, 0.7)),
-        (sp.mode_speciation_time, (2.0, 0.3, 0.6, 0.7)),
-        (sp.speciation_gap, (1.0, 0.3, 3.0, 2.0, 0.7)),
-        (sp.gap_small_coupling, (1.0, 0.3, 3.0, 0.7)),
-        (sp.gap_large_spread, (1.0, 0.3, 3.0, 0.7)),
-        (sp.gap_large_spread_error, (1.0, 0.3, 3.0, 0.7)),
-        (sp.gap_at_bound, (1.0, 3.0, 0.7)),
-        (sp.gap_without_coupling, (1.0, 3.0, 2.0, 0.7)),
-    ],
-    ids=lambda v: getattr(v, "__name__", None),
-)
-def test_closed_forms_compile_map_and_differentiate(function, arguments):
-    stacked = [np.asarray(a) * np.array([1.0, 1.02]) for a in arguments]
-    with jax.enable_x64(True):
-        double = np.asarray(jax.tree.leaves(jax.jit(jax.vmap(function))(*stacked)))
-        # along all arguments together
-        _, slope = jax.jvp(function, tuple(map(float, arguments)), tuple(map(float, arguments)))
-        ends = [jax.tree.leaves(function(*(s * a for a in arguments))) for s in (1 - 1e-5, 1 + 1e-5)]
-        expected = (np.asarray(ends[1]) - np.asarray(ends[0])) / 2e-5
-        np.testing.assert_allclose(jax.tree.leaves(slope), expected, rtol=1e-6, atol=1e-9)
-    single = np.asarray(jax.tree.leaves(jax.vmap(function)(*(jnp.asarray(a, jnp.float32) for a in stacked))))
-    assert single.dtype == np.float32
-    np.testing.assert_allclose(single, double, rtol=2e-5, atol=1e-6)
