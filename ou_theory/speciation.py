@@ -94,11 +94,11 @@ def _above_one(t, process, centre, covariance):
 
 
 def _rounding(t, process, centre, covariance):
-    """How far kappa may be off if each entry of the spread is off by ten roundings of its size."""
+    """How far kappa, at two times, may be off if each entry of the spread is off by ten roundings of its size."""
     moved, spread = _seen(process, t, centre, covariance)
     size = jnp.sqrt(jnp.diagonal(spread, axis1=-2, axis2=-1))
     pull = cho_solve((whitener(spread), True), moved)
-    return 10 * jnp.finfo(spread.dtype).eps * (size * jnp.abs(pull)).sum(-1) ** 2
+    return 20 * jnp.finfo(spread.dtype).eps * (size * jnp.abs(pull)).sum(-1) ** 2
 
 
 def speciation_time(process: Process, centre: ArrayLike, covariance: ArrayLike) -> jax.Array:
