@@ -60,18 +60,32 @@ def read_crossing(times: np.ndarray, values: np.ndarray, errors: np.ndarray, lev
 
 def read_zero(times: np.ndarray, odds: np.ndarray) -> Reading:
     """Time at which the mean over trials (R, T) of log-odds falls through 0, by a cubic in log t; error by the spread
-    of the trials."""
+    of the trials. NaN if they do not lie on both sides of it."""
     mean = odds.mean(0)
-    near = np.abs(mean) < 3
+    near = np.abs(mean) < 4
+    if near.sum() < 5 or not mean[near].min() < 0 < mean[near].max():
+        return Reading(np.nan, np.nan)
     t = np.log(times[near])
     middle = t.mean()
     fits = np.polyfit(t - middle, odds[:, near].T, 3)  # linear in the data: the mean of the fits fits the mean
     fit = fits.mean(1)
+    if np.polyval(fit, t[0] - middle) <= 0 or np.polyval(fit, t[-1] - middle) >= 0:
+        return Reading(np.nan, np.nan)
     root = root_scalar(lambda x: np.polyval(fit, x), bracket=(t[0] - middle, t[-1] - middle)).root
     values = (root ** np.arange(3, -1, -1)) @ fits
     slope = np.polyval(np.polyder(fit), root)
     found = np.exp(root + middle)
     return Reading(found, found * values.std() / len(values) ** 0.5 / abs(slope))
+
+
+def end_of_line(sizes: np.ndarray, readings: np.ndarray) -> Reading:
+    """Value at 1 / d = 0 of the weighted line through readings (D, 2) at the sizes d; NaN if fewer than 3 are there."""
+    there = np.isfinite(readings).all(-1)
+    if there.sum() < 3:
+        return Reading(np.nan, np.nan)
+    value, error = readings[there].T
+    fit, covariance = np.polyfit(1 / sizes[there], value, 1, w=1 / error, cov="unscaled")
+    return Reading(fit[1], float(covariance[1, 1] ** 0.5))
 
 
 class Draws:
@@ -87,7 +101,7 @@ class Draws:
 
 def correlation(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over paths (P, ...) and its standard error, not below that of one disagreement in all."""
-    return product.mean(0), np.maximum(product.std(0), len(product) ** -0.5) / len(product) ** 0.5
+    return product.mean(0), np.maximum(product.std(0), 2 * len(product) ** -0.5) / len(product) ** 0.5
 
 
 @partial(jax.jit, static_argnames="paths")

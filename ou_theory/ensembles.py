@@ -28,7 +28,7 @@ _CACHE = 2**18  # bytes of state that run together on a CPU: a core's second-lev
 
 
 def path_keys(seed: ArrayLike, paths: ArrayLike, step: ArrayLike) -> jax.Array:
-    """Keys of (seed, path, step), of the shape of `paths`; step 0 is the start."""
+    """Keys of (seed, path, step), of the shape of `paths`, whole numbers from 0 on; step 0 is the start."""
     paths = jnp.asarray(paths)
     root = jax.random.key(seed)
     keys = jax.vmap(lambda path: jax.random.fold_in(jax.random.fold_in(root, path), step))(paths.reshape(-1))
@@ -43,6 +43,7 @@ def simulate(
     *,
     paths: ArrayLike | None = None,
     observe: Callable[[jax.Array], Any] | None = None,
+    first: ArrayLike = 1,
     block: int | None = None,
 ) -> tuple[jax.Array, Any]:
     """Carries an ensemble through all levels, as one compilation.
@@ -55,6 +56,8 @@ def simulate(
       paths: (N,) int, the names of the paths in the random numbers; 0..N-1 by default.
       observe: ``observe(x)`` after every step is kept, and nothing else; without it memory is the same at any number
         of steps.
+      first: number of the first step in the random numbers. A run in two legs gives its second one the number that
+        follows, or both draw the same noise.
       block: paths that run together. By default as many as a core's cache holds on a CPU, all elsewhere.
 
     Returns:
@@ -67,13 +70,18 @@ def simulate(
     if len(counts) != 1 or () in counts:
         raise ValueError(f"levels must be arrays with the steps as leading axis, got leading sizes {sorted(counts)}")
     (count,) = counts.pop()
+    start = (
+        jnp.asarray(start, float) if not jnp.issubdtype(jnp.result_type(start), jnp.floating) else jnp.asarray(start)
+    )
     paths = jnp.arange(start.shape[0]) if paths is None else jnp.asarray(paths)
-    if start.ndim != 2 or paths.shape != start.shape[:1]:
-        raise ValueError(f"start {start.shape} and paths {paths.shape} must be (N, n) and (N,)")
+    if start.ndim != 2 or not start.size or paths.shape != start.shape[:1]:
+        raise ValueError(f"start {start.shape} and paths {paths.shape} must be (N, n) and (N,), not empty")
+    if not jnp.issubdtype(paths.dtype, jnp.integer):
+        raise ValueError(f"paths are names, whole numbers, got {paths.dtype}")
     if block is not None and block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     if block is None and jax.default_backend() == "cpu":
-        block = max(_CACHE // (start.dtype.itemsize * start[0].size), 1)
+        block = max(_CACHE // (start.dtype.itemsize * start.shape[1]), 1)
 
     def carry(path, x):
         key = jax.random.fold_in(jax.random.key(seed), path)
@@ -83,7 +91,7 @@ def simulate(
             x = step(jax.random.fold_in(key, index), x, level)
             return x, None if observe is None else observe(x)
 
-        return jax.lax.scan(advance, x, (1 + jnp.arange(count), levels))
+        return jax.lax.scan(advance, x, (first + jnp.arange(count), levels))
 
     if block is None or block >= start.shape[0]:
         return jax.vmap(carry)(paths, start)
@@ -104,9 +112,10 @@ def falling(noise: ArrayLike) -> NoiseStep:
     """Levels for `simulate` of noise variances (T,) or (T, n) in the order of generation, T - 1 steps.
 
     Raises:
-      ValueError: fewer than two levels, noise that rises on the way or is negative.
+      ValueError: fewer than two levels, noise that rises on the way, is negative or no finite number.
     """
     noise = jnp.asarray(noise, float)
+    require(jnp.isfinite(noise), "noise has overflowed: start at an earlier time, or use mixture_sde")
     if noise.ndim not in (1, 2) or len(noise) < 2:
         raise ValueError(f"noise {noise.shape} must be (T,) or (T, n) with two levels or more")
     require(jnp.diff(noise, axis=0) <= 0, "noise must fall in the order of generation; turn it round")
@@ -115,7 +124,12 @@ def falling(noise: ArrayLike) -> NoiseStep:
 
 
 def noised_clusters(law: Clusters, noise: ArrayLike, seed: ArrayLike, paths: ArrayLike) -> jax.Array:
-    """States ``x_0 + sqrt(noise) xi`` (N, n) of the law, one for each of the paths (N,)."""
+    """States ``x_0 + sqrt(noise) xi`` (N, n) of the law, one for each of the paths (N,).
+
+    Raises:
+      ValueError: noise that is negative or no finite number.
+    """
+    require((jnp.asarray(noise) >= 0) & jnp.isfinite(jnp.asarray(noise)), f"noise variances must be >= 0, got {noise}")
 
     def draw(key):
         for_data, for_noise = jax.random.split(key)
@@ -133,9 +147,10 @@ def clusters_sde(law: Clusters) -> Step[NoiseStep]:
     """
 
     def step(key: jax.Array, y: jax.Array, level: NoiseStep) -> jax.Array:
+        level = NoiseStep(*(v.astype(y.dtype) for v in level))
         for_signs, for_noise = jax.random.split(key)
         chance = jax.nn.sigmoid(2 * law.field(y, level.before))
-        signs = jnp.where(jax.random.uniform(for_signs, chance.shape, y.dtype) < chance, 1.0, -1.0).astype(y.dtype)
+        signs = jnp.where(jax.random.uniform(for_signs, chance.shape, y.dtype) < chance, 1, -1).astype(y.dtype)
         centre = jnp.matmul(signs, law.centres, precision="highest")
         shrink = (law.variance + level.after) / (law.variance + level.before)
         width = jnp.sqrt(shrink * (level.before - level.after))
@@ -149,6 +164,7 @@ def clusters_flow(law: Clusters) -> Step[NoiseStep]:
     signs are held at the mean of their values before and after. The noise may fall to 0 if no variance is 0."""
 
     def step(key: jax.Array, y: jax.Array, level: NoiseStep) -> jax.Array:
+        level = NoiseStep(*(v.astype(y.dtype) for v in level))
         shrink = jnp.sqrt((law.variance + level.after) / (law.variance + level.before))
 
         def moved(signs):

@@ -7,13 +7,15 @@ import pytest
 
 from experiments import cli
 from experiments import modalities as mo
-from experiments.clone_reading import SPECIATION, read_crossing, read_zero
-from experiments.modalities_report import agree, deviations, gaps, with_bounds
+from experiments import modalities_cases as cases
+from experiments.clone_reading import SPECIATION, end_of_line, read_crossing, read_zero
+from experiments.modalities_figures import gaps
+from experiments.modalities_report import agree, deviations, largest, with_bounds
 from experiments.store import RunFolder
 from ou_theory.laws import sign_correlation
 from ou_theory.schedules import scheduled_noise
 
-FLAGS = ["--paths", "1600", "--steps", "3", "--trials", "50", "--quiet"]
+FLAGS = ["--paths", "1600", "--steps", "3", "--trials", "400", "--quiet"]
 
 
 def test_the_level_is_that_of_speciation():
@@ -62,6 +64,16 @@ def test_zero_of_the_mean_over_trials():
     found = read_zero(t, odds)
     assert found.error == pytest.approx(0.5 / 2 / 4000**0.5, rel=0.1)
     assert abs(found.value - 0.5) < 5 * found.error
+    for nowhere in (odds + 20, odds + 5, -odds):
+        assert np.isnan(read_zero(t, nowhere)).all()
+
+
+def test_end_of_a_line():
+    sizes = np.array([10, 20, 40])
+    readings = np.stack([0.4 + 2 / sizes, np.full(3, 0.01)], -1)
+    assert end_of_line(sizes, readings).value == pytest.approx(0.4)
+    readings[1] = np.nan
+    assert np.isnan(end_of_line(sizes, readings)).all()
 
 
 # --- verdicts
@@ -74,13 +86,17 @@ def test_verdicts():
     many[0] = 3.5
     assert agree(many)[0] == "holds"  # one in a thousand is as far off by chance
     assert agree(many[:1])[0] == "does not hold"
-    assert agree(np.array([]))[0] == "does not hold"
+    assert agree(np.array([]))[0] == "undecided"
+    assert agree(np.array([0.1, np.nan]))[0] == "undecided"  # what could not be read does not agree
+    assert largest(np.array([0.1, np.nan, -2.0])) == 2
+    assert np.isnan(largest(np.array([np.nan])))
 
 
 def test_gaps_and_deviations():
     found = np.array([[[1.0, 0.3], [0.4, 0.4]], [[np.nan, np.nan], [1.0, 0.1]]])
     np.testing.assert_allclose(gaps(found)[0], [0.6, 0.5])
-    np.testing.assert_allclose(deviations(found, np.array([[0.7, 0.4], [1.0, 0.9]])), [1.0, 0.0, 1.0])
+    theory = np.array([[0.7, 0.4], [1.0, np.nan]])
+    np.testing.assert_allclose(deviations(found, theory), [1.0, 0.0, np.nan])
     low, high = with_bounds(np.array([1.0, 0.1]))
     assert (low, high) == pytest.approx((0.804, 1.196), abs=1e-3)
 
@@ -89,22 +105,22 @@ def test_gaps_and_deviations():
 
 
 def test_schedules_have_one_integral_or_no_gap():
-    known, width = mo.schedules(), np.diff(mo.EDGES)[0]
+    known, width = cases.schedules(), np.diff(cases.EDGES)[0]
     for name, g in known.items():
         total = g.sum() * width
         if name not in ("none", "reversed"):
-            assert total == pytest.approx(mo.TOTAL), name
-    common, difference = mo._schedule_times(known["reversed"])
+            assert total == pytest.approx(cases.TOTAL), name
+    common, difference = cases.schedule_times(known["reversed"])
     assert common - difference == pytest.approx(0, abs=1e-5)
     assert np.abs(known["reversed"]).min() > 0.1
-    assert np.subtract(*mo._schedule_times(known["noisy half"])) == pytest.approx(0, abs=1e-5)
+    assert np.subtract(*cases.schedule_times(known["noisy half"])) == pytest.approx(0, abs=1e-5)
 
 
 def test_noise_between_the_edges_of_a_schedule():
-    g = mo.schedules()["rising with noise"]
-    on_grid = mo._schedule_noise(g, mo.EDGES)
-    np.testing.assert_allclose(on_grid.T, scheduled_noise(np.stack([mo.B - g, mo.B + g]), mo.EDGES), rtol=1e-5)
-    between = mo._schedule_noise(g, np.array([1.61, 0.0, 0.013]))  # any order, beyond the grid
+    g = cases.schedules()["rising with noise"]
+    on_grid = cases.schedule_noise(g, cases.EDGES)
+    np.testing.assert_allclose(on_grid.T, scheduled_noise(np.stack([cases.B - g, cases.B + g]), cases.EDGES), rtol=1e-5)
+    between = cases.schedule_noise(g, np.array([1.61, 0.0, 0.013]))  # any order, beyond the grid
     assert np.all(between[0] > on_grid[-1])
     np.testing.assert_allclose(between[1], 0)
     assert np.all((between[2] > 0) & (between[2] < on_grid[1]))
@@ -143,9 +159,11 @@ def test_claims_have_controls_that_fail(finished):
     claims = json.loads((finished.path / "claims.json").read_text())["claims"]
     assert len(claims) == 8
     assert {c["verdict"] for c in claims} == {"holds"}
+    names = [k["name"] for c in claims for k in c["controls"]]
+    assert len(set(names)) == len(names)
     control = {k["name"]: k["also_holds"] for c in claims for k in c["controls"]}
     for name in ("no coupling", "rates without coupling", "times without coupling", "gap of far clusters",
-                 "the other direction", "constant coupling"):  # fmt: skip
+                 "the other direction", "d = 28 alone", "waves without coupling", "constant coupling"):  # fmt: skip
         assert control[name] is False, name
 
 

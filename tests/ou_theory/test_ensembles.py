@@ -65,6 +65,15 @@ def test_paths_do_not_depend_on_what_runs_beside_them(make):
     assert np.abs(np.asarray(other) - whole).min() > 0
 
 
+def test_a_run_in_two_legs_is_the_whole():
+    law, ladder = clusters(), np.geomspace(50, 1e-2, 6)
+    start = en.noised_clusters(law, 50.0, 3, jnp.arange(20))
+    run = jax.jit(lambda x, noise, first: en.simulate(en.clusters_sde(law), x, en.falling(noise), 3, first=first)[0])
+    whole, half = run(start, ladder, 1), run(start, ladder[:3], 1)
+    np.testing.assert_allclose(run(half, ladder[2:], 3), whole, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(run(half, ladder[2:], 1)) - whole).min() > 0
+
+
 def test_no_key_serves_twice():
     """Of paths, steps and seeds; the start is step 0."""
     keys = [en.path_keys(seed, np.arange(3), step) for seed in (0, 1) for step in range(3)]
@@ -107,12 +116,12 @@ def test_reverse_steps_of_any_size_return_the_data(steps):
 
 
 def test_one_step_is_many():
-    """The joint law of a noisy and a clean state: 20000 paths in 1 and in 30 steps from the same starts, by the test of
-    Kolmogorov and Smirnov; what depends on the start alone agrees path by path in the mean."""
+    """The joint law of a noisy and a clean state: 20000 paths in 1 and 20000 others in 30 steps, by the test of
+    Kolmogorov and Smirnov."""
     one, _ = generate(en.clusters_sde, en.falling(np.array([4.0, 0.1])), 0, 20_000)
-    many, _ = generate(en.clusters_sde, en.falling(np.geomspace(4.0, 0.1, 31)), 0, 20_000)
-    start = en.noised_clusters(clusters(), 4.0, 0, jnp.arange(20_000))
-    for a, b in ((one, many), (one * start, many * start), (one - 0.3 * start, many - 0.3 * start)):
+    many, _ = generate(en.clusters_sde, en.falling(np.geomspace(4.0, 0.1, 31)), 1, 20_000)
+    first, second = (en.noised_clusters(clusters(), 4.0, seed, jnp.arange(20_000)) for seed in (0, 1))
+    for a, b in ((one, many), (one * first, many * second), (one - 0.3 * first, many - 0.3 * second)):
         for i in range(3):
             assert ks_2samp(np.asarray(a)[:, i], np.asarray(b)[:, i]).pvalue > 1e-3
     wrong = generate(en.clusters_sde, en.falling(np.array([4.0, 0.2])), 0, 20_000)[0]  # the check can fail
@@ -279,6 +288,10 @@ def test_levels_run_from_noise_to_data():
         (lambda: en.falling([1.0, 2.0]), "must fall"),
         (lambda: en.falling([1.0, -1.0]), "negative"),
         (lambda: en.falling([1.0]), "two levels"),
+        (lambda: en.falling([np.inf, 1.0]), "overflowed"),
+        (lambda: en.noised_clusters(clusters(), -1.0, 0, jnp.arange(2)), ">= 0"),
+        (lambda: en.simulate(None, jnp.zeros((2, 1)), jnp.zeros(2), 0, paths=jnp.array([0.5, 1.0])), "whole numbers"),
+        (lambda: en.simulate(None, jnp.zeros((0, 1)), jnp.zeros(2), 0), "not empty"),
         (lambda: en.backwards([1.0, 0.5]), "increase"),
         (lambda: en.backwards(1.0), "two times"),
         (lambda: en.simulate(None, jnp.zeros(3), jnp.zeros(2), 0), r"\(N, n\)"),
