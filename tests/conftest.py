@@ -33,9 +33,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stock_compiler():
-    """Options of jax.jit for tests that hang on the last place: they are about programs as users compile them."""
+    """Options of jax.jit for programs as users compile them: for tests that hang on the last place, and for programs
+    that run for longer than they are compiled."""
     return STOCK if QUICK in os.environ.get("XLA_FLAGS", "") else None
 
 

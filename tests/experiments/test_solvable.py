@@ -55,12 +55,13 @@ def finished(weights, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exact():
+def exact(stock_compiler):
     """The exact denoiser through the instrument: 250 steps, 400 pairs."""
     clock, bands = make_clock("250"), radial_bands(SIZE, SIZE, 6)
     branches = branch_steps(clock, 5)
     instrument = SolvableInstrument(clock, bands, branches, 0)
-    found = jax.jit(lambda pairs: instrument.measure(exact_denoiser(clock), pairs))(jnp.arange(400))
+    run = jax.jit(lambda pairs: instrument.measure(exact_denoiser(clock), pairs), compiler_options=stock_compiler)
+    found = run(jnp.arange(400))
     return clock, bands, branches, jax.device_get(found)
 
 
