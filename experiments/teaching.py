@@ -280,7 +280,7 @@ LESSONS = {
         gap_against_gate,
         "What a gate does, and does not",
         "One gain for all bands lowers every curve alike: less is decided individually, at the same distances. "
-        "If a network's gap closes under coupling, its gain must depend on band and level.",
+        "If a network's gap closes under coupling, its gain must depend on the band.",
         "5.2",
     ),
     "sampler": Lesson(

@@ -4,26 +4,39 @@ One head; heads, the output projection and preceding linear maps only compose. T
 are (R, T, d).
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ou_theory.roots import require
+
 Coupling = Literal["joint", "blend"]
+
+_matmul = partial(jnp.matmul, precision="highest")
 
 
 def rho(g: jax.Array) -> jax.Array:
-    """Gain of values and keys of the difference mode of a symmetric pair, ``(1 - g) / (1 + g)``; its own inverse."""
+    """Gain of values and keys of the difference mode of a symmetric pair, ``(1 - g) / (1 + g)`` for g in [0, 1]; its
+    own inverse."""
     return (1 - g) / (1 + g)
 
 
 def xi(g: jax.Array) -> jax.Array:
-    """Weight of a replica's own keys under `blend`, ``1 / (1 + g)``."""
+    """Weight of a replica's own keys under `blend`, ``1 / (1 + g)`` for g in [0, 1]."""
     return 1 / (1 + g)
 
 
 def rho_n(g: jax.Array, num_replicas: int) -> jax.Array:
-    """`rho` of any difference mode of `num_replicas` replicas coupled all to all, ``(1 - g) / (1 + (N - 1) g)``."""
+    """`rho` of any difference mode of `num_replicas` replicas coupled all to all, ``(1 - g) / (1 + (N - 1) g)``, for g
+    in [0, 1].
+
+    Raises:
+      ValueError: fewer than 2 replicas, which have no difference.
+    """
+    if num_replicas < 2:
+        raise ValueError(f"a difference needs at least 2 replicas, got {num_replicas}")
     return (1 - g) / (1 + (num_replicas - 1) * g)
 
 
@@ -37,10 +50,22 @@ def gated_weights(q: jax.Array, k: jax.Array, gate: jax.Array, coupling: Couplin
 
     Returns:
       axes: query replica, query, key replica, key; each query's weights sum to 1.
+
+    Raises:
+      ValueError: another coupling; a gate that is negative, or closed to all keys of a replica's queries.
     """
+    if coupling not in ("joint", "blend"):
+        raise ValueError(f"coupling {coupling!r} is neither 'joint' nor 'blend'")
+    gate = jnp.asarray(gate)
+    require(gate >= 0, f"a gate must not be negative, got {gate}")
+    require(gate.sum(-1) > 0, f"every row of a gate must be open somewhere, got {gate}")
     logits = jnp.einsum("aqd,bkd->aqbk", q, k, precision="highest") / q.shape[-1] ** 0.5
-    over = -1 if coupling == "blend" else (-2, -1)
-    exponentials = jnp.exp(logits - jax.lax.stop_gradient(logits.max(over, keepdims=True)))
+    if coupling == "blend":
+        largest = logits.max(-1, keepdims=True)
+    else:  # of the keys that are seen, whatever those are that are not
+        largest = jnp.where(gate[:, None, :, None] > 0, logits, -jnp.inf).max((-2, -1), keepdims=True)
+    # bounded where the gate is closed, so that nothing there is infinite times 0
+    exponentials = jnp.exp(jnp.minimum(logits - jax.lax.stop_gradient(largest), 80.0))
     if coupling == "blend":
         exponentials = exponentials / exponentials.sum(-1, keepdims=True)
     weights = gate[:, None, :, None] * exponentials
@@ -73,12 +98,13 @@ class Difference(NamedTuple):
 def _response(q, k, v, dq, dk, dv) -> Difference:
     """Linear response (..., T, d) of attention at q, k, v (T, d) to changes (..., T, d) of its inputs."""
     scale = q.shape[-1] ** -0.5
-    pattern = jax.nn.softmax(q @ k.T * scale, -1)
+    pattern = jax.nn.softmax(_matmul(q, k.T) * scale, -1)
 
     def bend(logits):  # derivative of the softmax along `logits`, applied to the values
-        return (pattern * (logits - (pattern * logits).sum(-1, keepdims=True))) @ v
+        return _matmul(pattern * (logits - (pattern * logits).sum(-1, keepdims=True)), v)
 
-    return Difference(pattern @ dv, bend(q @ jnp.swapaxes(dk, -1, -2) * scale), bend(dq @ k.T * scale))
+    by_key, by_query = _matmul(q, jnp.swapaxes(dk, -1, -2)), _matmul(dq, k.T)
+    return Difference(_matmul(pattern, dv), bend(by_key * scale), bend(by_query * scale))
 
 
 def first_order_difference(q, k, v, dq, dk, dv, g: jax.Array) -> Difference:
@@ -126,11 +152,12 @@ def exact_difference(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, cou
     self_mean = (weights[0, :, 0] + weights[1, :, 1]) / 2
     cross_mean = (weights[0, :, 1] + weights[1, :, 0]) / 2
     mean_v = v.mean(0)
-    routing = (self_mean - cross_mean) @ (v[0] - v[1])
+    routing = _matmul(self_mean - cross_mean, v[0] - v[1])
 
     def pattern(dq_sign, dk_sign):
         a = weights_at(dq_sign, dk_sign)
-        return (a[0] - a[1]).sum(1) @ mean_v  # own and other keys change places between the replicas; the sum does not
+        # own and other keys change places between the replicas; their sum does not
+        return _matmul((a[0] - a[1]).sum(1), mean_v)
 
     # exchanging the replicas flips dq, dk and the difference, so two of the four sign choices suffice
     aligned, opposed = pattern(1, 1), pattern(1, -1)

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
+from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 
+from ou_theory.laws import field_average, sign_doubt
 from ou_theory.process import Process, mode_noise, transition_time
 from ou_theory.roots import falling_root, require
 from ou_theory.speciation import observation, whitener
@@ -42,19 +43,9 @@ def mode_information(rate: ArrayLike, t: ArrayLike, variance: ArrayLike, noise: 
     return jnp.log1p(jnp.asarray(variance, float) / mode_noise(rate, t, noise)) / 2
 
 
-_POINTS = np.linspace(-12, 12, 4801)  # the trapezoid rule of laws.sign_correlation
-_WEIGHTS = np.exp(-(_POINTS**2) / 2) / np.exp(-(_POINTS**2) / 2).sum()
-
-
-def _field(kappa: jax.Array) -> jax.Array:
-    """``kappa + sqrt(kappa) z`` on the nodes, along a new last axis."""
-    root = jnp.sqrt(jnp.where(kappa > 0, kappa, 1.0))
-    return kappa[..., None] + jnp.where(kappa > 0, root, 0.0)[..., None] * jnp.asarray(_POINTS, kappa.dtype)
-
-
 @jax.custom_jvp
 def _class_information(kappa: jax.Array) -> jax.Array:
-    lost = (jnp.asarray(_WEIGHTS, kappa.dtype) * jax.nn.softplus(-2 * _field(kappa))).sum(-1)
+    lost = field_average(lambda field: jax.nn.softplus(-2 * field), kappa)
     return jnp.clip(np.log(2) - lost, 0.0, np.log(2))
 
 
@@ -62,15 +53,15 @@ def _class_information(kappa: jax.Array) -> jax.Array:
 def _(primals, tangents):
     # I' is half the mean square error of the label, which the quadrature of the derivative would lose near kappa = 0
     (kappa,), (moved,) = primals, tangents
-    doubt = (jnp.asarray(_WEIGHTS, kappa.dtype) / jnp.cosh(_field(kappa)) ** 2).sum(-1)
-    return _class_information(kappa), doubt / 2 * moved
+    return _class_information(kappa), sign_doubt(kappa) / 2 * moved
 
 
 def class_information(kappa: ArrayLike) -> jax.Array:
     """What the state tells about which of two equally likely clusters it comes from, in [0, log 2] nats:
     ``I_c(kappa) = log 2 - E log(1 + exp[-2 (kappa + sqrt(kappa) z)])``, any shape. Its slope is ``(1 - T(kappa)) / 2``,
     with the `laws.sign_correlation` T."""
-    return _class_information(jnp.asarray(kappa, float))
+    kappa = jnp.asarray(kappa, float)
+    return jnp.where(kappa == jnp.inf, np.log(2), _class_information(jnp.where(kappa == jnp.inf, 1.0, kappa)))
 
 
 def cluster_information(
@@ -106,7 +97,8 @@ def collapse_time_isotropic(
     return jnp.where(several, transition_time(rate, variance / jnp.where(several, excess, 1.0), noise), jnp.inf)
 
 
-def _check(log_count: ArrayLike, **positive: ArrayLike) -> None:
+def _check(log_count: ArrayLike, noise: ArrayLike, **positive: ArrayLike) -> None:
+    require(jnp.asarray(noise) > 0, f"the noise strength must be positive, got {noise}")
     require(jnp.asarray(log_count) >= 0, f"log_count must be the log of at least one sample, got {log_count}")
     for name, values in positive.items():
         require(jnp.asarray(values) >= 0, f"{name} must not be negative, got {values}")
@@ -128,6 +120,20 @@ def _gaussian_excess(t, process, covariance, log_count):
     return gaussian_information(process, t, covariance) - log_count
 
 
+def _gaussian_rounding(t, process, covariance, log_count):
+    """How far the information, at two times, may be off if each entry of the noise and of what is seen is off by ten
+    roundings of its size."""
+    factor, noise = observation(process, t)
+    seen = noise + _matmul(_matmul(factor, covariance), factor.T)
+
+    def off(matrix):
+        size = jnp.sqrt(jnp.diagonal(matrix))
+        inverse = cho_solve((whitener(matrix), True), jnp.eye(size.size))
+        return (size[:, None] * jnp.abs(inverse) * size).sum()
+
+    return 10 * jnp.finfo(noise.dtype).eps * (off(noise) + off(seen))
+
+
 def collapse_time(process: Process, covariance: ArrayLike, log_count: ArrayLike) -> jax.Array:
     """The time () at which ``gaussian_information`` is `log_count`, for any drift; differentiable.
 
@@ -140,7 +146,8 @@ def collapse_time(process: Process, covariance: ArrayLike, log_count: ArrayLike)
       log_count: log of the number of samples.
 
     Raises:
-      ValueError: shapes do not belong together, or `log_count` is negative.
+      ValueError: shapes do not belong together, the covariance or `log_count` is negative, or the noise strength not
+        positive.
     """
     covariance, log_count = jnp.asarray(covariance, float), jnp.asarray(log_count, float)
     if process.drift.shape != covariance.shape or log_count.shape != ():
@@ -148,12 +155,16 @@ def collapse_time(process: Process, covariance: ArrayLike, log_count: ArrayLike)
             f"drift {process.drift.shape} and covariance {covariance.shape} must be (n, n) and log_count "
             f"{log_count.shape} a number; vmap over more"
         )
-    _check(log_count)
+    _check(log_count, process.noise)
+    negative = jnp.linalg.eigvalsh(covariance) < -1e-5 * jnp.abs(covariance).max()
+    require(~negative, f"the covariance must be positive semidefinite, got {covariance}")
     size = covariance.shape[0]
     scale = _scale(
         jnp.trace(covariance) / size, jnp.linalg.norm(process.drift), jnp.asarray(process.noise), log_count / size
     )
-    return _at_one_sample(log_count, falling_root(_gaussian_excess, scale, process, covariance, log_count))
+    return _at_one_sample(
+        log_count, falling_root(_gaussian_excess, scale, process, covariance, log_count, rounding=_gaussian_rounding)
+    )
 
 
 def _modes_excess(t, rates, variances, log_count, noise):
@@ -174,9 +185,9 @@ def collapse_time_modes(
       noise: (...) noise strength.
 
     Raises:
-      ValueError: a variance or `log_count` is negative.
+      ValueError: a variance or `log_count` is negative, or the noise strength not positive.
     """
-    _check(log_count, variances=variances)
+    _check(log_count, noise, variances=variances)
     rates, variances = jnp.broadcast_arrays(jnp.asarray(rates, float), jnp.asarray(variances, float))
     shape = jnp.broadcast_shapes(rates.shape[:-1], jnp.shape(log_count), jnp.shape(noise))
     log_count, noise = (jnp.broadcast_to(jnp.asarray(v, float), shape) for v in (log_count, noise))
@@ -194,9 +205,9 @@ def collapse_time_clusters(
     """As `collapse_time_modes`, of data in two clusters ``+-m`` (`cluster_information`); `centre` is (..., n).
 
     Raises:
-      ValueError: a variance or `log_count` is negative.
+      ValueError: a variance or `log_count` is negative, or the noise strength not positive.
     """
-    _check(log_count, variances=variances)
+    _check(log_count, noise, variances=variances)
     rates, variances, centre = jnp.broadcast_arrays(*(jnp.asarray(v, float) for v in (rates, variances, centre)))
     shape = jnp.broadcast_shapes(rates.shape[:-1], jnp.shape(log_count), jnp.shape(noise))
     log_count, noise = (jnp.broadcast_to(jnp.asarray(v, float), shape) for v in (log_count, noise))
@@ -229,7 +240,7 @@ def pair_collapse_times(
       variances_common, variances_difference: (..., n) each.
 
     Raises:
-      ValueError: a variance or `log_count` is negative.
+      ValueError: a variance or `log_count` is negative, or the noise strength not positive.
     """
     b, g = (jnp.asarray(v, float)[..., None] for v in (b, g))
     common, difference = jnp.asarray(variances_common, float), jnp.asarray(variances_difference, float)
@@ -270,12 +281,20 @@ def condensation(stored: ArrayLike, draw: ArrayLike, noise: ArrayLike) -> jax.Ar
     Args:
       stored: (n, d) samples, of which the first is noised, in the frame of the data.
       draw: (d,) unit noise; the state is ``stored[0] + sqrt(noise) draw``.
-      noise: (..., d) noise variances; infinite where a mode is not seen.
+      noise: (..., d) noise variances > 0; infinite where a mode is not seen.
 
     Returns:
       (...).
+
+    Raises:
+      ValueError: shapes do not belong together, a single sample, or noise that is not positive.
     """
     stored, draw, noise = (jnp.asarray(v, float) for v in (stored, draw, noise))
+    if stored.ndim != 2 or len(stored) < 2 or draw.shape != stored.shape[1:] or noise.shape[-1:] != draw.shape:
+        raise ValueError(
+            f"stored {stored.shape}, draw {draw.shape} and noise {noise.shape} must be (n, d), (d,) and (..., d), n > 1"
+        )
+    require(noise > 0, f"noise variances must be positive, got {noise.min()}")
     apart = stored[0] - stored[1:]
     energy = _matmul(1 / (2 * noise), jnp.square(apart).T) + _matmul(1 / jnp.sqrt(noise), (apart * draw).T)
     return -jax.nn.logsumexp(-energy, -1)

@@ -181,6 +181,8 @@ def class_mean_difference(noise_share: ArrayLike, rho: ArrayLike, start_share: A
       noise_share: ``sigma^2 / (S + sigma^2)`` in (0, 1) at the level in question.
       rho: gain in [0, 1].
       start_share: the same at the start.
+
+    It has no derivative in rho, as JAX's incomplete beta function has none in its first parameter.
     """
     x, rho, start = (jnp.asarray(v, float) for v in (noise_share, rho, start_share))
     a = (1 + rho) / 2

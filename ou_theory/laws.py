@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ou_theory.roots import require
+
 
 def wiener_gain(variance: jax.Array, sigma2: jax.Array) -> jax.Array:
     """Gain of the posterior mean of a centred Gaussian mode in the rescaled frame: ``S / (S + sigma^2)``, in [0, 1].
@@ -50,7 +52,8 @@ class Clusters(NamedTuple):
         return guess + wiener_gain(self.variance, sigma2) * (y - guess)
 
     def kappa(self, sigma2: jax.Array) -> jax.Array:
-        """``sum_k m_k^2 / (s_k^2 + sigma^2)`` (..., A) for levels (...): speciation of sign a is where it passes 1."""
+        """``sum_k m_k^2 / (s_k^2 + sigma^2)`` (..., A) for levels (...), each one number for all modes: speciation of
+        sign a is where it passes 1."""
         sigma2 = jnp.asarray(sigma2)[..., None, None]
         return (self.centres**2 / (self.variance + sigma2)).sum(-1)
 
@@ -59,7 +62,25 @@ class Clusters(NamedTuple):
         return self.variance + (self.centres**2).sum(0)
 
 
-def _average(function: Callable[[jax.Array], jax.Array], kappa: jax.Array, points: int) -> jax.Array:
+def clusters(variance: ArrayLike, centres: ArrayLike) -> Clusters:
+    """A law whose parts are checked.
+
+    Args:
+      variance: (M,) >= 0.
+      centres: (A, M).
+
+    Raises:
+      ValueError: shapes do not belong together, a variance is negative, or two centres share a mode.
+    """
+    law = Clusters(jnp.asarray(variance, float), jnp.asarray(centres, float))
+    if law.variance.ndim != 1 or law.centres.ndim != 2 or law.centres.shape[1] != law.variance.size:
+        raise ValueError(f"variance {law.variance.shape} and centres {law.centres.shape} must be (M,) and (A, M)")
+    require(law.variance >= 0, f"variances must not be negative, got {law.variance}")
+    require((law.centres != 0).sum(0) <= 1, f"a mode may belong to one centre only, got {law.centres}")
+    return law
+
+
+def field_average(function: Callable[[jax.Array], jax.Array], kappa: jax.Array, points: int = 4801) -> jax.Array:
     """``E function(kappa + sqrt(kappa) z)``, z unit Gaussian, by the trapezoid rule on [-12, 12]; for functions like
     these it converges faster than any power of the number of points."""
     z = jnp.linspace(-12, 12, points, dtype=kappa.dtype)
@@ -71,7 +92,7 @@ def _average(function: Callable[[jax.Array], jax.Array], kappa: jax.Array, point
 @partial(jax.custom_jvp, nondiff_argnums=(0, 2))
 def _doubt(power: int, kappa: jax.Array, points: int) -> jax.Array:
     """``E sech(H)^(2 power)`` over the field ``H = kappa + sqrt(kappa) z``; of power 1, what T lacks of 1."""
-    return _average(lambda field: jnp.cosh(field) ** (-2 * power), kappa, points)
+    return field_average(lambda field: jnp.cosh(field) ** (-2 * power), kappa, points)
 
 
 @_doubt.defjvp
@@ -85,7 +106,7 @@ def _(power, points, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _correlation(kappa: jax.Array, points: int) -> jax.Array:
-    return _average(lambda field: jnp.tanh(field) ** 2, kappa, points)
+    return field_average(lambda field: jnp.tanh(field) ** 2, kappa, points)
 
 
 @_correlation.defjvp
@@ -104,12 +125,14 @@ def sign_correlation(kappa: ArrayLike, points: int = 4801) -> jax.Array:
       kappa: >= 0.
       points: of the quadrature.
     """
-    return _correlation(jnp.asarray(kappa, float), points)
+    kappa = jnp.asarray(kappa, float)
+    return jnp.where(kappa == jnp.inf, 1.0, _correlation(jnp.where(kappa == jnp.inf, 1.0, kappa), points))
 
 
 def sign_doubt(kappa: ArrayLike, points: int = 4801) -> jax.Array:
     """``1 - T(kappa)``, with all its digits where that is small (kappa up to about 100); see `sign_correlation`."""
-    return _doubt(1, jnp.asarray(kappa, float), points)
+    kappa = jnp.asarray(kappa, float)
+    return jnp.where(kappa == jnp.inf, 0.0, _doubt(1, jnp.where(kappa == jnp.inf, 1.0, kappa), points))
 
 
 def mmse(law: Clusters, sigma2: jax.Array) -> jax.Array:

@@ -89,7 +89,7 @@ def mode_mixture(
     """
     centres = jnp.stack([jnp.asarray(v, float) for v in (centre_common, centre_difference)])
     variances = jnp.stack([jnp.asarray(v, float) for v in (variance_common, variance_difference)])
-    means = _einsum("ij,cj->ci", _ROTATION, _SIGNS * centres)
+    means = _einsum("ij,cj->ci", _ROTATION, jnp.asarray(_SIGNS, float) * centres)
     covariance = _einsum("ij,j,kj->ik", _ROTATION, variances, _ROTATION)
     return mixture(jnp.full(4, 0.25), means, jnp.broadcast_to(covariance, (4, 2, 2)))
 
@@ -108,7 +108,8 @@ def replica_mixture(
     weights = (1 + jnp.asarray(label_correlation, float) * _SIGNS.prod(1)) / 4
     eye = jnp.eye(2)
     covariance = jnp.asarray(variance, float) * (eye + jnp.asarray(within_correlation, float) * (1 - eye))
-    return mixture(weights, jnp.asarray(centre, float) * _SIGNS, jnp.broadcast_to(covariance, (4, 2, 2)))
+    means = jnp.asarray(centre, float) * jnp.asarray(_SIGNS, float)
+    return mixture(weights, means, jnp.broadcast_to(covariance, (4, 2, 2)))
 
 
 def gaussian_root(covariance: jax.Array) -> jax.Array:

@@ -102,13 +102,13 @@ def mode_variance(rate: ArrayLike, t: ArrayLike, noise: ArrayLike = 1.0) -> jax.
 def transition_time(rate: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
     """OU time at which the pulled-back noise of a mode reaches `spread`: ``log(1 + rate spread / D) / (2 rate)``.
 
-    0 for ``spread <= 0``, infinite for ``rate spread / D <= -1``, ``spread / 2D`` at rate 0.
+    0 for ``spread <= 0``, infinite for ``rate spread / D <= -1`` and for an infinite spread, ``spread / 2D`` at rate 0.
     """
     rate, spread, noise = (jnp.asarray(v, float) for v in (rate, spread, noise))
     z = rate * spread / noise
-    reached = z > -1
+    reached = ~(z <= -1) & (spread < jnp.inf)  # what is no number stays none
     time = spread / (2 * noise) * log1prel(jnp.where(reached, z, 0.0))
-    return jnp.where(spread <= 0, 0.0, jnp.where(reached, time, jnp.inf))
+    return jnp.where(spread <= 0, 0.0, jnp.where(reached | jnp.isnan(spread), time, jnp.inf))
 
 
 # --- any drift

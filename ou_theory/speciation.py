@@ -66,7 +66,29 @@ def kappa(process: Process, t: ArrayLike, centre: ArrayLike, covariance: ArrayLi
       an array of t's shape.
     """
     centre, covariance = jnp.asarray(centre, float), jnp.asarray(covariance, float)
-    moved, spread = _seen(process, t, centre, covariance)
+    return _curvature_ratio(*_seen(process, t, centre, covariance))
+
+
+def kappa_after(steps: Transition, centre: ArrayLike, covariance: ArrayLike) -> jax.Array:
+    """`kappa` (T - 1) after each of a series of steps, under a drift that changes from step to step.
+
+    Args:
+      steps: factor and covariance (T - 1, n, n) of the steps, in their order; of each drift its `process.transition`.
+      centre, covariance: (n,) and (n, n).
+    """
+    start = jnp.asarray(centre, float), jnp.asarray(covariance, float)
+
+    def advance(seen, step):
+        moved, spread = seen
+        spread = _matmul(_matmul(step.factor, spread), step.factor.T) + step.covariance
+        seen = _matmul(step.factor, moved), spread
+        return seen, seen
+
+    _, seen = jax.lax.scan(advance, start, steps)
+    return _curvature_ratio(*seen)
+
+
+def _curvature_ratio(moved: jax.Array, spread: jax.Array) -> jax.Array:
     white = solve_triangular(whitener(spread), moved[..., None], lower=True)[..., 0]
     return (white**2).sum(-1)
 

@@ -247,3 +247,28 @@ def test_couplings_differ_at_third_order(x64):
         out = [gated_attention(*near, gate, coupling) for coupling in ("joint", "blend")]
         gaps.append(float(jnp.abs((out[0][0] - out[0][1]) - (out[1][0] - out[1][1])).max()))
     assert np.log2(gaps[0] / gaps[1]) == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize("coupling", ["joint", "blend"])
+def test_keys_behind_a_closed_gate_may_be_of_any_size(coupling):
+    """In single precision, where the exponentials of the other replica's keys are infinite."""
+    q = jnp.ones((2, 3, 4))
+    k = jnp.stack([jnp.zeros((3, 4)), jnp.full((3, 4), 1e4)])
+    weights = np.asarray(gated_weights(q, k, jnp.eye(2), coupling))
+    np.testing.assert_allclose(weights[0, :, 0], 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(weights[0, :, 1], 0)
+    slopes = jax.grad(lambda gate: gated_weights(q, k / 1e3, gate, coupling)[0, :, 1].sum())(jnp.eye(2))
+    assert np.all(np.isfinite(slopes))
+
+
+@pytest.mark.parametrize(
+    ("gate", "coupling", "match"),
+    [
+        ([[1.0, 0.5], [0.5, 1.0]], "blnd", "neither"),
+        ([[1.0, -0.5], [0.5, 1.0]], "joint", "negative"),
+        ([[0.0, 0.0], [0.5, 1.0]], "blend", "open somewhere"),
+    ],
+)
+def test_bad_gates_are_refused(gate, coupling, match):
+    with pytest.raises(ValueError, match=match):
+        gated_weights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.array(gate), coupling)

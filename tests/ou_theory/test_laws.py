@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ou_theory import laws
 from ou_theory.laws import Clusters, mmse, sign_correlation, sign_doubt, wiener_gain
 
 positive = st.floats(0.05, 4.0)
@@ -138,3 +139,28 @@ def test_small_doubts_keep_their_digits(kappa, doubt):
     assert float(sign_doubt(kappa)) == pytest.approx(doubt, rel=2e-5)
     with jax.enable_x64(True):
         assert float(sign_doubt(kappa)) == pytest.approx(doubt, rel=1e-13)
+
+
+def test_certainty_has_limits():
+    assert float(sign_correlation(jnp.inf)) == 1
+    assert float(sign_doubt(jnp.inf)) == 0
+    assert np.isnan(sign_correlation(jnp.nan))
+
+
+@pytest.mark.parametrize(
+    ("variance", "centres", "match"),
+    [
+        ([1.0, -1.0], [[1.0, 0.0]], "negative"),
+        ([1.0, 1.0], [[1.0, 1.0], [0.0, 1.0]], "one centre"),
+        ([1.0, 1.0], [[1.0, 1.0, 0.0]], "must be"),
+    ],
+)
+def test_bad_laws_are_refused(variance, centres, match):
+    with pytest.raises(ValueError, match=match):
+        laws.clusters(variance, centres)
+
+
+def test_a_checked_law_is_the_law():
+    law = laws.clusters([1.0, 2.0], [[0.0, 1.5]])
+    assert law.variance.dtype == law.centres.dtype == jnp.float32
+    np.testing.assert_allclose(law.total_variance(), [1.0, 4.25])

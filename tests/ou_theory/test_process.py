@@ -286,6 +286,14 @@ def test_functions_of_processes_map():
     np.testing.assert_allclose(slopes(couplings), 0.7 * (1 + g**2) / (1 - g**2) ** 2, rtol=1e-5)
 
 
+def test_the_clock_at_its_ends():
+    rates, spreads = np.array([1.0, -1.0, 0.0, 1.0, np.nan]), np.array([np.inf, np.inf, np.inf, np.nan, 1.0])
+    got = np.asarray(ou.transition_time(rates, spreads))
+    assert np.all(np.isinf(got[:3]))
+    assert np.all(np.isnan(got[3:]))
+    assert np.isfinite(jax.grad(ou.transition_time, 1)(1.0, 3.0))
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [

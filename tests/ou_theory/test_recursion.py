@@ -203,3 +203,21 @@ def test_commitment_gap_does_not_close_under_one_gain_for_all_bands(x64):
     np.testing.assert_allclose(gap(found.level, 0, 1), np.log(10), rtol=0.02)
     np.testing.assert_allclose(found.decided[:, 0], found.decided[:, 1], rtol=0.02)
     assert np.all(np.diff(found.decided[:, 0]) < 0)
+
+
+def test_gains_of_their_own_for_the_bands_move_them_by_two_nats_at_most(x64):
+    """Constant along the trajectory: small in the low band they widen the gap, in the high band they narrow it."""
+    clock, variances = make_clock("1000"), jnp.array([20.0, 0.05])
+    wiener = wiener_gain(variances, jnp.asarray(clock.sigma)[:, None] ** 2)
+    start = variances + clock.sigma[0] ** 2
+    uncoupled = recursion_energy(wiener, jnp.asarray(clock.sigma), start)
+
+    def gap(*gains):
+        energy = recursion_energy(jnp.array(gains) * wiener, jnp.asarray(clock.sigma), start)
+        level = commitment(relative_energy(energy, uncoupled[-1]), clock.log_snr).level
+        return float(level[1] - level[0])
+
+    plain = gap(1.0, 1.0)
+    assert 1.8 < gap(0.02, 1.0) - plain < 2.05
+    assert -2.05 < gap(1.0, 0.02) - plain < -1.8
+    assert abs(gap(0.02, 0.02) - plain) < 0.1

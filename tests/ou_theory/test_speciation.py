@@ -11,7 +11,7 @@ from scipy.linalg import expm
 from scipy.optimize import brentq
 
 from ou_theory import speciation as sp
-from ou_theory.process import Process, mode_noise, symmetric_pair, transition, transition_time
+from ou_theory.process import Process, Transition, mode_noise, symmetric_pair, transition, transition_time
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -300,3 +300,32 @@ def test_projected_times_under_an_unequal_drift(x64):
 def test_rotating_modes_have_no_times():
     with pytest.raises(ValueError, match="rotat"):
         sp.projected_gap(process_of(DRIFTS["rotating"]), CENTRE, COVARIANCE)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "x64"])
+def test_clusters_that_hardly_stand_apart(double):
+    """kappa(0) = 1 + e for e down to rounding: the clock at e / (1 + e), or 0, never infinite."""
+    with jax.enable_x64(double):
+        eps = float(jnp.finfo(jnp.zeros(()).dtype).eps)
+        for excess in eps * 4.0 ** np.arange(-1, 12):
+            process = Process(jnp.eye(1), jnp.asarray(1.0))
+            t = float(sp.speciation_time(process, jnp.ones(1), jnp.full((1, 1), 1 / (1 + excess))))
+            assert abs(t - float(transition_time(1.0, excess / (1 + excess)))) <= 2 * eps + 1e-4 * t
+
+
+def test_kappa_under_a_drift_that_changes(x64):
+    """Steps of one drift are that drift; of two, in either order, the composed law."""
+    centre, covariance = np.array([2.0, 0.5]), np.diag([0.25, 0.6])
+    drifts = [Process(jnp.array(k), jnp.asarray(0.7)) for k in ([[1.0, 0.0], [-1.2, 1.0]], [[0.4, -1.5], [1.5, 0.4]])]
+    once, other = (transition(process, 0.3) for process in drifts)
+    same = transition(drifts[0], jnp.full(4, 0.3))
+    got = sp.kappa_after(same, centre, covariance)
+    np.testing.assert_allclose(got, sp.kappa(drifts[0], 0.3 * np.arange(1, 5), centre, covariance), rtol=1e-11)
+    ends = []
+    for a, b in ((once, other), (other, once)):
+        steps = Transition(*(jnp.stack(pair) for pair in zip(a, b, strict=True)))
+        spread = b.factor @ (a.factor @ covariance @ a.factor.T + a.covariance) @ b.factor.T + b.covariance
+        moved = b.factor @ a.factor @ centre
+        ends.append(float(sp.kappa_after(steps, centre, covariance)[-1]))
+        assert ends[-1] == pytest.approx(float(moved @ np.linalg.solve(spread, moved)), rel=1e-12)
+    assert abs(ends[0] - ends[1]) > 0.01

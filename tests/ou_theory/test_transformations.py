@@ -15,7 +15,7 @@ import ou_theory
 from ou_theory.laws import Clusters
 from ou_theory.mixture import Mixture
 from ou_theory.modes import radial_bands
-from ou_theory.process import Process
+from ou_theory.process import Process, Transition
 from ou_theory.replica_speciation import Modes, ReplicaPair
 
 
@@ -192,6 +192,10 @@ EXAMPLES = {
     "speciation.speciation_gap": at(1.0, 0.3, 3.0, 2.0, 0.7),
     "speciation.gap_small_coupling": at(1.0, 0.3, 3.0, 0.7),
     "speciation.gap_large_spread": at(1.0, 0.3, 3.0, 0.7),
+    "speciation.kappa_after": at(
+        Transition(spread_out(2, 2, 2), np.stack([COVARIANCE, 2 * COVARIANCE])), CENTRE, COVARIANCE
+    ),
+    "laws.clusters": at(np.array([0.3, 0.4]), np.array([[1.0, 0.5]])),
     "speciation.gap_large_spread_error": at(1.0, 0.3, 3.0, 0.7),
     "speciation.gap_at_bound": at(1.0, 3.0, 0.7),
     "speciation.gap_without_coupling": at(1.0, 3.0, 2.0, 0.7),
@@ -206,7 +210,8 @@ EXEMPT = {
     "Python numbers": """
         commitment.threshold_gap gain_model.effective_variance gain_model.critical_rho
         replica_speciation.marginal_threshold""",
-    "of functions, not of arrays; test_roots.py": "roots.require roots.bisect roots.implicit roots.falling_root",
+    "of functions, not of arrays; test_roots.py": """
+        roots.require roots.bisect roots.implicit roots.falling_root laws.field_average""",
     "draws random numbers": "laws.Clusters.draw mixture.sample",
     "draws random paths, or prepares that; test_ensembles.py": """
         ensembles.path_keys ensembles.simulate ensembles.falling ensembles.noised_clusters ensembles.clusters_sde
