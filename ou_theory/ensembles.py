@@ -24,7 +24,7 @@ Level = TypeVar("Level")
 Step = Callable[[jax.Array, jax.Array, Level], jax.Array]
 
 _einsum = partial(jnp.einsum, precision="highest")
-_CACHE = 2**18  # bytes of state that run together on a CPU: a core's second-level cache holds them and what is derived
+_CACHE = 2**22  # bytes of state that run together on a CPU: enough for all cores, few enough for their caches
 
 
 def path_keys(seed: ArrayLike, paths: ArrayLike, step: ArrayLike) -> jax.Array:
@@ -58,7 +58,7 @@ def simulate(
         of steps.
       first: number of the first step in the random numbers. A run in two legs gives its second one the number that
         follows, or both draw the same noise.
-      block: paths that run together. By default as many as a core's cache holds on a CPU, all elsewhere.
+      block: paths that run together. By default as many as the caches of a CPU hold, all elsewhere.
 
     Returns:
       the last states (N, n), and what was observed with the axes (N, steps) in front.
