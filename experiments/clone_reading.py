@@ -89,7 +89,7 @@ def end_of_line(sizes: np.ndarray, readings: np.ndarray) -> Reading:
 
 
 class Draws:
-    """Seeds of the points of a part, none used twice."""
+    """Seeds of the points of a part, of 32 bits each."""
 
     def __init__(self, seed: int, part: int):
         self._sequence = np.random.SeedSequence((seed, part))

@@ -221,8 +221,8 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
             f"Reverse paths by exact steps of the reverse SDE with exact scores, {settings['steps']} from a branch to "
             f"the data, {settings['paths']} pairs of clones per point. Clones start at one state of the noised law and "
             "go on with independent noise. A time is read off a weighted cubic through the points whose correlation "
-            f"lies within 0.2 of the wanted one; its error comes from theirs. Seed {settings['seed']}; no random "
-            "number serves two points.",
+            f"lies within 0.2 of the wanted one; its error comes from theirs. Seed {settings['seed']}; points draw "
+            "random numbers of their own.",
             "Common and difference mode of the pair are each in two clusters ±2 of variance 0.25, independent of each "
             "other; b = D = 1. In the anisotropic part the first modality is in such clusters, the second is Gaussian "
             "of variance 1.",

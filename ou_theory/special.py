@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-_SERIES_BELOW = 0.02  # eight terms reach double precision there; the plain quotient keeps its digits above
+_SERIES_BELOW = 0.02  # the terms below reach double precision there; the plain quotient keeps its digits above
 _EXPREL = [1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0]
-_LOG1PREL = [-1 / 8, 1 / 7, -1 / 6, 1 / 5, -1 / 4, 1 / 3, -1 / 2, 1.0]
+_LOG1PREL = [-1 / 10, 1 / 9, -1 / 8, 1 / 7, -1 / 6, 1 / 5, -1 / 4, 1 / 3, -1 / 2, 1.0]
 
 
 def exprel(x: ArrayLike) -> jax.Array:
