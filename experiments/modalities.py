@@ -3,8 +3,8 @@ section 13.10).
 
 Each part of the study draws its own random numbers, is stored as one group, and is left out when the run is resumed.
 Times of a simulation are read off clones: where the labels (or the values) of two continuations of one state correlate
-by as much as theory says they do at the event. Every reading has a standard error, and goes through the same fit on the
-exact curve, which shows what the fit costs.
+by as much as theory says they do at the event. Every reading has a standard error; those off clones go through the same
+fit on the exact curve, too, which shows what the fit costs.
 """
 
 import time
@@ -33,7 +33,7 @@ from experiments.clone_reading import (
 from experiments.modalities_report import report
 from experiments.store import RunFolder, StoreError
 from ou_theory import process as ou
-from ou_theory.collapse import collapse_time_isotropic, condensation, pair_collapse_times
+from ou_theory.collapse import condensation, pair_collapse_times
 from ou_theory.gain_model import commitment_time, q_uncoupled
 from ou_theory.laws import Clusters, sign_correlation
 from ou_theory.mixture import two_clusters
@@ -74,7 +74,7 @@ def _label_curves(noise_of: Callable, times: np.ndarray, config: ModalitiesConfi
 
 
 def _read(times, values, errors, level) -> np.ndarray:
-    """Readings (2, 2) of two curves (T, 2): value and error."""
+    """Readings (n, 2) of curves (T, n): value and error."""
     return np.array([read_crossing(times, values[:, i], errors[:, i], level) for i in range(values.shape[1])])
 
 
@@ -214,7 +214,6 @@ def collapse(config: ModalitiesConfig) -> xr.Dataset:
         "collapse": (("g", "score", "size", "reading"), found),
         "collapse_limit": (("g", "score", "reading"), limit),
         "collapse_theory": (("g", "score"), known),
-        "collapse_one": ((), float(collapse_time_isotropic(cases.LOAD, 1.0))),
     }
     coords = {
         "g": cases.COLLAPSE_COUPLINGS,

@@ -27,6 +27,7 @@ COUPLINGS = np.array([0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9])
 
 
 def mode_rates(g: float) -> np.ndarray:
+    """Of the common and the difference mode."""
     return np.array([B - g, B + g])
 
 
@@ -50,7 +51,7 @@ def unequal_process(kind: str, g: float) -> ou.Process:
 
 
 def unequal_time(kind: str, g: float) -> float:
-    """Time of the joint criterion in the part below."""
+    """Time of the joint criterion under a kind of coupling."""
     return float(_joint_time(unequal_process(kind, g).drift))
 
 
@@ -97,8 +98,8 @@ EDGES = np.linspace(0, HORIZON, 65)
 
 
 def schedules() -> dict[str, np.ndarray]:
-    """Couplings by step of the grid `EDGES`. Those of the first group have the same integral over time; the last one
-    couples at every noise, and yet leaves no gap."""
+    """Couplings by step of the grid `EDGES`. Between ``none`` and ``reversed`` all have the integral `TOTAL` over time;
+    the last one couples at every noise, and yet leaves no gap."""
     middle = (EDGES[1:] + EDGES[:-1]) / 2 / HORIZON
     flat = np.full(middle.size, TOTAL / HORIZON)
     shapes = {
@@ -118,6 +119,7 @@ def schedules() -> dict[str, np.ndarray]:
 
 
 def schedule_times(g: np.ndarray) -> np.ndarray:
+    """Speciation times (2,) of both modes under the couplings (64,) of the steps."""
     return np.asarray(scheduled_time(np.stack([B - g, B + g]), EDGES, np.full(2, SPREAD)), np.float64)
 
 

@@ -100,12 +100,10 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
     held = draw.gaps(time.scheduled.values)
     clean, noisy, closed = (held[names.index(name)] for name in ("clean half", "noisy half", "reversed"))
     apart = np.array([clean[0] - noisy[0], np.hypot(clean[1], noisy[1])])
-    cost = max(
-        float(
-            np.nanmax(np.abs(part[f"{name}_fitted"].values - part[f"{name}_theory"].values) / part[name].values[..., 1])
-        )
-        for part, name in ((pair, "speciation"), (unequal, "unequal"), (ring, "commitment"), (time, "scheduled"))
-    )
+    cost = 0.0
+    for part, name in ((pair, "speciation"), (unequal, "unequal"), (ring, "commitment"), (time, "scheduled")):
+        off = np.stack([part[f"{name}_fitted"].values, part[name].values[..., 1]], -1)
+        cost = max(cost, largest(deviations(off, part[f"{name}_theory"].values)))
     claims = [
         Claim(
             0,

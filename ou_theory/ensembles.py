@@ -64,15 +64,14 @@ def simulate(
       the last states (N, n), and what was observed with the axes (N, steps) in front.
 
     Raises:
-      ValueError: shapes do not belong together, or a block without paths.
+      ValueError: shapes do not belong together, paths that are no whole numbers, or a block without paths.
     """
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(levels)}
     if len(counts) != 1 or () in counts:
         raise ValueError(f"levels must be arrays with the steps as leading axis, got leading sizes {sorted(counts)}")
     (count,) = counts.pop()
-    start = (
-        jnp.asarray(start, float) if not jnp.issubdtype(jnp.result_type(start), jnp.floating) else jnp.asarray(start)
-    )
+    start = jnp.asarray(start)
+    start = start.astype(jnp.result_type(start, 1.0))  # whole numbers are promoted, floating types kept
     paths = jnp.arange(start.shape[0]) if paths is None else jnp.asarray(paths)
     if start.ndim != 2 or not start.size or paths.shape != start.shape[:1]:
         raise ValueError(f"start {start.shape} and paths {paths.shape} must be (N, n) and (N,), not empty")
@@ -230,8 +229,7 @@ def bridges(law: Mixture, steps: Transition) -> Bridge:
         rest = jnp.eye(mean.size) - _einsum("ij,jk->ik", gain, factor)
         # not P - G F P, which cancels where the step is small or the noise is
         left = _einsum("ij,jk,lk->il", rest, covariance_after, rest) + _einsum("ij,jk,lk->il", gain, noise, gain)
-        log_weight = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1.0)), -jnp.inf)
-        log_scale = log_weight - jnp.log(jnp.diagonal(lower)).sum()
+        log_scale = jnp.log(weight) - jnp.log(jnp.diagonal(lower)).sum()
         return Bridge(log_scale, whiten, mean, mean_after, gain, gaussian_root(left))
 
     by_component = jax.vmap(bridge, (0, 0, 0, 0, 0, None, None))

@@ -63,8 +63,8 @@ def falling_root(
       scale: guess of t, of the shape of the result; wrong by a factor of 2^50 it still serves, and `function` must be
         a number there.
       parameters: arrays or trees of arrays; the result is differentiable in these.
-      rounding: of the form of `function`: how far its value may be off. It is seen to fall to 0 only if it falls by
-        more than that over the last tenth of the time, else a level just above 0 may have passed for a root.
+      rounding: of the form of `function`: how far its value may be off. Beyond `scale` it is seen to fall to 0 only
+        if it falls by more than that over the last tenth of the time, else a level just above 0 may pass for a root.
 
     Returns:
       0 if the function is nowhere seen above 0, infinity if it is not seen to fall to 0, NaN if it is NaN at `scale`.

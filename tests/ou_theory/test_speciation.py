@@ -310,7 +310,7 @@ def test_clusters_that_hardly_stand_apart(double):
         for excess in eps * 4.0 ** np.arange(-1, 12):
             process = Process(jnp.eye(1), jnp.asarray(1.0))
             t = float(sp.speciation_time(process, jnp.ones(1), jnp.full((1, 1), 1 / (1 + excess))))
-            assert abs(t - float(transition_time(1.0, excess / (1 + excess)))) <= 2 * eps + 1e-4 * t
+            assert t == pytest.approx(float(transition_time(1.0, excess / (1 + excess))), rel=1e-3, abs=2 * eps)
 
 
 def test_kappa_under_a_drift_that_changes(x64):
