@@ -11,16 +11,16 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from dit_jax.config import Prediction
-from experiments.cloning import CloningConfig
-from experiments.compare import CompareConfig
-from experiments.depth import DepthConfig
-from experiments.interventions import InterventionsConfig
-from experiments.mechanism import MechanismConfig
-from experiments.modalities import ModalitiesConfig
-from experiments.pictures import SampleConfig
-from experiments.response import ResponseConfig
-from experiments.solvable import SolvableConfig
-from experiments.study import StudyConfig
+from experiments.frame.study import StudyConfig
+from experiments.studies.cloning.measure import CloningConfig
+from experiments.studies.compare.measure import CompareConfig
+from experiments.studies.depth.measure import DepthConfig
+from experiments.studies.interventions.measure import InterventionsConfig
+from experiments.studies.mechanism.measure import MechanismConfig
+from experiments.studies.modalities.measure import ModalitiesConfig
+from experiments.studies.response.measure import ResponseConfig
+from experiments.studies.solvable.measure import SolvableConfig
+from experiments.tools.pictures import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -154,24 +154,24 @@ def main(args: list[str] | None = None) -> int:
 
 def _run(command: Compare | StudyRun | Train | Report | Sample | Info, line: str) -> int:
     if isinstance(command, Compare):
-        from experiments.compare import compare
+        from experiments.studies.compare.measure import compare
 
         report = compare(command.settings, command.out, resume=command.resume, command=line, progress=not command.quiet)
         print(f"report: {report}")
     elif isinstance(command, StudyRun):
         kind = next(name for name, config in STUDIES.items() if type(command.settings) is config)
-        run: Callable[..., Path] = getattr(import_module(f"experiments.{kind}"), kind)
+        run: Callable[..., Path] = getattr(import_module(f"experiments.studies.{kind}.measure"), kind)
         out = command.out or Path("runs") / kind
         page = run(command.settings, out, resume=command.resume, command=line, progress=not command.quiet)
         print(f"report: {page}")
     elif isinstance(command, Report):
         print(f"report: {_report(command.run)}")
     elif isinstance(command, Theory):
-        from experiments.teaching import theory
+        from experiments.tools.teaching import theory
 
         print(f"page: {theory(command.out)}")
     elif isinstance(command, Sample):
-        from experiments.pictures import sample_pictures
+        from experiments.tools.pictures import sample_pictures
 
         made = sample_pictures(
             command.weights,
@@ -190,23 +190,23 @@ def _run(command: Compare | StudyRun | Train | Report | Sample | Info, line: str
 
 
 def _report(folder: Path) -> Path:
-    from experiments.figures import save_figures
-    from experiments.report import write_report
-    from experiments.section import joint_page
-    from experiments.store import RunFolder
+    from experiments.frame.page import joint_page
+    from experiments.frame.store import RunFolder
+    from experiments.studies.compare.figures import save_figures
+    from experiments.studies.compare.page import write_report
 
     if folder.is_dir() and not (folder / "manifest.json").exists():
         return joint_page(folder)
     run = RunFolder.open(folder, writable=True)
     kind = run.manifest.get("kind")
     if kind in STUDIES:
-        return import_module(f"experiments.{kind}_report").report(run)
+        return import_module(f"experiments.studies.{kind}.page").report(run)
     save_figures(run)
     return write_report(run)
 
 
 def _info(command: Info) -> int:
-    from experiments.info import describe, manifest_json, model_folder, verify
+    from experiments.tools.info import describe, manifest_json, model_folder, verify
 
     folder = model_folder(command.weights)
     print(manifest_json(folder) if command.json else describe(folder))
@@ -221,7 +221,7 @@ def _train(command: Train, line: str) -> Path:
     from dit_jax.config import DiTConfig
     from dit_jax.images import load_images
     from dit_jax.training import Photographs, TrainConfig, train
-    from experiments.solvable_data import SolvableData
+    from experiments.studies.solvable.data import SolvableData
 
     solvable = command.data == Path("solvable")
     data = SolvableData() if solvable else Photographs(load_images(command.data, command.size, not command.quiet))

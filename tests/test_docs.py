@@ -63,6 +63,5 @@ def test_names_on_the_page_of_symbols_exist():
     assert len(rows) > 25
     for name in re.findall(r"`([\w.]+)`", " ".join(rows)):
         path = name if name.startswith("experiments.") else f"ou_theory.{name}"
-        found = importlib.import_module(".".join(path.split(".")[:2]))
-        for part in path.split(".")[2:]:
-            found = getattr(found, part)
+        module, _, attribute = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), path

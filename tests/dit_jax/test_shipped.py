@@ -8,9 +8,9 @@ import pytest
 from dit_jax.checkpoint import CheckpointError, load_manifest, load_model, shipped_model
 from dit_jax.diffusion import network_denoiser
 from dit_jax.training import TrainConfig
-from experiments.solvable import exact_denoiser
-from experiments.solvable_data import SolvableData
-from experiments.study import DEFAULT_WEIGHTS, untrained_model
+from experiments.frame.study import DEFAULT_WEIGHTS, untrained_model
+from experiments.studies.solvable.data import SolvableData
+from experiments.studies.solvable.measure import exact_denoiser
 from ou_theory.clock import make_clock
 
 PHOTOS = {"photos16-v": "v", "photos16-epsilon": "epsilon"}

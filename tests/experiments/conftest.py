@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from experiments.figures import FIGURES, save_figures
-from experiments.store import RunFolder
+from experiments.frame.store import RunFolder
+from experiments.studies.compare.figures import FIGURES, save_figures
 
 COUPLINGS = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1], np.float32)
 FEW = np.array([0, 5, 9])  # couplings of the untrained network

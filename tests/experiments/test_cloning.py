@@ -11,7 +11,9 @@ from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.objective import posterior_tables
 from dit_jax.replicas import INITIAL, pair_noise
-from experiments.cloning import (
+from experiments.frame.store import RunFolder
+from experiments.frame.study import untrained_model
+from experiments.studies.cloning.measure import (
     CloningConfig,
     analyse,
     clone_ends,
@@ -26,9 +28,7 @@ from experiments.cloning import (
     step_theory,
     variables,
 )
-from experiments.cloning_report import CONTRASTS, TOLERANCE, deviation, odd_one, root, verdict
-from experiments.store import RunFolder
-from experiments.study import untrained_model
+from experiments.studies.cloning.page import CONTRASTS, TOLERANCE, deviation, odd_one, root, verdict
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 from ou_theory.recursion import recursion_energy
@@ -263,7 +263,9 @@ def test_the_folder_holds_the_curves_the_controls_and_a_page(finished):
 def test_an_interrupted_run_ends_with_the_same_bits(finished, weights, tmp_path, monkeypatch):
     config = CloningConfig(weights=weights, **SMALL)
     with monkeypatch.context() as patched:
-        patched.setattr("experiments.cloning.gaussian_filters", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            "experiments.studies.cloning.measure.gaussian_filters", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             cloning(config, tmp_path / "run", progress=False)
     cloning(config, tmp_path / "run", resume=True, progress=False)

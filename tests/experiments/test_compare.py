@@ -15,9 +15,9 @@ from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.model import DiT
 from experiments import cli
-from experiments.compare import CompareConfig, compare
-from experiments.store import RunFolder
-from experiments.study import untrained_model
+from experiments.frame.store import RunFolder
+from experiments.frame.study import untrained_model
+from experiments.studies.compare.measure import CompareConfig, compare
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="v")
 DATA = {"mean": [0.0, 0.1, -0.1], "std": 0.5, "class_names": ["ant", "bee", "cow"]}
@@ -157,7 +157,7 @@ def test_untrained_network_acts_in_every_layer():
 def test_a_sweep_is_one_compilation(weights):
     """Other pairs, other couplings and other weights of the same shapes do not compile anything again."""
     from dit_jax.checkpoint import load_model
-    from experiments.compare import Instrument
+    from experiments.studies.compare.measure import Instrument
     from ou_theory.clock import make_clock
     from ou_theory.modes import radial_bands
 
@@ -180,7 +180,8 @@ def split(weights, tmp_path_factory):
     commands = [arguments(weights, out / name, "--block", "4", "--parameters", name) for name in layouts]
     script = f"""
 import jax
-from experiments import cli, compare
+from experiments import cli
+from experiments.studies.compare import measure as compare
 assert jax.device_count() == 2
 compare.save_figures, compare.write_report = lambda run: None, lambda run: run.path
 assert [cli.main(command) for command in {commands}] == [0, 0]

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from dit_jax.checkpoint import load_model, save_model
 from dit_jax.config import DiTConfig
 from experiments import cli
-from experiments.depth import DepthConfig, depth, localisation, probe_readings, readings
-from experiments.depth_family import answer, depth_family, localised
-from experiments.measure import coupled_network, shuffled_bands, trajectories
-from experiments.probe import FOLDS, patch_modes, probe_bands, probe_scores, token_bands
-from experiments.store import RunFolder
-from experiments.study import untrained_model
+from experiments.frame.instrument import coupled_network, shuffled_bands, trajectories
+from experiments.frame.store import RunFolder
+from experiments.frame.study import untrained_model
+from experiments.studies.depth.family import answer, depth_family, localised
+from experiments.studies.depth.measure import DepthConfig, depth, localisation, probe_readings, readings
+from experiments.studies.depth.probe import FOLDS, patch_modes, probe_bands, probe_scores, token_bands
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -159,7 +159,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(finished, weights, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("experiments.depth.Probe.scores", stop)
+        patched.setattr("experiments.studies.depth.measure.Probe.scores", stop)
         assert cli.main(["depth", "--weights", weights, "--out", str(tmp_path / "run"), *FLAGS]) == 130
     assert cli.main(["depth", "--weights", weights, "--out", str(tmp_path / "run"), *FLAGS, "--resume"]) == 0
     xr.testing.assert_identical(

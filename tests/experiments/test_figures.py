@@ -11,8 +11,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from experiments import drawing, figures
-from experiments.store import RunFolder, StoreError
+from experiments.frame import drawing
+from experiments.frame.store import RunFolder, StoreError
+from experiments.studies.compare import figures
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,11 @@ import xarray as xr
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from experiments import interventions as module
-from experiments.interventions import (
+from experiments.frame.instrument import coupled_network, shuffled_bands, trajectories
+from experiments.frame.store import RunFolder, StoreError
+from experiments.frame.study import Study, pair_draws, untrained_model
+from experiments.studies.interventions import measure as module
+from experiments.studies.interventions.measure import (
     InterventionsConfig,
     InterventionsInstrument,
     analyse,
@@ -27,10 +30,7 @@ from experiments.interventions import (
     spread,
     windows,
 )
-from experiments.interventions_report import localised
-from experiments.measure import coupled_network, shuffled_bands, trajectories
-from experiments.store import RunFolder, StoreError
-from experiments.study import Study, pair_draws, untrained_model
+from experiments.studies.interventions.page import localised
 from ou_theory.clock import make_clock
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=3, prediction="v")
@@ -326,7 +326,7 @@ def synthetic(stored, shares):
     ],
 )
 def test_the_claim_and_its_controls_can_go_both_ways(stored, shares, verdict, first):
-    from experiments.interventions_report import localisation
+    from experiments.studies.interventions.page import localisation
 
     analysis = analyse(synthetic(stored, lambda name: {"none": 0, "all": 1, **shares}.get(name, 0.3)), 3, 0)
     claim = localisation(analysis)
@@ -338,7 +338,7 @@ def test_the_claim_and_its_controls_can_go_both_ways(stored, shares, verdict, fi
 
 
 def test_without_an_effect_there_is_no_share(stored):
-    from experiments.interventions_report import localisation
+    from experiments.studies.interventions.page import localisation
 
     claim = localisation(analyse(synthetic(stored, lambda name: 0.0), 3, 0))
     assert claim.verdict == "undecided"

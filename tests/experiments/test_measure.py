@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.analysis import ideal_energy
-from experiments.measure import coupled_wiener, one_pass, shuffled_bands, trajectories
+from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_bands, trajectories
+from experiments.studies.compare.analysis import ideal_energy
 from ou_theory.attention import rho
 from ou_theory.clock import make_clock
 from ou_theory.laws import wiener_gain

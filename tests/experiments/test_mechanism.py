@@ -14,9 +14,12 @@ from flax import nnx
 from dit_jax.attention import symmetric_gate
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from experiments import study
-from experiments.measure import coupled_network, one_pass
-from experiments.mechanism import (
+from experiments.frame import study
+from experiments.frame.instrument import coupled_network, one_pass
+from experiments.frame.store import RunFolder
+from experiments.frame.study import pair_draws, untrained_model
+from experiments.studies.mechanism.analysis import concentration, cutoff, over_levels, pooled
+from experiments.studies.mechanism.measure import (
     VARIABLES,
     MechanismConfig,
     MechanismInstrument,
@@ -25,10 +28,7 @@ from experiments.mechanism import (
     open_gates,
     split_head,
 )
-from experiments.mechanism_analysis import concentration, cutoff, over_levels, pooled
-from experiments.mechanism_report import cutoff_text, low_pass_claim
-from experiments.store import RunFolder
-from experiments.study import pair_draws, untrained_model
+from experiments.studies.mechanism.page import cutoff_text, low_pass_claim
 from ou_theory.attention import gated_attention, rho, xi
 from ou_theory.clock import make_clock
 
@@ -49,7 +49,7 @@ def made_once():
         patch.setattr(study, "untrained_model", lru_cache(untrained_model))
         instruments = {}
         patch.setattr(
-            "experiments.mechanism.MechanismInstrument",
+            "experiments.studies.mechanism.measure.MechanismInstrument",
             lambda study, config: instruments.setdefault(config, MechanismInstrument(study, config)),
         )
         yield
@@ -244,7 +244,7 @@ def test_sublayers_add_up_to_the_gain_of_the_stream(analysis):
 
 
 def test_the_denoised_difference_is_that_of_the_main_instrument(bench, blended):
-    """Another way to the same number: `experiments.measure.one_pass` on the same states."""
+    """Another way to the same number: `experiments.frame.instrument.one_pass` on the same states."""
     clock, steps = bench.study.clock, bench.instrument.steps
     every = jnp.zeros((len(clock), *bench.states.shape[1:])).at[steps].set(bench.states)
     known = jax.jit(
@@ -403,7 +403,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, weights, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run(weights, out)
     monkeypatch.setattr(RunFolder, "write", written)
-    monkeypatch.setattr("experiments.mechanism_report.finish", lambda run, *rest: run.path)  # figures are slow
+    monkeypatch.setattr("experiments.studies.mechanism.page.finish", lambda run, *rest: run.path)  # figures are slow
     run(weights, out, resume=True)
     resumed = RunFolder.open(out)
     for group in (*GROUPS, "analysis"):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from experiments import cli
-from experiments import modalities as mo
-from experiments import modalities_cases as cases
-from experiments.clone_reading import SPECIATION, end_of_line, read_crossing, read_zero
-from experiments.modalities_figures import gaps
-from experiments.modalities_report import agree, deviations, largest, with_bounds
-from experiments.store import RunFolder
+from experiments.frame.store import RunFolder
+from experiments.studies.modalities import cases as cases
+from experiments.studies.modalities import measure as mo
+from experiments.studies.modalities.clone_reading import SPECIATION, end_of_line, read_crossing, read_zero
+from experiments.studies.modalities.figures import gaps
+from experiments.studies.modalities.page import agree, deviations, largest, with_bounds
 from ou_theory.laws import sign_correlation
 from ou_theory.schedules import scheduled_noise
 

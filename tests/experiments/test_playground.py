@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from scipy.special import ndtr
 
-from experiments import playground
+from experiments.tools import playground
 from ou_theory import attention, gain_model, landau, mixture, process, speciation
 from ou_theory.clock import make_clock, respace
 from ou_theory.commitment import commitment, gap, relative_energy
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.slow
 def test_the_shipped_copy_is_what_the_sources_build():
     assert PREBUILT.read_text(encoding="utf-8") == playground.build(), (
         "docs/playground.html is not up to date: "
-        "python -c \"from experiments.playground import write_playground as w; w('docs/playground.html')\""
+        "python -c \"from experiments.tools.playground import write_playground as w; w('docs/playground.html')\""
     )
     assert PREBUILT.stat().st_size < 200_000
 

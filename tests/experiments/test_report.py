@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments import report
-from experiments.figures import FIGURES
-from experiments.store import RunFolder, StoreError
+from experiments.frame.store import RunFolder, StoreError
+from experiments.studies.compare import page as report
+from experiments.studies.compare.figures import FIGURES
 
 pytestmark = pytest.mark.slow  # the figures are drawn once
 

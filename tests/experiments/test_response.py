@@ -13,13 +13,20 @@ import xarray as xr
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser
-from experiments.response import ResponseConfig, ResponseInstrument, orthonormal, predicted, response, wiener
-from experiments.response_analysis import band_variance, gaussian_factors, gaussian_stretches, window
-from experiments.response_report import never_grows, section, side
-from experiments.solvable import exact_denoiser
-from experiments.solvable_data import NAMES, SIZE, law, to_images, to_modes
-from experiments.store import RunFolder
-from experiments.study import pair_draws, resampled_mean, untrained_model, with_interval
+from experiments.frame.store import RunFolder
+from experiments.frame.study import pair_draws, resampled_mean, untrained_model, with_interval
+from experiments.studies.response.analysis import band_variance, gaussian_factors, gaussian_stretches, window
+from experiments.studies.response.measure import (
+    ResponseConfig,
+    ResponseInstrument,
+    orthonormal,
+    predicted,
+    response,
+    wiener,
+)
+from experiments.studies.response.page import never_grows, section, side
+from experiments.studies.solvable.data import NAMES, SIZE, law, to_images, to_modes
+from experiments.studies.solvable.measure import exact_denoiser
 from ou_theory.clock import make_clock
 from ou_theory.laws import mmse
 from ou_theory.modes import dct2, idct2, radial_bands
@@ -82,7 +89,7 @@ def test_the_folder_holds_three_sources_and_is_drawn_again(finished):
 
 def test_an_interrupted_run_ends_with_the_same_bits(runs, weights, monkeypatch):
     finished, folder = runs
-    monkeypatch.setattr("experiments.response.report", lambda run, timings: run.path)  # no figures
+    monkeypatch.setattr("experiments.studies.response.measure.report", lambda run, timings: run.path)  # no figures
     response(ResponseConfig(weights=weights, **SETTINGS), folder, resume=True, progress=False)
     again = RunFolder.open(folder).load("analysis")
     xr.testing.assert_identical(again.drop_attrs(), finished.load("analysis").drop_attrs())

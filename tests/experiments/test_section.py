@@ -9,10 +9,9 @@ from matplotlib.figure import Figure
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from experiments.claims import Claim, Control
-from experiments.section import Section, Table, estimate, finish, joint_page, write_page
-from experiments.store import RunFolder, StoreError
-from experiments.study import (
+from experiments.frame.page import Section, Table, estimate, finish, joint_page, write_page
+from experiments.frame.store import RunFolder, StoreError
+from experiments.frame.study import (
     Study,
     StudyConfig,
     load_subject,
@@ -21,6 +20,7 @@ from experiments.study import (
     untrained_model,
     with_interval,
 )
+from experiments.studies.compare.claims import Claim, Control
 
 TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 VARIABLES = {"level": (("step", "band"), "something")}

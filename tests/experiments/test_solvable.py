@@ -11,7 +11,10 @@ from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.training import TrainConfig
 from experiments import cli
-from experiments.solvable import (
+from experiments.frame.store import RunFolder
+from experiments.frame.study import untrained_model
+from experiments.studies.solvable.data import NAMES, SIZE, SolvableData, law, spectrum, to_images, to_modes
+from experiments.studies.solvable.measure import (
     SolvableConfig,
     SolvableInstrument,
     band_theory,
@@ -25,9 +28,6 @@ from experiments.solvable import (
     simultaneous,
     solvable,
 )
-from experiments.solvable_data import NAMES, SIZE, SolvableData, law, spectrum, to_images, to_modes
-from experiments.store import RunFolder
-from experiments.study import untrained_model
 from ou_theory import commitment as oc
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands

@@ -13,8 +13,8 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import store
-from experiments.store import RunFolder, StoreError
+from experiments.frame import store
+from experiments.frame.store import RunFolder, StoreError
 
 PAIRS, BLOCK = 7, 2
 FIRSTS = range(0, PAIRS, BLOCK)

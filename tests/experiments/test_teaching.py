@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, teaching
-from experiments.playground import build
-from experiments.teaching import LESSONS
+from experiments import cli
+from experiments.tools import teaching
+from experiments.tools.playground import build
+from experiments.tools.teaching import LESSONS
 from ou_theory.process import transition_time
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,293 @@
+"""Figures and text of the cloning study."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
+from experiments.frame.page import Section, Table, estimate, finish
+from experiments.frame.store import RunFolder
+from experiments.studies.compare.claims import Claim, Control
+
+MEASURES = {"q": "Q", "clones": "clones", "mmse": "1 − mmse/Var"}
+COLORS = {"q": "#0072B2", "clones": "#D55E00", "mmse": "#009E73"}
+CONTRASTS = (("q", "clones"), ("q", "mmse"), ("clones", "mmse"))
+TOLERANCE = 0.05  # root mean square, in units of a correlation
+CONTROLS = {"exact": "exact Gaussian denoiser", "untrained": "untrained network"}
+PARTS = {
+    "states": ("the sampler's states are not its noised ends", "#CC79A7"),
+    "calibration": ("predictions vary too much or too little", "#E69F00"),
+    "offset": ("offset of their mean", QUIET),
+}
+MEANING = {
+    ("q", True): "the predictions along the trajectory vary more than what is decided: they carry errors that later "
+    "steps take back",
+    ("q", False): "the predictions along the trajectory vary less than what is decided: they are drawn to the mean, "
+    "and later steps add what they leave out",
+    ("clones", True): "the states hold more of the outcome than the predictions say: fresh noise changes too little",
+    ("clones", False): "fresh noise changes more than the predictions leave open",
+    ("mmse", True): "more of the sampler's images can be told from noise than its own states have decided: the states "
+    "on the way are not noised images of their ends",
+    ("mmse", False): "one-step predictions miss more of the sampler's own images than its states leave open: on noised "
+    "ends the denoiser is worse than the law of these ends allows",
+}
+
+
+def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
+    """Draws and writes what a run has stored; returns the path of its page."""
+    analysis = run.load("analysis")
+    figures = {
+        "curves": partial(figure_curves, analysis),
+        "differences": partial(figure_differences, analysis),
+        "reasons": partial(figure_reasons, analysis),
+    }
+    return finish(run, section(run.manifest, analysis), figures, timings)
+
+
+def verdict(rms: np.ndarray) -> str:
+    """On root mean squares (contrast, 3): all wholly within the tolerance, one wholly beyond it, or neither."""
+    if np.all(rms[:, 2] < TOLERANCE):
+        return "holds"
+    return "does not hold" if np.any(rms[:, 1] > TOLERANCE) else "undecided"
+
+
+def named(contrast: tuple[str, str]) -> str:
+    return " and ".join(MEASURES[name] for name in contrast)
+
+
+def root(squares: ArrayLike) -> np.ndarray:
+    """Root mean squares of mean squares free of noise, which may be negative: then 0."""
+    return np.sqrt(np.maximum(np.asarray(squares), 0))
+
+
+def odd_one(analysis: xr.Dataset, source: str) -> str:
+    """The measurement that the two which are closest to each other leave out."""
+    closest = CONTRASTS[int(np.argmin(analysis[f"{source}_square"].values[:, 0]))]
+    return next(name for name in MEASURES if name not in closest)
+
+
+def deviation(analysis: xr.Dataset, source: str) -> str:
+    """Which measurement deviates, in which bands and by how much, and what that says."""
+    measure = odd_one(analysis, source)
+    at = {"measure": measure}
+    everywhere, undecided, decided = analysis[f"{source}_apart"].sel(at).values
+    bands = analysis[f"{source}_apart_band"].sel(at).values
+    names = np.array(band_names(analysis))
+    sides = {"above": bands[:, 1] > 0, "below": bands[:, 2] < 0}
+    text = (
+        f"Farthest from the mean of the other two is {MEASURES[measure]}, by {estimate(everywhere, 3)} on average, "
+        f"{estimate(undecided, 3)} where a band is less than half decided and {estimate(decided, 3)} where it is more"
+    )
+    for side, found in sides.items():
+        if found.any():
+            which = [f"{name} ({estimate(values, 3)})" for name, values in zip(names[found], bands[found], strict=True)]
+            text += f"; {side} them in {', '.join(which)}: {MEANING[measure, side == 'above']}"
+    return text + ("." if any(found.any() for found in sides.values()) else "; no band's interval leaves 0 out.")
+
+
+def section(manifest: dict, analysis: xr.Dataset) -> Section:
+    """What the study found, in words and tables."""
+    settings = manifest["settings"]
+    rms, steps = root(analysis.network_square.values), root(analysis.network_square_steps.values)
+    worst = int(np.argmax(rms[:, 0]))
+    found = verdict(rms)
+    reasons = analysis.network_parts_mean.values
+    kept = analysis.network_kept.values[:, 0]
+    claim = Claim(
+        0,
+        "Q, cloning and 1 − mmse/Var are one quantity",
+        found,
+        f"root mean square difference of {named(CONTRASTS[worst])} over bands above DC and branch steps, beyond what "
+        "finite steps cost",
+        float(rms[worst, 0]),
+        [float(v) for v in rms[worst, 1:]],
+        "The largest of the three disagreements. The claim holds if the intervals of all three end below "
+        f"{TOLERANCE:g}, and does not if one begins above. From the mean squares the part that sampling noise makes, "
+        f"as resampling shows it, is taken off. {deviation(analysis, 'network')}",
+        [_control(analysis, source) for source in CONTROLS],
+    )
+    return Section(
+        title=f"Cloning: {manifest['subject']}",
+        question="How much of an image is decided at a step? The spread of predictions, clones that branch there, and "
+        "the error of one prediction give the same curve if the denoiser is the posterior mean of its own sampler's "
+        "law.",
+        answer=f"Beyond what {settings['steps']} steps cost, the three curves are "
+        + "; ".join(f"{estimate(r, 3)} apart ({named(c)})" for c, r in zip(CONTRASTS, rms, strict=True))
+        + f", root mean square. Farthest from the others is {MEASURES[odd_one(analysis, 'network')]}.",
+        claims=[claim],
+        tables=[_contrast_table(analysis), _level_table(analysis), _bound_table(analysis)],
+        captions={
+            "curves": "How much of a band is decided, by the three measurements, with 95 % intervals. Dashed and "
+            "dotted: Q (and clones) and 1 − mmse/Var of an exact Gaussian denoiser under the same steps and step "
+            "noise; the distance between these two is what finite steps cost.",
+            "differences": "Differences of the measurements at the branch steps, the cost of finite steps taken off, "
+            f"by band (colours), with intervals. Shaded: ± {TOLERANCE:g}. Top: network; bottom: exact Gaussian "
+            "denoiser through the same code.",
+            "reasons": "Left: 1 − mmse/Var minus Q, mean over bands above DC, split exactly into three parts. Right: "
+            "by band, how far 1 − mmse/Var lies above the best linear filter of the sampler's own images. Above 0: not "
+            "Gaussian, or of several variances in one band; below 0: worse than that filter.",
+        },
+        methods=[
+            f"{settings['pairs']} pairs of replicas of one class under the ancestral sampler, {settings['steps']} "
+            "steps, uncoupled, with noise of their own. Q: variance of what is predicted, over that of the ends. "
+            f"Clones: the states of {analysis.sizes['branch']} steps are continued once more with fresh noise; given "
+            "its state, a replica's own way on and the new one are two clones. Their correlation is taken between "
+            "differences of replicas, which leaves out the mean of the class and much noise. 1 − mmse/Var: noise put "
+            "on the ends, predicted once; the law is the model's own, no data enter. One draw of pairs serves all "
+            "intervals.",
+            "The exact denoiser of a Gaussian law is taken through the same code: variances by band and channel "
+            "mixture for which the sampler, with the step noise that the network asked for, ends with the network's "
+            "own covariances. For it everything is known in closed form. Q and clones then agree at any number of "
+            f"steps; 1 − mmse/Var is {steps[1]:.3f} (root mean square) away from them, since the sampler's states and "
+            f"ends are not the law's: by band, the ends keep {', '.join(f'{100 * k:.0f}' for k in kept)} % of its "
+            "variance. This cost, at the variances of each source, is taken off before disagreements are judged.",
+            "1 − mmse/Var minus Q is the sum of three parts: predictions vary differently on noised ends than on the "
+            "sampler's states; they vary differently from what they share with the outcome; their mean is off. Beyond "
+            "the cost of steps these are "
+            + "; ".join(f"{name} {estimate(v, 3)}" for name, v in zip(PARTS, reasons, strict=True))
+            + " on average.",
+        ],
+        limits=[
+            "What finite steps cost is exact for a Gaussian law with one covariance of channels per band and white "
+            "step noise; a network's law is another. It shrinks with more steps.",
+            "Mean absolute differences hold sampling noise, whose share is given; the root mean squares do not.",
+            "Levels of half are interpolated between few branch steps, for all three measurements alike; without an "
+            "interval where some resampled curves pass ½ before the first.",
+        ],
+    )
+
+
+def _control(analysis: xr.Dataset, source: str) -> Control:
+    rms = root(analysis[f"{source}_square"].values)
+    worst = int(np.argmax(rms[:, 0]))
+    found = verdict(rms)
+    text = {
+        "exact": "The posterior mean itself, same steps and noise: what is left is sampling error. By the same rule "
+        f"the law {'is ' * (found == 'undecided')}{found} on it. Before the cost of finite steps is taken off it "
+        f"is {root(analysis.exact_square_raw.values)[:, 0].max():.3f}.",
+        "untrained": "The same architecture with random weights, no posterior mean of anything: it must fail.",
+    }[source]
+    also = found == "holds" if source == "untrained" else None  # the exact one must hold: no objection to the claim
+    return Control(CONTROLS[source], float(rms[worst, 0]), [float(v) for v in rms[worst, 1:]], also, text)
+
+
+def _contrast_table(analysis: xr.Dataset) -> Table:
+    rows = []
+    for index, contrast in enumerate(CONTRASTS):
+        absolute, noise = (float(analysis[f"network_{name}"][index]) for name in ("absolute", "absolute_noise"))
+        raw = estimate(root(analysis.network_square_raw.values[index]), 3)
+        steps = f"{root(float(analysis.network_square_steps[index])):.3f}"
+        beyond = [estimate(root(analysis[f"{source}_square"].values[index]), 3) for source in ("network", *CONTROLS)]
+        signed = estimate(analysis.network_signed.values[index], 3)
+        rows.append([named(contrast), f"{absolute:.3f} ({noise:.3f})", raw, steps, beyond[0], signed, *beyond[1:]])
+    head = ["between", "mean absolute (noise alone)", "root mean square", "finite steps alone", "beyond them"]
+    head += ["mean, first minus second, beyond", *(f"{name}, beyond" for name in CONTROLS.values())]
+    return Table("Disagreement over bands above DC and branch steps", head, rows)
+
+
+def _level_table(analysis: xr.Dataset) -> Table:
+    rows = []
+    for band, name in enumerate(band_names(analysis)):
+        tau = [estimate(analysis.network_tau.values[i, band]) for i in range(2)]
+        half = [estimate(analysis.network_half.values[i, band]) for i in range(3)]
+        rows.append([name, *tau, *half, estimate(analysis.network_snr_one.values[band])])
+    head = ["band", "τ of Q", "τ of 1 − mmse/Var", *(f"half of {name}" for name in MEASURES.values()), "SNR = 1"]
+    note = (
+        "τ over all steps; half: the level at which a curve passes ½, on the branch steps. A law that is not Gaussian "
+        "commits at or before its SNR = 1 level."
+    )
+    return Table("Commitment levels, nats", head, rows, note)
+
+
+def _bound_table(analysis: xr.Dataset) -> Table:
+    rows = []
+    for band, name in enumerate(band_names(analysis)):
+        excess = [estimate(analysis.network_excess_mean.values[i, band], 3) for i in range(2)]
+        exact = estimate(analysis.exact_excess_mean.values[1, band], 3)
+        kept = [estimate(analysis[f"{source}_kept"].values[band], 3) for source in ("network", "exact")]
+        rows.append([name, *excess, exact, *kept])
+    head = ["band", "above X/(1+X)", "above the linear filter by channel", "the same, exact Gaussian"]
+    head += ["variance kept by the steps", "the same, exact Gaussian"]
+    note = (
+        "Mean over branch steps of 1 − mmse/Var minus a bound that the posterior mean cannot fall below; X is the "
+        "band's variance over the noise's. Variance kept: by an exact Gaussian denoiser under these steps."
+    )
+    return Table("The lower bound, and what finite steps cost", head, rows, note)
+
+
+def figure_curves(analysis: xr.Dataset) -> Figure:
+    """The three curves in one panel per band."""
+    bands = analysis.sizes["band"]
+    figure, axes = new_figure(7.4, 1.75 * -(-(bands + 1) // 4), -(-(bands + 1) // 4), 4, sharex=True, sharey=True)
+    panels = axes.ravel()
+    first = float(analysis.branch_ell[0]) - 1
+    shown = analysis.ell.values >= first
+    ell = analysis.ell.values[shown]
+    for band, (ax, name) in enumerate(zip(panels, band_names(analysis), strict=False)):
+        for curve, style in (("q", "--"), ("mmse", ":")):
+            values = analysis[f"network_{curve}"].values[shown, band]
+            ax.fill_between(ell, values[:, 1], values[:, 2], color=COLORS[curve], alpha=0.2, linewidth=0)
+            ax.plot(ell, values[:, 0], color=COLORS[curve], label=MEASURES[curve])
+            theory = analysis[f"network_steps_{curve}"].values[shown, band]
+            ax.plot(ell, theory, color=INK, linestyle=style, linewidth=0.9, label=f"{MEASURES[curve]}, exact Gaussian")
+        values = analysis.network_clones.values[:, band]
+        ax.vlines(analysis.branch_ell, values[:, 1], values[:, 2], color=COLORS["clones"], linewidth=1.2)
+        ax.plot(analysis.branch_ell, values[:, 0], "o", ms=3.5, color=COLORS["clones"], label=MEASURES["clones"])
+        ax.set_title(name)
+    panels[0].set_ylim(-0.1, 1.1)
+    panels[0].set_xlim(first, ell[-1])
+    handles, labels = panels[0].get_legend_handles_labels()
+    for ax in panels[bands:]:
+        ax.axis("off")
+    panels[-1].legend(handles, labels, loc="center", fontsize=8)
+    figure.supxlabel(LEVEL_LABEL, fontsize=9)
+    figure.supylabel("decided share", fontsize=9)
+    return figure
+
+
+def figure_differences(analysis: xr.Dataset) -> Figure:
+    """Differences beyond finite steps, network and exact denoiser."""
+    figure, axes = new_figure(7.4, 4.2, 2, 3, sharex=True, sharey=True)
+    names = band_names(analysis)
+    shift = np.linspace(-0.3, 0.3, len(names))
+    for source, row in zip(("network", "exact"), axes, strict=True):
+        for index, ((a, b), ax) in enumerate(zip(CONTRASTS, row, strict=True)):
+            ax.axhspan(-TOLERANCE, TOLERANCE, color=FAINT, alpha=0.5, linewidth=0)
+            ax.axhline(0, color=INK, linewidth=0.6)
+            for band, color in enumerate(band_colors(analysis)):
+                values = analysis[f"{source}_beyond"].values[index, :, band]
+                at = analysis.branch_ell.values + shift[band]
+                ax.vlines(at, values[:, 1], values[:, 2], color=color, linewidth=1)
+                ax.plot(at, values[:, 0], "o", ms=2.8, color=color, label=names[band])
+            if source == "network":
+                ax.set_title(f"{MEASURES[a]}  minus  {MEASURES[b]}", fontsize=8.5)
+        row[0].set_ylabel("network" if source == "network" else "exact Gaussian")
+    figure.supxlabel(LEVEL_LABEL, fontsize=9)
+    band_legend(figure, axes[0, 0], "")
+    return figure
+
+
+def figure_reasons(analysis: xr.Dataset) -> Figure:
+    """Parts of 1 - mmse/Var - Q, and the distance from the best linear filter."""
+    figure, (left, right) = new_figure(7.4, 3.6, 1, 2)
+    level = analysis.branch_ell.values
+    for index, (label, color) in enumerate(PARTS.values()):
+        values = analysis.network_parts.values[index]
+        left.fill_between(level, values[:, 1], values[:, 2], color=color, alpha=0.2, linewidth=0)
+        left.plot(level, values[:, 0], color=color, marker="o", markersize=3.5, label=label)
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
+    left.set_ylabel("part of 1 − mmse/Var minus Q")
+    for band, (name, color) in enumerate(zip(band_names(analysis), band_colors(analysis), strict=True)):
+        values = analysis.network_excess.values[1, :, band]
+        right.fill_between(level, values[:, 1], values[:, 2], color=color, alpha=0.15, linewidth=0)
+        right.plot(level, values[:, 0], color=color, marker="o", markersize=3.5, label=name)
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
+    right.set_ylabel("1 − mmse/Var above linear filter")
+    for ax in (left, right):
+        ax.axhline(0, color=INK, linewidth=0.6)
+        ax.set_xlabel(LEVEL_LABEL)
+    return figure

@@ -1,0 +1,260 @@
+"""Figures and text of the depth study."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
+from experiments.frame.page import Section, Table, estimate, finish
+from experiments.frame.store import RunFolder
+from experiments.studies.compare.claims import Claim, Control
+
+LAST = 0.2  # share of the layers that counts as the last ones
+READINGS = {
+    "readout": ("final-layer readout", "#0072B2"),
+    "probe": ("linear probe of the outcome", "#D55E00"),
+    "raw": ("raw energies of the stream", "#009E73"),
+}
+CLAIMED = 0.5  # share of the gap that must be made in the last fifth of the layers for it to be localised there
+
+
+def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
+    """Draws and writes what a run has stored; returns the path of its page."""
+    analysis = run.load("analysis")
+    figures: dict[str, Callable[[], Figure]] = {
+        "gap_by_layer": partial(figure_gap, analysis),
+        "coupled": partial(figure_coupled, analysis),
+        "levels_by_layer": partial(figure_levels, analysis),
+    }
+    if "network_probe_r2" in analysis:
+        figures["decodable"] = partial(figure_decodable, analysis)
+    return finish(run, section(run.manifest, analysis, list(figures)), figures, timings)
+
+
+def section(manifest: dict, analysis: xr.Dataset, figures: list[str]) -> Section:
+    """What the study found, in words and tables."""
+    known = [name for name in READINGS if f"network_{name}_gap" in analysis]
+    settings, model = manifest["settings"], manifest["model"]
+    claims = [_claim(analysis, name) for name in known]
+    parts = []
+    for name in known:
+        final = analysis[f"network_{name}_gap"].isel({_grid(name): 0, "layer": -1}).values
+        share = _percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "(no gap)"
+        parts.append(f"{READINGS[name][0]} {share}")
+    captions = {
+        "gap_by_layer": "The gap after every block without coupling, in three readings; layer 0 is the embedding. "
+        "Shaded: the last fifth of the layers. Grey: the readout of the untrained network.",
+        "coupled": "The gap after every block by the readout, for every coupling.",
+        "levels_by_layer": "Commitment level of every band after every block, without coupling, by the readout (left) "
+        "and by the probe (right). The gap is the highest band's level minus that of the lowest above DC.",
+        "decodable": "Share of the pair's final difference that is linearly decodable (held-out R²) from the "
+        "embedding, from the middle and from the end of the network, along the ancestral sampler.",
+    }
+    return Section(
+        title=f"Depth: {manifest['subject']}",
+        question=f"After which of its {model['depth']} layers is the gap of a network that predicts "
+        f"{model['prediction']} there?",
+        answer=f"Share of the final gap that is made in the last {100 * LAST:.0f} % of the layers: {'; '.join(parts)}.",
+        claims=claims,
+        tables=[_table(analysis, known), _summary(analysis, known)],
+        captions={name: captions[name] for name in figures},
+        methods=[
+            f"{settings['pairs']} pairs under DDIM, {settings['steps']} steps, gate {settings['gate']}. After every "
+            "block the residual stream is read: its common and difference energies over the token grid (raw); the "
+            "image that the final layer reads off it, denoised with the sampler's coefficients (readout). Each layer "
+            "is its own reference: the energy of its last step without coupling. Window of the estimator: log-SNR of "
+            "-6 and up.",
+            "The probe is a ridge regression from the difference mode of the stream to that of the sample, in DCT "
+            "coefficients over the token grid, one linear map per band, layer and step, fitted on other pairs than "
+            "it is scored on. It runs along the ancestral sampler: under DDIM the outcome is a function of the "
+            "initial noise, and all of it would be decodable from the start. Its held-out R2 takes the place of "
+            "the relative energy; its highest band is what lies inside patches.",
+        ],
+        limits=[
+            "Intervals come from resampling pairs; they speak for this network, not for a network trained again, "
+            "and not for the fit of the probe.",
+            "The readout applies the final layer where it was not trained to be applied; the raw reading sees "
+            "whatever the stream carries, the noise of the state included.",
+            "A probe that fails shows that nothing is linearly there, not that nothing is there.",
+        ],
+    )
+
+
+def _percent(values) -> str:
+    return estimate(100 * np.asarray(values), 0).replace("[", "% [", 1) if np.isfinite(values[0]) else "–"
+
+
+def _claim(analysis: xr.Dataset, reading: str) -> Claim:
+    share, low, high = (float(v) for v in analysis[f"network_{reading}_share"].values)
+    final = analysis[f"network_{reading}_gap"].isel({_grid(reading): 0, "layer": -1}).values
+    there = final[1] > 0
+    verdict = "undecided"
+    if there and np.isfinite([low, high]).all():
+        verdict = "holds" if low > CLAIMED else "does not hold" if high <= CLAIMED else "undecided"
+    half = analysis[f"network_{reading}_half"].values
+    controls = []
+    for source, name, text in (
+        ("untrained", reading, "The same architecture with random weights."),
+        ("network", f"{reading}_shuffled", "Coefficients assigned to bands at random."),
+    ):
+        if f"{source}_{name}_share" not in analysis:
+            continue
+        gap = analysis[f"{source}_{name}_gap"].isel({_grid(reading): 0, "layer": -1}).values
+        values = analysis[f"{source}_{name}_share"].values
+        has_gap = bool(gap[1] > 0)
+        controls.append(
+            Control(
+                "untrained network" if source == "untrained" else "shuffled bands",
+                float(values[0]) if has_gap else None,
+                [float(v) for v in values[1:]] if has_gap else None,
+                bool(values[1] > CLAIMED) if has_gap else False,
+                f"{text} Its final gap is {estimate(gap)} nats"
+                + ("." if has_gap else ": there is none to be localised."),
+            )
+        )
+    return Claim(
+        3,
+        f"The gap is localised in the last layers ({READINGS[reading][0]})",
+        verdict,
+        f"share of the final gap made in the last {100 * LAST:.0f} % of the layers; localised means more than "
+        f"{CLAIMED:g}",
+        share if there else None,
+        [low, high] if there else None,
+        f"Final gap {estimate(final)} nats; it stays above half of that from {estimate(half)} of the depth on."
+        if there
+        else f"The final gap in this reading is {estimate(final)} nats: there is none to be localised.",
+        controls,
+    )
+
+
+def _grid(reading: str) -> str:
+    return "probe_coupling" if reading.startswith("probe") else "coupling"
+
+
+def _table(analysis: xr.Dataset, known: list[str]) -> Table:
+    rows = [
+        [
+            str(int(layer)),
+            *(
+                estimate(analysis[f"network_{name}_gap"].isel({_grid(name): 0}).sel(layer=layer).values)
+                for name in known
+            ),
+            estimate(analysis.untrained_readout_gap.isel(coupling=0).sel(layer=layer).values),
+        ]
+        for layer in analysis.layer.values
+    ]
+    head = ["after block", *(f"{READINGS[name][0]}, nats" for name in known), "untrained, readout"]
+    return Table("Gap by layer without coupling", head, rows, "0: the embedding, before any block.")
+
+
+def _summary(analysis: xr.Dataset, known: list[str]) -> Table:
+    rows = []
+    for source in ("network", "untrained"):
+        for name in known:
+            grid = _grid(name)
+            gap = analysis[f"{source}_{name}_gap"].isel(layer=-1)
+            ends = [estimate(gap.isel({grid: i}).values) for i in (0, -1)]
+            share, half = (analysis[f"{source}_{name}_{what}"].values for what in ("share", "half"))
+            rows.append([source, READINGS[name][0], *ends, estimate(share), estimate(half)])
+    head = [
+        "source",
+        "reading",
+        "final gap, g = 0",
+        "final gap, strongest g",
+        "share in the last fifth",
+        "depth of half the gap",
+    ]
+    return Table(
+        "Localisation",
+        head,
+        rows,
+        "Shares above 1: the gap has the other sign before. Where the final gap is near 0, share and depth mean "
+        "nothing.",
+    )
+
+
+def figure_gap(analysis: xr.Dataset) -> Figure:
+    """Gap by layer at no coupling, all readings."""
+    figure, ax = new_figure(7.2, 4.0)
+    layers = analysis.layer.values
+    ax.axvspan((1 - LAST) * layers[-1], layers[-1], color=FAINT, alpha=0.45, linewidth=0, zorder=0)
+    ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
+    curves = [(f"network_{name}_gap", _grid(name), *READINGS[name]) for name in READINGS]
+    curves.append(("untrained_readout_gap", "coupling", "readout, untrained", QUIET))
+    for variable, grid, label, color in curves:
+        if variable in analysis:
+            at = analysis[variable].isel({grid: 0}).values
+            ax.fill_between(layers, at[:, 1], at[:, 2], color=color, alpha=0.18, linewidth=0)
+            ax.plot(layers, at[:, 0], color=color, marker="o", markersize=4, label=label)
+    ax.set_xlabel("after block")
+    ax.set_ylabel("gap  $\\tau_{high} - \\tau_{low}$  (nats)")
+    ax.set_title("Where in depth the gap is made, $g = 0$")
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure
+
+
+def figure_coupled(analysis: xr.Dataset) -> Figure:
+    """Gap by layer by the readout, one curve per coupling."""
+    figure, ax = new_figure(7.2, 3.4)
+    layers = analysis.layer.values
+    ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
+    shades = np.linspace(0.75, 0.0, analysis.sizes["coupling"])
+    for index, g in enumerate(analysis.coupling.values):
+        at = analysis.network_readout_gap.isel(coupling=index).values
+        color = (shades[index] * 0.9, shades[index] * 0.9, 0.55 + 0.35 * shades[index])
+        ax.fill_between(layers, at[:, 1], at[:, 2], color=color, alpha=0.2, linewidth=0)
+        ax.plot(layers, at[:, 0], color=color, marker="o", markersize=3.5, label=f"$g$ = {g:g}")
+    ax.set_xlabel("after block")
+    ax.set_ylabel("gap, readout (nats)")
+    ax.legend()
+    return figure
+
+
+def figure_levels(analysis: xr.Dataset) -> Figure:
+    """Commitment levels by layer and band, readout and probe."""
+    panels = ["readout"] + (["probe"] if "network_probe_tau" in analysis else [])
+    figure, axes = new_figure(7.2, 3.5, 1, len(panels), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], panels, strict=True):
+        tau = analysis[f"network_{name}_tau"].isel({_grid(name): 0})
+        bands = tau.shape[1]
+        colors = band_colors(analysis) if name == "readout" else band_colors(analysis.rename(probe_band="pb"))
+        for band in range(bands):
+            values = tau[:, band].values
+            color = colors[min(band, len(colors) - 1)] if band < len(colors) else INK
+            ax.fill_between(analysis.layer, values[:, 1], values[:, 2], color=color, alpha=0.15, linewidth=0)
+            ax.plot(
+                analysis.layer,
+                values[:, 0],
+                color=color,
+                label=band_names(analysis)[band] if name == "readout" else None,
+            )
+        ax.set_title(READINGS[name][0])
+        ax.set_xlabel("after block")
+    axes[0][0].set_ylabel("commitment level  $\\tau$  (nats)")
+    band_legend(figure, axes[0][0], "")
+    return figure
+
+
+def figure_decodable(analysis: xr.Dataset) -> Figure:
+    """Held-out R2 against log-SNR at three depths, lowest and highest band, and the shuffled control."""
+    figure, axes = new_figure(7.2, 3.2, 1, 2, sharey=True)
+    depth = analysis.layer.values[-1]
+    for ax, band in zip(axes, (1, analysis.sizes["probe_band"] - 1), strict=True):
+        for layer, color in ((0, "#56B4E9"), (depth // 2, "#009E73"), (depth, "#0072B2")):
+            r2 = analysis.network_probe_r2.isel(probe_coupling=0, probe_band=band).sel(layer=layer).values
+            ax.fill_between(analysis.level_ell, r2[:, 1], r2[:, 2], color=color, alpha=0.18, linewidth=0)
+            name = {0: "embedding", depth: "end of the network"}.get(layer, f"after block {layer}")
+            ax.plot(analysis.level_ell, r2[:, 0], color=color, marker="o", markersize=3.5, label=name)
+        control = analysis.network_probe_shuffled_r2.isel(probe_coupling=0, probe_band=band, last_layer=0).values
+        ax.plot(analysis.level_ell, control[:, 0], color=QUIET, linestyle=":", label="outcomes of other pairs")
+        ax.set_title(f"band {analysis.probe_band.values[band]}")
+        ax.set_xlabel(LEVEL_LABEL)
+        ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
+    axes[0].set_ylim(-0.3, 1.05)
+    axes[0].set_ylabel("decodable share, $R^2$")
+    axes[0].legend(loc="upper left")
+    return figure

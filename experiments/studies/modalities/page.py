@@ -1,0 +1,303 @@
+"""Figures and text of the study of two modalities."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from scipy.stats import norm
+
+from experiments.frame.page import Section, Table, finish
+from experiments.frame.store import RunFolder
+from experiments.studies.compare.claims import Claim, Control, side
+from experiments.studies.modalities import cases as cases
+from experiments.studies.modalities import figures as draw
+from ou_theory.speciation import gap_large_spread, speciation_gap
+
+PARTS = ("timescales", "speciation", "anisotropic", "collapse", "filtering", "scheduling")  # groups of a run
+LEVEL = 0.001  # chance, if theory is right, with which a set of comparisons may be called off
+
+
+def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
+    """Draws and writes what a run has stored; returns the path of its page."""
+    parts = {name: run.load(name) for name in PARTS}
+    figures = {
+        "timescales": partial(draw.figure_timescales, parts["timescales"]),
+        "speciation": partial(draw.figure_speciation, parts["speciation"]),
+        "gap": partial(draw.figure_gap, parts["speciation"]),
+        "anisotropic": partial(draw.figure_anisotropic, parts["anisotropic"]),
+        "collapse": partial(draw.figure_collapse, parts["collapse"]),
+        "filter": partial(draw.figure_filter, parts["filtering"]),
+        "schedules": partial(draw.figure_schedules, parts["scheduling"]),
+    }
+    return finish(run, section(run.manifest, parts), figures, timings)
+
+
+# --- comparisons
+
+
+def deviations(found: np.ndarray, theory: np.ndarray) -> np.ndarray:
+    """Readings (..., 2) less theory, in standard errors, flat, where there is theory; NaN where nothing was read."""
+    return ((found[..., 0] - theory) / found[..., 1])[np.isfinite(theory)]
+
+
+def agree(z: np.ndarray) -> tuple[str, float]:
+    """Verdict on deviations in standard errors, and a bound on the chance of so large a one among them if theory is
+    right, be they independent or not. Undecided where one is missing."""
+    if not z.size or np.isnan(z).any():
+        return "undecided", float("nan")
+    chance = min(1.0, float(2 * z.size * norm.sf(np.abs(z).max())))
+    return ("holds" if chance > LEVEL else "does not hold"), chance
+
+
+def largest(z: np.ndarray) -> float:
+    """Size of the largest deviation; NaN without any."""
+    return float(np.abs(z[np.isfinite(z)]).max(initial=0.0)) if np.isfinite(z).any() else float("nan")
+
+
+def with_bounds(reading: np.ndarray) -> list[float]:
+    """95 % interval of one reading."""
+    reach = norm.ppf(0.975) * float(reading[1])
+    return [float(reading[0] - reach), float(reading[0] + reach)]
+
+
+def _agreement(title: str, z: np.ndarray, what: str, controls: list[Control]) -> Claim:
+    verdict, chance = agree(z)
+    statement = (
+        f"{what}; {np.isfinite(z).sum()} of {z.size} could be read. Chance of so large a deviation among them if "
+        f"theory is right: at most {chance:.2g}; the claim fails below {LEVEL}."
+    )
+    return Claim(0, title, verdict, "largest deviation, standard errors", largest(z), None, statement, controls)
+
+
+def _control(name: str, z: np.ndarray, statement: str) -> Control:
+    return Control(name, largest(z), None, agree(z)[0] == "holds", statement)
+
+
+def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
+    """What the study found, in words and tables."""
+    settings = manifest["settings"]
+    pair, ring, time = parts["speciation"], parts["filtering"], parts["scheduling"]
+    unequal, stored, rates = parts["anisotropic"], parts["collapse"], parts["timescales"]
+    gap = draw.gaps(pair.speciation.values)
+    at = int(np.argmin(np.abs(pair.coupling.values - 0.6)))
+    known = float(speciation_gap(cases.B, pair.coupling.values[at], cases.SPREAD, cases.SPREAD))
+    found_rates = np.stack([rates.rate, rates.rate_error], -1)
+    z_rates = deviations(found_rates, rates.rate_theory.values)
+    z_pair = deviations(pair.speciation.values, pair.speciation_theory.values)
+    alone = np.broadcast_to(pair.speciation_theory.values[:1], pair.speciation_theory.shape)
+    far = np.asarray(gap_large_spread(cases.B, pair.coupling.values[1:], cases.SPREAD))
+    z_unequal = deviations(unequal.unequal.values, unequal.unequal_theory.values)
+    order = [list(unequal.kind.values).index(k) for k in ("second drives first", "first drives second")]
+    swapped = deviations(unequal.unequal.values[order, 1:], unequal.unequal_theory.values[order[::-1], 1:])
+    z_limit = deviations(stored.collapse_limit.values, stored.collapse_theory.values)
+    z_largest = deviations(stored.collapse.values[:, :, -1], stored.collapse_theory.values)
+    z_ring = deviations(ring.commitment.values, ring.commitment_theory.values)
+    still = np.broadcast_to(ring.commitment_theory.values[:1], ring.commitment_theory.shape)
+    z_time = deviations(time.scheduled.values, time.scheduled_theory.values)
+    names = list(time.schedule.values)
+    constant = np.broadcast_to(time.scheduled_theory.values[names.index("constant")], time.scheduled_theory.shape)
+    held = draw.gaps(time.scheduled.values)
+    clean, noisy, closed = (held[names.index(name)] for name in ("clean half", "noisy half", "reversed"))
+    apart = np.array([clean[0] - noisy[0], np.hypot(clean[1], noisy[1])])
+    cost = 0.0
+    for part, name in ((pair, "speciation"), (unequal, "unequal"), (ring, "commitment"), (time, "scheduled")):
+        off = np.stack([part[f"{name}_fitted"].values, part[name].values[..., 1]], -1)
+        cost = max(cost, largest(deviations(off, part[f"{name}_theory"].values)))
+    claims = [
+        Claim(
+            0,
+            "Coupling opens a gap: the common mode speciates first",
+            side(with_bounds(gap[at])),
+            f"gap at g = {pair.coupling.values[at]:g}, units of time",
+            float(gap[at, 0]),
+            with_bounds(gap[at]),
+            f"Theory: {known:.3f}.",
+            [
+                Control(
+                    "no coupling",
+                    float(gap[0, 0]),
+                    with_bounds(gap[0]),
+                    side(with_bounds(gap[0])) == "holds",
+                    "The same simulation at g = 0, where both modes are equal.",
+                )
+            ],
+        ),
+        _agreement(
+            "Relaxation rates form the hierarchy b - g, b + g",
+            z_rates,
+            "Decay of each mode's correlation with its start, Euler's rule",
+            [_control("rates without coupling", deviations(found_rates, np.full(rates.rate.shape, cases.B)),
+                      "b for both modes: it must fail.")],
+        ),
+        _agreement(
+            "Both modes speciate when theory says so",
+            z_pair,
+            "Where labels of clones correlate as at kappa = 1",
+            [
+                _control("times without coupling", deviations(pair.speciation.values, alone), "It must fail."),
+                _control("gap of far clusters", deviations(gap[1:], far), "The formula for m^2 - s^2 >> D / (b - g): "
+                         "it must fail near g = b."),
+            ],
+        ),
+        _agreement(
+            "Under couplings of any symmetry the joint criterion tells the time",
+            z_unequal,
+            "One modality clustered, four kinds of coupling",
+            [_control("the other direction", swapped, "Theory of the coupling reversed: it must fail.")],
+        ),
+        _agreement(
+            "Scores of n stored pairs collapse where information equals log n",
+            z_limit,
+            "Crossings of own and other weights, extrapolated in 1 / d",
+            [_control(f"d = {int(stored['size'][-1])} alone", z_largest, "Not extrapolated: finite size must show.")],
+        ),
+        _agreement(
+            "Waves around a ring of modalities commit in the order of their rates",
+            z_ring,
+            "Where values of clones correlate by one half",
+            [_control("waves without coupling", deviations(ring.commitment.values, still), "It must fail.")],
+        ),
+        _agreement(
+            "Couplings that change in time act as theory says",
+            z_time,
+            f"{len(names)} schedules",
+            [_control("constant coupling", deviations(time.scheduled.values, constant), "Of the same integral: it "
+                      "must fail.")],
+        ),
+        Claim(
+            0,
+            "At equal total, coupling near the data holds the gap open",
+            side(with_bounds(apart)),
+            "gap of the clean half less that of the noisy half",
+            float(apart[0]),
+            with_bounds(apart),
+            "The same integral of the coupling, over the half of the times nearer to the data, and over the other, in "
+            "which it comes too early in generation to matter.",
+            [
+                Control("clean half", float(clean[0]), with_bounds(clean), None, "The first of them."),
+                Control("noisy half", float(noisy[0]), with_bounds(noisy), None, "The second."),
+                Control("reversed", float(closed[0]), with_bounds(closed), None, "Coupled at every noise, with a "
+                        "change of sign that theory chooses so that no gap is left."),
+            ],
+        ),
+    ]  # fmt: skip
+    return Section(
+        title="Two modalities, exact scores",
+        question="Two modalities are generated together by a coupled diffusion whose score is known. When are their "
+        "common and their difference features decided, and what does the coupling do to that?",
+        answer=f"At g = {pair.coupling.values[at]:g} the common mode speciates {gap[at, 0]:.3f} ± {gap[at, 1]:.3f} "
+        f"before the difference mode (theory {known:.3f}); without coupling the gap is {gap[0, 0]:.3f} ± "
+        f"{gap[0, 1]:.3f}. The same total coupling opens {clean[0]:.3f} ± {clean[1]:.3f} near the data and "
+        f"{noisy[0]:.3f} ± {noisy[1]:.3f} near the noise.",
+        claims=claims,
+        tables=[
+            _pair_table(pair, gap),
+            _unequal_table(unequal),
+            _collapse_table(stored),
+            _ring_table(ring),
+            _time_table(time, held),
+        ],
+        captions={
+            "timescales": "Relaxation rates of the two modes against the coupling: simulated forwards (points, two "
+            "standard errors) and b ∓ g (lines).",
+            "speciation": "Correlation of clones' labels against the time at which they branch, common and difference "
+            "mode: simulation (points) over T(κ(t)) (lines). The level at κ = 1, dotted, is where a mode speciates.",
+            "gap": "Speciation times (left) and the gap between them (right) against the coupling: simulation over "
+            "the exact formula, with its limits.",
+            "anisotropic": "Speciation of a clustered modality joined to one without clusters: four kinds of coupling, "
+            "simulation over κ(t) = 1 (left). Over the plane of both couplings (right): contours of the time, and the "
+            "bounds of stability, of contraction, and of real modes.",
+            "collapse": "Collapse of scores of stored samples: crossings in growing dimension, the line through them, "
+            "and theory at 1/d = 0 (open).",
+            "filter": "Commitment of waves around a ring of eight modalities, against the rate that the coupling gives "
+            "them. All couplings fall on one curve, the clock of the process.",
+            "schedules": "Couplings that change in time (left), the gaps that they open (right), and the response of "
+            "both modes' times to coupling at a given time (middle).",
+        },
+        methods=[
+            f"Reverse paths by exact steps of the reverse SDE with exact scores, {settings['steps']} from a branch to "
+            f"the data, {settings['paths']} pairs of clones per point. Clones start at one state of the noised law and "
+            "go on with independent noise. A time is read off a weighted cubic through the points whose correlation "
+            f"lies within 0.2 of the wanted one; its error comes from theirs. Seed {settings['seed']}; points draw "
+            "random numbers of their own.",
+            "Common and difference mode of the pair are each in two clusters ±2 of variance 0.25, independent of each "
+            "other; b = D = 1. In the anisotropic part the first modality is in such clusters, the second is Gaussian "
+            "of variance 1.",
+            f"Collapse: {settings['trials']} draws of a data set of n = exp({cases.LOAD:g} d) pairs, d Gaussian modes "
+            "of unit variance each for the common and the difference mode; one sample is noised, and its weight in the "
+            "empirical score compared with all others. A score that knows one mode alone does not see the other. That "
+            "n is whole, and the own sample none of the others, moves theory by under 0.01; readings are moved back.",
+        ],
+        limits=[
+            "The laws are those in which modes are independent and clustered: for independently clustered modalities "
+            "coupling opens no gap of first order between the curvatures (docs/theory.md, 13.4).",
+            "Collapse times are the end of a line fitted in 1/d; what a curve would change is not in their error.",
+            f"Read off the exact curves by the same cubic, times are off by at most {cost:.2f} of the errors shown.",
+        ],
+    )
+
+
+# --- tables
+
+
+def _plus(reading: np.ndarray, digits: int = 3) -> str:
+    return f"{reading[0]:.{digits}f} ± {reading[1]:.{digits}f}" if np.isfinite(reading[0]) else "–"
+
+
+def _pair_table(pair: xr.Dataset, gap: np.ndarray) -> Table:
+    rows = []
+    for i, g in enumerate(pair.coupling.values):
+        exact, fitted = pair.speciation_theory.values[i], pair.speciation_fitted.values[i]
+        cells = [f"{g:g}"]
+        for mode in range(2):
+            cells += [f"{exact[mode]:.3f}", _plus(pair.speciation.values[i, mode]), f"{fitted[mode]:.3f}"]
+        rows.append([*cells, f"{exact[0] - exact[1]:.3f}", _plus(gap[i])])
+    head = ["g", "common, theory", "simulation", "fit of theory", "difference, theory", "simulation", "fit of theory",
+            "gap, theory", "simulation"]  # fmt: skip
+    return Table("Speciation times under a symmetric coupling", head, rows, "± one standard error.")
+
+
+def _unequal_table(unequal: xr.Dataset) -> Table:
+    rows = [
+        [str(kind), f"{g:g}", f"{unequal.unequal_theory.values[i, j]:.3f}", _plus(unequal.unequal.values[i, j]),
+         f"{unequal.unequal_fitted.values[i, j]:.3f}"]
+        for i, kind in enumerate(unequal.kind.values)
+        for j, g in enumerate(unequal.strength.values)
+        if np.isfinite(unequal.unequal_theory.values[i, j])
+    ]  # fmt: skip
+    return Table("The joint criterion", ["coupling", "g", "theory", "simulation", "fit of theory"], rows)
+
+
+def _collapse_table(stored: xr.Dataset) -> Table:
+    rows = []
+    for i, g in enumerate(stored.g.values):
+        for j, score in enumerate(stored.score.values):
+            sizes = [_plus(r) for r in stored.collapse.values[i, j]]
+            rows.append(
+                [f"{g:g}", str(score), *sizes, _plus(stored.collapse_limit.values[i, j]),
+                 f"{stored.collapse_theory.values[i, j]:.3f}"]
+            )  # fmt: skip
+    head = ["g", "score of", *(f"d = {d}" for d in stored["size"].values), "1/d → 0", "theory"]
+    return Table("Collapse times", head, rows)
+
+
+def _ring_table(ring: xr.Dataset) -> Table:
+    rows = [
+        [f"{g:g}", str(int(a)), f"{ring.wave_rate.values[i, a]:.3f}", f"{ring.commitment_theory.values[i, a]:.3f}",
+         _plus(ring.commitment.values[i, a])]
+        for i, g in enumerate(ring.g.values)
+        for a in ring.wave.values
+    ]  # fmt: skip
+    return Table("Commitment around the ring", ["g", "wave", "rate", "theory", "simulation"], rows)
+
+
+def _time_table(time: xr.Dataset, held: np.ndarray) -> Table:
+    rows = []
+    for i, name in enumerate(time.schedule.values):
+        exact = time.scheduled_theory.values[i]
+        found = [_plus(time.scheduled.values[i, mode]) for mode in range(2)]
+        rows.append([str(name), f"{exact[0]:.3f}", found[0], f"{exact[1]:.3f}", found[1],
+                     f"{exact[0] - exact[1]:.3f}", _plus(held[i])])  # fmt: skip
+    head = ["schedule", "common, theory", "simulation", "difference, theory", "simulation", "gap, theory", "simulation"]
+    return Table("Couplings that change in time", head, rows)

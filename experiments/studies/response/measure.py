@@ -1,0 +1,297 @@
+"""Linear response: how a small difference grows along the reverse flow, by band and in the directions that grow most.
+
+One derivative of the denoiser per question, along uncoupled DDIM trajectories in the rescaled frame: growth rates of
+differences drawn at random from a band, beside those of a Gaussian law of the same spectrum and beside what the
+denoiser's own mean square error says; what leaves the band; whether the derivative is symmetric, as that of a posterior
+mean is; the leading Lyapunov directions. See docs/theory.md, section 11.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from dit_jax.attention import symmetric_gate
+from dit_jax.diffusion import Denoiser, Prediction, ddim_step, network_denoiser
+from dit_jax.replicas import INITIAL, pair_noise, run_pairs
+from experiments.frame.instrument import coupled_wiener
+from experiments.frame.study import Study, StudyConfig
+from experiments.studies.response.analysis import analyse, band_variance, window
+from experiments.studies.response.page import report
+from experiments.studies.solvable.measure import branch_steps
+from ou_theory.clock import Clock
+from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
+
+PROBES = 2  # per band; the derivative's asymmetry needs two
+# added to the seed, so that nothing shares noise with the trajectories: of the noised ends, probes, first directions
+NOISE_SEED, PROBE_SEED, VECTOR_SEED = 2, 3, 100
+PLACES = ("flow", "noised ends")
+
+
+@dataclass(frozen=True)
+class ResponseConfig(StudyConfig):
+    """Measure how small differences grow along the reverse flow: by band against theory, and Lyapunov directions."""
+
+    pairs: int = 16
+    untrained_pairs: int = 8
+    levels: int = 12  # sampler steps at which bands are probed, evenly spaced in log-SNR
+    vectors: int = 4  # directions that are followed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.levels < 3:
+            raise ValueError(f"levels must be at least 3, got {self.levels}")
+        if self.vectors < 1:
+            raise ValueError(f"vectors must be at least 1, got {self.vectors}")
+
+
+class ResponseInstrument:
+    """The measurements, for any denoiser of images of one shape."""
+
+    def __init__(
+        self, clock: Clock, bands: Bands, steps: np.ndarray, vectors: int, seed: int, shape: tuple[int, int, int]
+    ):
+        self.clock, self.bands, self.steps, self.window = clock, bands, steps, window(clock)
+        self.vectors, self.seed, self.shape = vectors, seed, shape
+        # probes have no part outside their band, so one draw of white coefficients serves all bands
+        self.masks = bands.index == np.arange(len(bands))[:, None, None]
+
+    def measure(self, denoise: Denoiser, pairs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        """All variables of a block of pairs, pairs in front; see `VARIABLES`."""
+        states, ends = self.flow(denoise, pairs, labels)
+        noise, probes, first = self.noise(pairs)
+        stretch, content = self.directions(denoise, states, labels, first)
+        steps = jnp.asarray(self.steps)
+        sigma = jnp.asarray(self.clock.sigma, jnp.float32)[steps]
+        noised = ends + sigma.reshape(-1, *(1,) * ends.ndim) * noise
+
+        def at(inputs):
+            step, y, white = inputs
+            denoised, found = self.respond(denoise, step, y, white, labels)
+            error = band_mean(jnp.square(dct2(denoised - ends)), self.bands).mean(0)
+            return {**found, "error": error / jnp.asarray(self.clock.sigma**2, jnp.float32)[step]}
+
+        both = jnp.tile(steps, 2), jnp.concatenate([states[steps], noised]), jnp.concatenate([probes, probes])
+        found = jax.lax.map(at, both)
+        # (place * level, P, ...) -> (P, place, level, ...)
+        found = {k: jnp.moveaxis(v.reshape(len(PLACES), -1, *v.shape[1:]), 2, 0) for k, v in found.items()}
+        difference = pair_modes(ends)[1]
+        weights = jnp.asarray(self.bands.averaging, difference.dtype)
+        return {
+            **found,
+            "error": found["error"][:, 1],
+            "moment": jnp.einsum("phwc,phwd,hwb->pbcd", difference, difference, weights, precision="highest"),
+            "stretch": jnp.moveaxis(stretch, (3, 2, 1, 0), (0, 1, 2, 3)),
+            "content": jnp.moveaxis(content, (3, 2, 1, 0), (0, 1, 2, 3)),
+        }
+
+    def noise(self, pairs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Unit noise, (2, P, H, W, C) each: of the noised ends (L, ...), of the probes' coefficients (L, PROBES, ...),
+        of the first directions (V, ...). One draw, which compiles in a third of the time."""
+        count = len(self.steps)
+        seeds = [NOISE_SEED, *(PROBE_SEED + np.arange(PROBES))]
+        seeds = np.append(np.repeat(seeds, count), VECTOR_SEED + np.arange(self.vectors))
+        steps = np.append(np.tile(self.steps, 1 + PROBES), np.full(self.vectors, INITIAL))
+        drawn = jax.vmap(lambda seed, step: pair_noise(seed, pairs, step, self.shape))(self.seed + seeds, steps)
+        probes = drawn[count : -self.vectors].reshape(PROBES, count, *drawn.shape[1:]).swapaxes(0, 1)
+        return drawn[:count], probes, drawn[-self.vectors :]
+
+    def flow(self, denoise: Denoiser, pairs: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """States (K, 2, P, H, W, C) of uncoupled pairs under DDIM, rescaled, and their ends (2, P, H, W, C)."""
+        ends, states = run_pairs(
+            lambda gate: denoise,
+            self.clock,
+            jnp.zeros(1),
+            pairs,
+            labels,
+            self.shape,
+            seed=self.seed,
+            observe=lambda step, x, denoised: x[:, 0],
+        )
+        scale = jnp.asarray(self.clock.alpha_bar**-0.5, states.dtype)
+        return states * scale.reshape(-1, *(1,) * (states.ndim - 1)), ends[:, 0]
+
+    def directions(self, denoise: Denoiser, states: jax.Array, labels: jax.Array, first: jax.Array):
+        """The directions at the start of the window that are stretched most up to the end, by one round of power
+        iteration on the `first` ones, and what becomes of them: see `carried`."""
+        last, *_ = self.carried(denoise, states, labels, first)
+        _, stretch, content = self.carried(denoise, states, labels, self.pulled(denoise, states, labels, last))
+        return stretch, content
+
+    def carried(self, denoise: Denoiser, states: jax.Array, labels: jax.Array, first: jax.Array):
+        """Small differences carried along through the steps of the window, made orthonormal before and after each.
+
+        Args:
+          first: (V, 2, P, H, W, C) at its first step.
+
+        Returns:
+          the last ones, logs of the lengths (W, V, 2, P) that the steps give to them, and the share of every band in
+          them (W + 1, V, 2, P, B), before each step and at the end.
+        """
+
+        def body(directions, inputs):
+            step, y = inputs
+            _, moved = pushed(self._advance(denoise, step, labels), y, directions)
+            moved, length = orthonormal(moved)
+            return moved, (jnp.log(length), self._content(moved))
+
+        first, _ = orthonormal(first)
+        last, (stretch, content) = jax.lax.scan(body, first, (jnp.asarray(self.window), states[self.window]))
+        return last, stretch, jnp.concatenate([self._content(first)[None], content])
+
+    def pulled(self, denoise: Denoiser, states: jax.Array, labels: jax.Array, last: jax.Array) -> jax.Array:
+        """Orthonormal differences at the end taken back to the start of the window by the transposed derivative."""
+
+        def body(directions, inputs):
+            step, y = inputs
+            _, back = jax.vjp(self._advance(denoise, step, labels), y)
+            return orthonormal(jax.vmap(lambda direction: back(direction)[0])(directions))[0], None
+
+        return jax.lax.scan(body, last, (jnp.asarray(self.window), states[self.window]), reverse=True)[0]
+
+    def _advance(self, denoise, step, labels):
+        """One DDIM step as a function of the rescaled state."""
+        update = ddim_step(self.clock)
+        into = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[step]
+        out = jnp.asarray(self.clock.alpha_bar_next**-0.5, jnp.float32)[step]
+
+        def advance(y):
+            x = into * y
+            return update(step, x, predicted(denoise, x, step, labels), None) * out
+
+        return advance
+
+    def _content(self, directions):
+        """Share (..., B) of each band in directions of unit length."""
+        return band_mean(jnp.square(dct2(directions)), self.bands) * (self.bands.count * self.shape[-1])
+
+    def respond(self, denoise: Denoiser, step: jax.Array, y: jax.Array, white: jax.Array, labels: jax.Array):
+        """The denoised images of states (2, P, H, W, C), and of their derivative what is in `VARIABLES`, (P, ...) each:
+        means over replicas and probes, which are the coefficients `white` (PROBES, 2, P, H, W, C) of each band."""
+        masks = jnp.asarray(self.masks, white.dtype)[:, None, None, None, :, :, None]
+        probes = (masks * white).reshape(-1, *y.shape)  # band outer, probe inner; DCT coefficients
+        into = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[step]
+        denoised, moved = pushed(
+            lambda y: predicted(denoise, into * y, step, labels).denoised, y, idct2(probes).astype(y.dtype)
+        )
+        moved = dct2(moved)
+        size = jnp.square(probes).sum((-3, -2, -1))  # (band * probe, 2, P)
+        product = jnp.einsum("irphwc,jrphwc->ijrp", probes, moved, precision="highest")
+        own = jnp.einsum("iirp->irp", product) / size
+        energy = band_mean(jnp.square(moved), self.bands) * (self.bands.count * self.shape[-1]) / size[..., None]
+        count = len(self.bands)
+        own, energy = (x.reshape(count, PROBES, *x.shape[1:]) for x in (own, energy))
+        product = product.reshape(count, PROBES, count, PROBES, *product.shape[2:])
+        forth, back = product[:, 0, :, 1], product[:, 1, :, 0].swapaxes(0, 1)  # <u, J v>, <v, J u>, by bands of u and v
+        within_and_all = [
+            jnp.concatenate([jnp.einsum("aarp->arp", x), x.sum((0, 1))[None]]) for x in (forth + back, forth - back)
+        ]
+        symmetric, antisymmetric = (jnp.square(x).mean(1).T for x in within_and_all)
+        return denoised, {
+            "rate": own.mean((1, 2)).T - 1,
+            "negative": (own < 0).mean((1, 2)).T,
+            "response": jnp.moveaxis(energy.mean((1, 2)), 0, 1),
+            "symmetric": symmetric,
+            "antisymmetric": antisymmetric,
+        }
+
+
+VARIABLES = {
+    "rate": (("place", "level", "band"), "growth rate of a difference drawn from the band, per nat of ln(1 / sigma)"),
+    "negative": (("place", "level", "band"), "share of probes that the derivative turns against themselves"),
+    "response": (("place", "level", "band", "to"), "energy that the derivative gives a band, per energy of the probe"),
+    "symmetric": (("place", "level", "part"), "square of <u, J v> + <v, J u>, white u and v of a band, or of all"),
+    "antisymmetric": (("place", "level", "part"), "square of <u, J v> - <v, J u>"),
+    "error": (("level", "band"), "square error per coefficient of the denoised noised ends, over sigma^2"),
+    "moment": (("band", "channel", "other"), "product of channels of the difference of the ends, per coefficient"),
+    "stretch": (("replica", "vector", "window"), "log of the length that a step gives to a direction"),
+    "content": (
+        ("replica", "vector", "point", "band"),
+        "share of a band in a direction, before each step, and at the end",
+    ),
+}
+
+
+def predicted(denoise: Denoiser, x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
+    found = denoise(x, step, labels)
+    return found if isinstance(found, Prediction) else Prediction(found)
+
+
+def pushed(f: Callable[[jax.Array], jax.Array], y: jax.Array, tangents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``f(y)``, and its derivative along tangents (T, *y.shape); f itself is computed once."""
+    return jax.vmap(lambda tangent: jax.jvp(f, (y,), (tangent,)), out_axes=(None, 0))(tangents)
+
+
+def orthonormal(directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gram-Schmidt on directions (V, 2, P, H, W, C): the same number, and the lengths (V, 2, P) of what each adds."""
+    matrix = jnp.moveaxis(directions.reshape(*directions.shape[:3], -1), 0, -1)
+    q, r = jnp.linalg.qr(matrix.astype(jnp.float32))
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    q = q * jnp.where(diagonal < 0, -1, 1)[..., None, :]
+    return jnp.moveaxis(q, -1, 0).reshape(directions.shape), jnp.moveaxis(jnp.abs(diagonal), -1, 0)
+
+
+def wiener(variance: jax.Array, bands: Bands, clock: Clock, count: int) -> Denoiser:
+    """The exact denoiser of independent Gaussian coefficients with the variances (B,) of bands, for `count` pairs."""
+    return coupled_wiener(variance[bands.index], clock)(symmetric_gate(jnp.zeros(count)))
+
+
+def response(
+    config: ResponseConfig, out: str | Path, *, resume: bool = False, command: str = "", progress: bool = True
+) -> Path:
+    """Runs the study and writes its folder; see `experiments.frame.study.Study`.
+
+    Returns:
+      the path of ``report.html``.
+
+    Raises:
+      ValueError: settings that do not fit the weights; an output folder that holds another run.
+    """
+    started = time.perf_counter()
+    study = Study("response", config, out, resume=resume, command=command, progress=progress)
+    clock, bands, shape = study.clock, study.bands, study.subject.image_shape
+    if config.vectors > np.prod(shape):
+        raise ValueError(f"vectors must be at most {np.prod(shape)}, the size of an image, got {config.vectors}")
+    inside, steps = window(clock), branch_steps(clock, config.levels)
+    instrument = ResponseInstrument(clock, bands, steps, config.vectors, config.seed, shape)
+    coords = {
+        "place": list(PLACES),
+        "level": steps,
+        "level_ell": ("level", clock.log_snr[steps]),
+        "to": np.arange(len(bands)),
+        "part": [*(str(band) for band in range(len(bands))), "all"],
+        "channel": np.arange(shape[-1]),
+        "other": np.arange(shape[-1]),
+        "replica": ["A", "B"],
+        "vector": np.arange(config.vectors),
+        "window": inside,
+        "point": np.append(inside, len(clock)),
+    }
+
+    @jax.jit
+    def on_network(model, pairs, labels):  # fused attention has no forward derivative
+        return instrument.measure(network_denoiser(model, clock, attention="explicit"), pairs, labels)
+
+    @jax.jit
+    def on_wiener(variance, pairs, labels):
+        return instrument.measure(wiener(variance, bands, clock, pairs.size), pairs, labels)
+
+    def measured(name: str, count: int, run: Callable[..., Any], subject: Any) -> xr.Dataset:
+        return study.measure(name, VARIABLES, coords, count, lambda pairs, labels: run(subject, pairs, labels))
+
+    sources = {"network": measured("network", config.pairs, on_network, study.subject.model)}
+    untrained = study.subject.untrained(config.seed)
+    sources["untrained"] = measured("untrained", config.untrained_pairs, on_network, untrained)
+    variance = np.float32(band_variance(sources["network"]))
+    sources["wiener"] = measured("wiener", config.pairs, on_wiener, jnp.asarray(variance))
+    ended = time.perf_counter()
+    analysis = analyse(clock, bands, sources, np.asarray(variance, np.float64), config.seed)
+    study.run.put("analysis", analysis)
+    timings = {"measuring_s": round(ended - started, 1), "analysis_s": round(time.perf_counter() - ended, 1)}
+    return report(study.run, timings)

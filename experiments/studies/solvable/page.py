@@ -1,0 +1,275 @@
+"""Figures and text of the solvable-data study."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from experiments.frame.drawing import (
+    FAINT,
+    INK,
+    LEVEL_LABEL,
+    QUIET,
+    TAU_LABEL,
+    band_colors,
+    band_legend,
+    band_names,
+    new_figure,
+)
+from experiments.frame.page import Section, Table, estimate, finish
+from experiments.frame.store import RunFolder
+from experiments.studies.compare.claims import Claim, Control
+
+TAU_WITHIN = 0.15  # nats
+STEPS_WITHIN = 1.0  # sampler steps
+FLOOR = 0.1  # error energy at the opening of the window, relative, above which a band is left out
+SOURCES = {"network": "network", "exact": "exact denoiser, same instrument", "untrained": "untrained network"}
+SIGN_COLORS = ("#0072B2", "#D55E00", "#009E73")
+
+
+def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
+    """Draws and writes what a run has stored; returns the path of its page."""
+    analysis = run.load("analysis")
+    figures = {
+        "commitment": partial(figure_commitment, analysis),
+        "speciation": partial(figure_speciation, analysis),
+        "cloning": partial(figure_cloning, analysis),
+    }
+    return finish(run, section(run.manifest, analysis), figures, timings)
+
+
+def deviations(analysis: xr.Dataset, source: str) -> np.ndarray:
+    """Commitment level minus theory by band, with interval (B, 3)."""
+    return analysis[f"{source}_tau"].values - analysis.theory_tau.values[:, None]
+
+
+def floors(analysis: xr.Dataset, source: str, start: float = -6.0) -> np.ndarray:
+    """Relative energy (B,) that the Gaussian law has no right to at the opening of the window."""
+    first = int(np.searchsorted(analysis.ell.values, start))
+    return analysis[f"{source}_q"].values[0, first, :, 0] - analysis.theory_q.values[first]
+
+
+def within(bounds: np.ndarray, limit: float) -> str:
+    """Verdict on deviations with intervals (..., 3): all wholly within the limit, any wholly beyond, or neither."""
+    low, high = bounds[..., 1], bounds[..., 2]
+    if np.all((low > -limit) & (high < limit)):
+        return "holds"
+    return "does not hold" if np.any((low > limit) | (high < -limit)) else "undecided"
+
+
+def curves_agree(analysis: xr.Dataset, source: str) -> tuple[str, float, float]:
+    """Verdict on the cloning curves (inside their simultaneous bands or not), largest and mean deviation."""
+    bands = analysis[f"{source}_clone_band"].values - analysis.theory_clone.values[..., None]
+    signs = analysis[f"{source}_clone_sign_shift"].values
+    apart = np.concatenate([bands.reshape(-1, 3), signs.reshape(-1, 3)])
+    inside = bool(np.all((apart[:, 1] <= 0) & (apart[:, 2] >= 0)))
+    off = np.abs(apart[:, 0])
+    return ("holds" if inside else "does not hold"), float(off.max()), float(off.mean())
+
+
+def section(manifest: dict, analysis: xr.Dataset) -> Section:
+    """What the study found, in words and tables."""
+    settings = manifest["settings"]
+    clean = floors(analysis, "network") <= FLOOR
+    if not clean.any():
+        clean = ~clean  # then none is spared, and the claim fails by itself
+    names = band_names(analysis)
+    shift = deviations(analysis, "network")
+    worst = int(np.argmax(np.where(clean, np.abs(shift[:, 0]), -1)))
+    speciation = analysis.network_speciation_step.values - analysis.theory_speciation_step.values[:, None]
+    last = int(np.argmax(np.abs(speciation[:, 0])))
+    verdicts = within(shift[clean], TAU_WITHIN), within(speciation, STEPS_WITHIN), curves_agree(analysis, "network")
+    claims = [
+        Claim(
+            0,
+            f"Every band of the Gaussian law commits within {TAU_WITHIN} nats of the exact recursion",
+            verdicts[0],
+            f"largest deviation, nats, in {names[worst]}",
+            float(shift[worst, 0]),
+            [float(v) for v in shift[worst, 1:]],
+            "Nothing is fitted: the recursion knows the law and the sampler, not the network."
+            + ("" if clean.all() else f" Left out for their noise floor: {', '.join(np.array(names)[~clean])}."),
+            [_tau_control(analysis, source, clean) for source in ("exact", "untrained")],
+        ),
+        Claim(
+            0,
+            "Every sign is decided within one sampler step of where the law's symmetry breaks",
+            verdicts[1],
+            f"largest deviation, steps, {analysis.sign.values[last]}",
+            float(speciation[last, 0]),
+            [float(v) for v in speciation[last, 1:]],
+            "Where a difference along the sign's centre begins to grow, against kappa = 1.",
+            [_speciation_control(analysis, source) for source in ("exact", "untrained")],
+        ),
+        Claim(
+            0,
+            "The cloning curves are those of the law",
+            verdicts[2][0],
+            "largest deviation of a correlation",
+            verdicts[2][1],
+            None,
+            "Holds if the curves' simultaneous 95 % bands hold the exact values at every branch: of the Gaussian law "
+            "the sampler's own, in closed form; of the pair's signs those of the exact denoiser from the same states "
+            f"and noise. Mean deviation {verdicts[2][2]:.3f}.",
+            [_clone_control(analysis, source) for source in ("exact", "untrained")],
+        ),
+    ]
+    gap = analysis.network_speciation_gap.values
+    known = float(analysis.theory_speciation[2] - analysis.theory_speciation[1])
+    return Section(
+        title=f"Solvable data: {manifest['subject']}",
+        question="Trained on data whose law is known, does a network decide when the theory says it must?",
+        answer=f"Bands within {np.abs(shift[clean, 0]).max():.3f} nats, signs within "
+        f"{np.abs(speciation[:, 0]).max():.2f} sampler steps, clones within {verdicts[2][1]:.3f} of the exact values; "
+        f"the gap between the two signs of the coupled pair is {estimate(gap)} nats against {known:.2f}.",
+        claims=claims,
+        tables=[_band_table(analysis), _sign_table(analysis)],
+        captions={
+            "commitment": "Commitment level of every band of the Gaussian law: network and exact denoiser through the "
+            "same instrument, and the exact recursion (left); their deviations from it (right; shaded: the tolerance).",
+            "speciation": "Growth rate of a difference along a sign's centre, on the surface where the sign is "
+            "undecided. Where it turns positive the law's symmetry breaks. Lines: closed form. Points: network, with "
+            "intervals.",
+            "cloning": "Correlation of two clones that branch at a level: the bands of the Gaussian law (left), the "
+            "signs (right). Lines: exact for this sampler (left), the law's own (right). Points: network, with "
+            "intervals.",
+        },
+        methods=[
+            f"{settings['pairs']} pairs per law, {settings['steps']} steps. Three laws of 8 × 8 images with two "
+            "channels: a Gaussian with a power-law spectrum; the same with one sign in the common mode of the "
+            "channels; and with two signs, a strong one in the common and a weak one in the difference mode.",
+            "Commitment: pairs under DDIM, energies of the denoised difference by band, against the recursion "
+            "evaluated coefficient by coefficient. Speciation: states of the law moved to where all signs are equally "
+            "likely, one derivative through the denoiser along the centre. Cloning: states of the law, two "
+            "continuations with independent noise under the ancestral sampler with the posterior variance.",
+        ],
+        limits=[
+            "One training run; intervals are over pairs.",
+            "The closed form for the signs' clones is that of continuous time; the exact denoiser shows what the "
+            "sampler's steps change.",
+        ],
+    )
+
+
+def _tau_control(analysis: xr.Dataset, source: str, clean: np.ndarray) -> Control:
+    shift = deviations(analysis, source)[clean]
+    worst = int(np.argmax(np.abs(shift[:, 0])))
+    also = within(shift, TAU_WITHIN) == "holds"
+    interval = [float(v) for v in shift[worst, 1:]]
+    return Control(SOURCES[source], float(shift[worst, 0]), interval, also, _expected(source))
+
+
+def _speciation_control(analysis: xr.Dataset, source: str) -> Control:
+    shift = analysis[f"{source}_speciation_step"].values - analysis.theory_speciation_step.values[:, None]
+    if not np.isfinite(shift[:, 0]).any():
+        return Control(SOURCES[source], None, None, False, "No difference along a centre ever begins to grow.")
+    worst = int(np.nanargmax(np.abs(shift[:, 0])))
+    also = within(shift, STEPS_WITHIN) == "holds"
+    interval = [float(v) for v in shift[worst, 1:]]
+    return Control(SOURCES[source], float(shift[worst, 0]), interval, also, _expected(source))
+
+
+def _clone_control(analysis: xr.Dataset, source: str) -> Control:
+    verdict, largest, _ = curves_agree(analysis, source)
+    return Control(SOURCES[source], largest, None, verdict == "holds", _expected(source))
+
+
+def _expected(source: str) -> str:
+    if source == "exact":
+        return "The posterior mean itself through the same code: what the instrument and the sampler's steps cost."
+    return "The same architecture with random weights: it must fail."
+
+
+def _band_table(analysis: xr.Dataset) -> Table:
+    rows = []
+    for band, name in enumerate(band_names(analysis)):
+        rows.append(
+            [
+                name,
+                f"{float(analysis.theory_tau[band]):.3f}",
+                *(estimate(analysis[f"{source}_tau"].values[band], 3) for source in SOURCES),
+                estimate(deviations(analysis, "network")[band], 3),
+                f"{floors(analysis, 'network')[band]:.3f}",
+            ]
+        )
+    head = ["band", "recursion", *SOURCES.values(), "network − recursion", "noise floor"]
+    return Table("Commitment level of the Gaussian law, nats", head, rows)
+
+
+def _sign_table(analysis: xr.Dataset) -> Table:
+    rows = []
+    for s, name in enumerate(analysis.sign.values):
+        theory = f"{float(analysis.theory_speciation[s]):.3f} ({float(analysis.theory_speciation_step[s]):.2f})"
+        found = [estimate(analysis[f"{source}_speciation"].values[s], 3) for source in SOURCES]
+        steps = [estimate(analysis[f"{source}_speciation_step"].values[s]) for source in ("network", "exact")]
+        rows.append([str(name), theory, *found, *steps])
+    head = ["sign", "kappa = 1 (step)", *SOURCES.values(), "network, step", "exact denoiser, step"]
+    return Table("Speciation level, nats of log-SNR", head, rows)
+
+
+def figure_commitment(analysis: xr.Dataset) -> Figure:
+    """Levels by band and deviations."""
+    figure, (left, right) = new_figure(7.2, 3.2, 1, 2)
+    bands = np.arange(analysis.sizes["band"])
+    left.plot(bands, analysis.theory_tau, color=INK, linestyle="--", label="exact recursion")
+    right.axhspan(-TAU_WITHIN, TAU_WITHIN, color=FAINT, alpha=0.5, linewidth=0)
+    right.axhline(0, color=INK, linestyle="--", linewidth=1)
+    for source, color, offset in (("network", "#0072B2", -0.08), ("exact", "#D55E00", 0.08)):
+        for ax, values in ((left, analysis[f"{source}_tau"].values), (right, deviations(analysis, source))):
+            ax.vlines(bands + offset, values[:, 1], values[:, 2], color=color, linewidth=1.2)
+            ax.plot(bands + offset, values[:, 0], color=color, marker="o", markersize=4, linestyle="none", label=source)
+    for ax in (left, right):
+        ax.set_xticks(bands, band_names(analysis), rotation=30, ha="right")
+    left.set_ylabel(TAU_LABEL)
+    right.set_ylabel("minus recursion (nats)")
+    left.legend()
+    return figure
+
+
+def figure_speciation(analysis: xr.Dataset) -> Figure:
+    """Growth rates along the signs' centres."""
+    figure, ax = new_figure(7.2, 3.6)
+    ax.axhline(0, color=QUIET, linewidth=0.8)
+    for s, (name, color) in enumerate(zip(analysis.sign.values, SIGN_COLORS, strict=True)):
+        values = analysis.network_growth.values[:, s]
+        ax.plot(analysis.ell, analysis.theory_growth[:, s], color=color, linestyle="--", linewidth=1.2)
+        ax.vlines(analysis.ell, values[:, 1], values[:, 2], color=color, linewidth=1)
+        ax.plot(analysis.ell, values[:, 0], color=color, marker="o", markersize=3, linestyle="none", label=name)
+        ax.axvline(float(analysis.theory_speciation[s]), color=color, linewidth=0.8, linestyle=":")
+    ax.set_xlabel(LEVEL_LABEL)
+    ax.set_ylabel("growth per nat of ln(1/σ)")
+    ax.legend()
+    return figure
+
+
+def figure_cloning(analysis: xr.Dataset) -> Figure:
+    """Cloning curves by band and by sign."""
+    figure, (left, right) = new_figure(7.2, 3.4, 1, 2, sharey=True)
+    point: Any = {"marker": "o", "markersize": 3.5, "linestyle": "none"}
+    for band, color in enumerate(band_colors(analysis)):
+        values = analysis.network_clone.values[:, band]
+        left.plot(analysis.branch_ell, analysis.theory_clone[:, band], color=color, linestyle="--", linewidth=1)
+        left.vlines(analysis.branch_ell, values[:, 1], values[:, 2], color=color, linewidth=1)
+        left.plot(
+            analysis.branch_ell,
+            values[:, 0],
+            color=color,
+            marker="o",
+            ms=3.5,
+            ls="none",
+            label=band_names(analysis)[band],
+        )
+    for s, (name, color) in enumerate(zip(analysis.sign.values[1:], SIGN_COLORS[1:], strict=True)):
+        values = analysis.network_clone_sign.values[:, s]
+        right.plot(analysis.branch_ell, analysis.theory_clone_sign[:, s], color=color, linestyle="--", linewidth=1)
+        right.vlines(analysis.branch_ell, values[:, 1], values[:, 2], color=color, linewidth=1)
+        right.plot(analysis.branch_ell, values[:, 0], color=color, label=name, **point)
+    left.set_ylabel("correlation of clones")
+    for ax in (left, right):
+        ax.set_xlabel(LEVEL_LABEL)
+    right.legend()
+    band_legend(figure, left, "")
+    return figure

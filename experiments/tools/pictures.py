@@ -1,0 +1,180 @@
+"""Pictures from a DiT: samples of chosen classes as arrays, as a grid to look at, and a manifest."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dit_jax.checkpoint import load_model, recover, replacing, write_json
+from dit_jax.class_names import names, resolve, short_name
+from dit_jax.diffusion import GuidedChannels, Sampler, network_denoiser, sample
+from dit_jax.images import image_grid
+from dit_jax.latents import is_latent, to_pictures, vae_decoder
+from dit_jax.model import DiT
+from dit_jax.replicas import INITIAL, pair_noise
+from experiments.frame.store import environment
+from experiments.tools.info import model_folder, read_manifest
+from ou_theory.clock import Clock, make_clock
+
+FORMAT = "syncgap-pictures"
+FORMAT_VERSION = 1
+DEFAULT_CLASSES = 8
+GAP = 2  # pixels between the pictures of the grid
+
+
+class PicturesError(ValueError):
+    """Pictures that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Settings of a set of pictures; together with the weights they fix it."""
+
+    classes: tuple[str, ...] = ()  # names or numbers, one row of the grid each; by default all, up to 8
+    count: int = 4  # pictures of each class
+    steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
+    sampler: Sampler = "ddim"
+    eta: float = 0.0  # stochasticity of ddim, 0 to 1
+    guidance: float = 1.0  # classifier-free guidance scale; 1 is none
+    guided_channels: GuidedChannels = "all"
+    seed: int = 0
+    batch: int = 8  # pictures that run together; has no influence on them
+    vae: Path | None = None  # folder of an AutoencoderKL in diffusers form, to decode latents
+    dtype: Literal["float32", "bfloat16"] | None = None  # of activations and parameters; the stored one by default
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in 0..1, got {self.eta}")
+        if self.sampler == "ancestral" and self.eta:
+            raise ValueError("eta is a setting of the ddim sampler; leave it out for the ancestral one")
+        if not np.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
+
+
+def sample_pictures(
+    weights: str,
+    config: SampleConfig,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    progress: bool = True,
+) -> dict:
+    """Samples pictures and writes a folder: ``latents.npz``, ``grid.png`` with one row per class, ``manifest.json``.
+
+    Args:
+      weights: a converted or trained DiT (folder), or the name of a shipped model.
+      overwrite: replace a folder of pictures that is there already. Anything else is never replaced.
+      command: how it was called, for the manifest.
+
+    Returns:
+      the manifest.
+
+    Raises:
+      ValueError: settings that do not fit the weights; a folder that is taken; samples that are not finite.
+    """
+    out = Path(out)
+    check_free(out, overwrite)
+    source = model_folder(weights)
+    manifest, model_config = read_manifest(source)
+    if config.vae is not None and not is_latent(manifest):
+        raise PicturesError(f"--vae decodes latents of the official models, and {source.name} is not of their kind")
+    decoder = None if config.vae is None else vae_decoder(config.vae)
+    clock = make_clock(config.steps)
+    known = names(manifest)
+    asked = config.classes or tuple(map(str, range(min(model_config.num_classes, DEFAULT_CLASSES))))
+    labels = np.array(resolve(asked, known, model_config.num_classes), np.int32)
+
+    samples = draw(
+        load_model(source, config.dtype, params=config.dtype),
+        clock,
+        config,
+        np.repeat(labels, config.count),
+        progress=progress,
+    )
+    if not np.isfinite(samples).all():
+        raise PicturesError("samples are not finite: use more --steps, less --guidance, or weights of float32")
+    pictures, shows = to_pictures(samples, manifest, decoder)
+    written = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "command": command,
+        "settings": _settings(config, asked),
+        "weights": source.resolve().name,
+        "weights_digest": manifest["digest"],
+        "weights_source": manifest.get("source"),
+        "model": manifest["config"],
+        "grid": {
+            "shows": shows,
+            "rows": [{"label": int(label), "name": short_name(label, known)} for label in labels],
+            "columns": config.count,
+        },
+        **environment(),
+    }
+    with replacing(out) as partial:
+        shaped = samples.reshape(len(labels), config.count, *samples.shape[1:])
+        np.savez(partial / "latents.npz", samples=shaped, labels=labels)
+        Image.fromarray(image_grid(pictures, config.count, GAP)).save(partial / "grid.png")
+        write_json(partial / "manifest.json", written)
+    return written
+
+
+def draw(model: DiT, clock: Clock, config: SampleConfig, labels: np.ndarray, *, progress: bool = False) -> np.ndarray:
+    """Samples (N, H, W, C) float32 of labels (N,).
+
+    All noise is a function of (seed, index of the picture, step), so that a picture does not depend on the batch.
+    """
+    shape = (model.config.input_size, model.config.input_size, model.config.in_channels)
+
+    @jax.jit
+    def run(model: DiT, pictures: jax.Array, labels: jax.Array) -> jax.Array:
+        def noise(step):
+            return pair_noise(config.seed, pictures, step, shape, replicas=1)[0]
+
+        denoiser = network_denoiser(model, clock, guidance=config.guidance, channels=config.guided_channels)
+        out, _ = sample(denoiser, noise(INITIAL), clock, labels, sampler=config.sampler, eta=config.eta, noise=noise)
+        return out
+
+    size = min(config.batch, len(labels))
+    samples = np.empty((len(labels), *shape), np.float32)
+    with tqdm(total=len(labels), unit="img", desc="sampling", disable=not progress) as bar:
+        for first in range(0, len(labels), size):
+            count = min(size, len(labels) - first)
+            # the last batch is filled up with its last picture, so that nothing is compiled again
+            indices = np.minimum(np.arange(first, first + size), first + count - 1)
+            samples[first : first + count] = run(model, indices, labels[indices])[:count]
+            bar.update(count)
+    return samples
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises PicturesError unless pictures may be written here."""
+    recover(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise PicturesError(f"{out} exists and is not empty; choose another folder, or overwrite it (--overwrite)")
+    if not _holds_pictures(out):
+        raise PicturesError(f"{out} is not overwritten, for it is no folder of pictures made by `syncgap sample`")
+
+
+def _holds_pictures(out: Path) -> bool:
+    try:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _settings(config: SampleConfig, classes: tuple[str, ...]) -> dict[str, Any]:
+    return {**asdict(config), "classes": list(classes), "vae": None if config.vae is None else str(config.vae)}
