@@ -25,8 +25,8 @@ def pair_noise(
     seed: int | jax.Array, pairs: jax.Array, step: int | jax.Array, shape: Sequence[int], replicas: int = 2
 ) -> jax.Array:
     """Unit Gaussian noise (R, N, *shape) float32 of pairs (N,) at one step (`INITIAL` for the start), independent
-    between replicas, pairs and steps."""
-    root = jax.random.key(seed)
+    between replicas, pairs and steps. In place of a seed there may be a key, for noise of another purpose."""
+    root = seed if jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key) else jax.random.key(seed)
 
     def draw(replica, pair):
         key = jax.random.fold_in(jax.random.fold_in(root, pair), jnp.asarray(step) + 1)
@@ -67,7 +67,7 @@ def run_pairs(
       pairs: (P,) pair indices, which select the noise.
       labels: (P,) class labels.
       shape: (H, W, C) of one image.
-      seed: of the whole experiment.
+      seed: of the whole experiment; or a key, see `pair_noise`.
       replicas: R.
       observe: ``observe(step, x, denoised)`` with arrays (R, C, P, H, W, channels); see `sample`. Taps, its fourth
         argument where there are any, come as the network gave them, with a batch axis of P * C.

@@ -206,7 +206,8 @@ def _report(folder: Path) -> Path:
 
 
 def _info(command: Info) -> int:
-    from experiments.tools.info import describe, manifest_json, model_folder, verify
+    from experiments.frame.subject import model_folder
+    from experiments.tools.info import describe, manifest_json, verify
 
     folder = model_folder(command.weights)
     print(manifest_json(folder) if command.json else describe(folder))

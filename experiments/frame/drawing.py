@@ -1,6 +1,5 @@
 """What all figures share: style, axes, bands, files. Measurements are solid, theory is dashed or dotted."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+
+from experiments.frame.files import replacing_file
 
 STYLE: Any = {
     "font.size": 9,
@@ -130,9 +131,5 @@ def band_legend(figure: Figure, ax: Axes, note: str) -> None:
 
 
 def _save(figure: Figure, path: Path, **options: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], **options)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

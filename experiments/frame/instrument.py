@@ -10,33 +10,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.attention import Coupling, symmetric_gate
-from dit_jax.diffusion import Denoiser, GuidedChannels, GuidedCoupling, Prediction, Sampler, network_denoiser
-from dit_jax.model import DiT
+from dit_jax.attention import symmetric_gate
+from dit_jax.diffusion import Denoiser, Prediction, Sampler
+from dit_jax.inside import PER_REPLICA
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from ou_theory.clock import Clock
 from ou_theory.laws import wiener_gain
-from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
+from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes, radial_bands
 
 
-def coupled_network(
-    model: DiT,
-    clock: Clock,
-    coupling: Coupling = "joint",
-    guidance: float = 1.0,
-    channels: GuidedChannels = "all",
-    guided_coupling: GuidedCoupling = "both",
-) -> CoupledDenoiser:
-    """The network as a function of the gate of its replicas."""
-    return lambda gate: network_denoiser(
-        model,
-        clock,
-        gate,
-        coupling=coupling,
-        guidance=guidance,
-        channels=channels,
-        guided_coupling=guided_coupling,
-    )
+def predicted(denoise: Denoiser, x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
+    """What a denoiser returns, as a `Prediction` whether or not it returns one."""
+    found = denoise(x, step, labels)
+    return found if isinstance(found, Prediction) else Prediction(found)
+
+
+def own_half(activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Activations of the conditional half of a guided batch: every other image along its axis, see `guided_output`."""
+    return {name: value[:, ::2] if name in PER_REPLICA else value[::2] for name, value in activations.items()}
+
+
+def token_bands(grid: int, most: int = 6) -> Bands:
+    """Bands of the DCT over a grid of tokens: as many annuli as are not empty, at most `most`.
+
+    Raises:
+      ValueError: the grid is one token.
+    """
+    for num in range(most, 0, -1):
+        try:
+            return radial_bands(grid, grid, num)
+        except ValueError:
+            continue
+    raise ValueError(f"a grid of {grid} x {grid} tokens has no bands: the model has one token")
+
+
+def stream_modes(stream: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Common and difference mode (N, grid, grid, D) float32 of residual streams (2, N, T, D), in DCT over the token
+    grid."""
+    grid = round(stream.shape[-2] ** 0.5)
+    return pair_modes(stream.astype(jnp.float32).reshape(*stream.shape[:-2], grid, grid, stream.shape[-1]))
 
 
 def coupled_wiener(variance: jax.Array, clock: Clock) -> CoupledDenoiser:
@@ -141,8 +153,7 @@ def one_pass(
 
     def at_step(inputs):
         step, x = inputs
-        prediction = denoise(jnp.repeat(x, count, 1), step, jnp.repeat(labels, count))
-        denoised = prediction.denoised if isinstance(prediction, Prediction) else prediction
+        denoised = predicted(denoise, jnp.repeat(x, count, 1), step, jnp.repeat(labels, count)).denoised
         difference = pair_modes(denoised.reshape(2, size, count, *x.shape[2:]))[1]
         return band_mean(jnp.square(difference), bands).swapaxes(0, 1)
 

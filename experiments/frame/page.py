@@ -1,14 +1,14 @@
-"""A section of the report: what a study found, as data, so that pages are made from what is stored.
+"""What a study has to say, as data: sections, which are stored, and the pages that are made of them.
 
-Every study writes its `Section` to ``section.json`` of its folder; `write_page` makes ``report.html`` of one folder, or
-of several joined.
+Every run stores its `Section` in ``section.json``, with its figures beside it. `write_page` makes ``report.html`` of
+one run, or of several joined. Nothing on a page comes from elsewhere, so that it can be sent around as one file.
 """
 
-import os
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import draw_figures
+from experiments.frame.files import write_text
 from experiments.frame.store import RunFolder, StoreError
-from experiments.studies.compare.claims import Claim, finite
-from experiments.studies.compare.page import claim_entry, embedded, facts, interval, number
+from experiments.frame.verdict import Claim, finite
 
+NOTHING = "–"
 PAPER = {
     1: "The synchronization gap is there without coupling",
     2: "It collapses under strong coupling",
@@ -30,7 +31,7 @@ PAPER = {
 
 @dataclass
 class Table:
-    """Cells are strings; `estimate` makes those with an interval."""
+    """Cells are strings; `formatted` makes those with an interval."""
 
     title: str
     head: list[str]
@@ -50,142 +51,221 @@ class Section:
     captions: dict[str, str] = field(default_factory=dict)  # of the figures, by name, in order
     methods: list[str] = field(default_factory=list)  # how it was measured, a paragraph each
     limits: list[str] = field(default_factory=list)
+    definitions: dict[str, str] = field(default_factory=dict)  # what words mean, in order
 
 
-def estimate(values: ArrayLike, digits: int = 2) -> str:
+class Page(NamedTuple):
+    """A section, and how to draw its figures, by name."""
+
+    section: Section
+    figures: Mapping[str, Callable[[], Figure]]
+
+
+# --- numbers in words
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """`value` with that many decimals and a proper minus sign; a dash for None, NaN and infinities."""
+    if value is None or not np.isfinite(value):
+        return NOTHING
+    text = f"{value:.{digits}f}"
+    return (text if float(text) else f"{0:.{digits}f}").replace("-", "−")
+
+
+def interval(ends: Sequence[float | None] | None, digits: int = 2) -> str:
+    """``[low, high]``; a dash where there is none."""
+    if ends is None or any(number(end) == NOTHING for end in ends):
+        return NOTHING
+    return "[" + ", ".join(number(end, digits) for end in ends) + "]"
+
+
+def formatted(values: ArrayLike, digits: int = 2) -> str:
     """``1.23 [1.00, 1.50]`` of (estimate, low, high); a dash where there is nothing."""
     point, low, high = np.asarray(values, np.float64)
-    bounds = interval([low, high], digits)
-    return number(point, digits) + (f" {bounds}" if bounds != number(None) else "")
+    ends = interval([low, high], digits)
+    return number(point, digits) + (f" {ends}" if ends != NOTHING else "")
 
 
-def finish(
-    run: RunFolder,
-    section: Section,
-    figures: Mapping[str, Callable[[], Figure]],
-    timings: Mapping[str, float] | None = None,
-) -> Path:
-    """Stores section and figures ``{name: how to draw it}`` of a study; returns the path of its page.
+def power(value: float) -> str:
+    """A size to one digit: ``3e-7``."""
+    return f"{value:.0e}".replace("e-0", "e-")
 
-    Args:
-      timings: in seconds; given, they mark the run complete.
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``12 s``, ``4 min 05 s``, ``2 h 03 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+# --- storing a section, and pages of sections
+
+
+def store_page(run: RunFolder, page: Page) -> None:
+    """Draws the figures of a run and stores its section and its claims.
+
+    Raises:
+      ValueError: a figure without a caption, or a caption without a figure.
     """
-    missing = set(figures) ^ set(section.captions)
+    missing = set(page.figures) ^ set(page.section.captions)
     if missing:
         raise ValueError(f"figures and captions differ in {', '.join(sorted(missing))}")
-    draw_figures(run.path / "figures", figures)
-    run.write_json("section.json", finite(asdict(section)))
-    run.write_json("claims.json", {"claims": [finite(asdict(claim)) for claim in section.claims]})
-    if timings is not None:
-        run.finish(timings)
-    return write_page([run], run.path / "report.html")
+    draw_figures(run.path / "figures", page.figures)
+    run.write_json("section.json", finite(asdict(page.section)))
+    run.write_json("claims.json", {"claims": [finite(asdict(claim)) for claim in page.section.claims]})
 
 
 def write_page(
-    runs: Sequence[RunFolder],
     path: Path,
+    sections: Sequence[Mapping[str, Any]],
     *,
     title: str = "",
-    summary: Sequence[Any] = (),
-    joint: Sequence[Mapping[str, Any]] = (),
-    others: Sequence[Any] = (),
+    summary: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """The page of the sections of these runs, under the first one's title by default.
+    """Writes a page of sections, under the first one's title by default, and returns its path.
 
     Args:
-      summary: claims over all runs, in front, as the template wants them.
-      joint: sections over several runs, before theirs, as the template wants them.
-      others: further runs to name, ``{"name", "page", "text"}``.
-
-    Raises:
-      StoreError: a section, or a figure of it, is not stored.
+      sections: as `stored_section` and `filled` give them.
+      summary: claims over several runs, in front, as `summary_of` gives them.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    page = templates(Path(__file__).parent / "templates").get_template("sections.html")
+    return write_text(path, page.render(title=title or sections[0]["title"], sections=sections, summary=summary))
+
+
+def templates(folder: Path) -> Environment:
+    """Jinja templates of a folder, in which every value is escaped and none may be missing."""
+    shared = Path(__file__).parent / "templates"
+    return Environment(
+        loader=FileSystemLoader([folder, shared]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    entries = [*joint, *(_entry(run) for run in runs)]
-    page = environment.get_template("sections.html").render(
-        title=title or entries[0]["title"], sections=entries, summary=summary, others=others
-    )
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
-def joint_page(folder: Path) -> Path:
-    """``report.html`` of a folder of runs: what each says of the paper's four claims, the depth studies of several
-    networks side by side, then the studies in full.
+def stored_section(run: RunFolder, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The section of a run as the template wants it.
+
+    Args:
+      manifest: in place of the stored one, which does not say that the run is complete before its page is written.
 
     Raises:
-      StoreError: the folder holds no finished runs.
+      StoreError: the section, or a figure of it, is not stored.
     """
-    runs = [RunFolder.open(path.parent) for path in sorted(folder.glob("*/manifest.json"))]
-    runs = [run for run in runs if (run.path / "claims.json").exists()]
-    if not runs:
-        raise StoreError(f"{folder} holds no finished run, nor folders of them; give the --out folder of a command")
+    manifest = run.manifest if manifest is None else manifest
+    about = {"id": run.path.name, "command": manifest["command"], "status": manifest["status"]}
+    return filled(run.read_json("section.json"), run.path / "figures") | about | {"facts": facts(manifest)}
+
+
+def filled(section: Mapping[str, Any], figures: Path) -> dict[str, Any]:
+    """A section's entries with claims as the template wants them, and with the figures of a folder inside.
+
+    Raises:
+      StoreError: it is malformed, or a figure cannot be read.
+    """
+    try:
+        shown = [
+            {"name": name, "caption": caption, "source": embedded(figures / f"{name}.svg")}
+            for name, caption in section["captions"].items()
+        ]
+        entries = {**section, "claims": [claim_entry(claim) for claim in section["claims"]], "figures": shown}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise StoreError(
+            f"the section of {figures.parent} is malformed ({error!r}); run `syncgap report` on it"
+        ) from error
+    return {"definitions": {}, "id": "", "command": "", "facts": [], "status": "complete", **entries}
+
+
+def claims_of(run: RunFolder) -> list[dict[str, Any]]:
+    """The claims of a run as they are stored.
+
+    Raises:
+      StoreError: there are none, or they are malformed.
+    """
+    stored = run.read_json("claims.json")
+    claims = stored.get("claims") if isinstance(stored, dict) else None
+    if not isinstance(claims, list) or not all(isinstance(claim, dict) and "verdict" in claim for claim in claims):
+        raise StoreError(f"{run.path / 'claims.json'} is malformed; `syncgap report {run.path}` writes it again")
+    return claims
+
+
+def summary_of(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """What the runs say of each of the paper's claims, and of their own."""
     groups: dict[int, dict[str, Any]] = {}
     for run in runs:
-        for claim in run.read_json("claims.json")["claims"]:
+        for claim in claims_of(run):
             if claim["verdict"] == "not tested":
                 continue
             title = PAPER.get(claim["id"], "Claims of this package's own")
             group = groups.setdefault(claim["id"] or 99, {"id": claim["id"] or "", "title": title, "entries": []})
-            where = {"section": run.path.name, "subject": _subject(run), "page": f"{run.path.name}/report.html"}
+            where = {"section": run.path.name, "subject": subject_of(run), "page": f"{run.path.name}/report.html"}
             group["entries"].append({**claim_entry(claim), **where})
-    studies = [run for run in runs if (run.path / "section.json").exists()]
-    others = [
-        {"name": run.path.name, "page": f"{run.path.name}/report.html", "text": _subject(run)}
-        for run in runs
-        if run not in studies
-    ]
-    ordered = [groups[number] for number in sorted(groups)]
-    depths = [run for run in studies if run.manifest.get("kind") == "depth"]
-    joint = [_depth_family(folder, depths)] if len(depths) > 1 else []
-    title = "Where diffusion transformers decide: all experiments"
-    return write_page(studies, folder / "report.html", title=title, summary=ordered, joint=joint, others=others)
+    return [groups[number] for number in sorted(groups)]
 
 
-def _depth_family(folder: Path, runs: Sequence[RunFolder]) -> dict[str, Any]:
-    from experiments.studies.depth.family import depth_family  # which imports this module
-
-    section, figures = depth_family(runs)
-    draw_figures(folder / "figures", figures)
-    return {
-        **_filled(asdict(section), folder / "figures"),
-        "id": "depth-family",
-        "command": "",
-        "facts": [],
-        "status": "complete",
-    }
-
-
-def _subject(run: RunFolder) -> str:
+def subject_of(run: RunFolder) -> str:
+    """The name of what a run is about."""
     return run.manifest.get("subject") or Path(run.manifest["settings"].get("weights", "")).name
 
 
-def _entry(run: RunFolder) -> dict[str, Any]:
-    manifest = run.manifest
+def claim_entry(claim: Mapping) -> dict[str, Any]:
+    """A stored claim as the page shows it; ``also`` names the controls on which it holds too."""
+    verdict = claim["verdict"]
+    controls = [
+        {
+            "name": control["name"],
+            "value": number(control["value"]),
+            "interval": interval(control["interval"]),
+            "also": {True: "yes", False: "no"}.get(control["also_holds"], NOTHING),
+            "statement": control["statement"],
+        }
+        for control in claim["controls"]
+    ]
     return {
-        **_filled(run.read_json("section.json"), run.path / "figures"),
-        "id": run.path.name,
-        "command": manifest["command"],
-        "facts": facts(manifest),
-        "status": manifest["status"],
+        **{name: claim[name] for name in ("id", "title", "measure", "statement")},
+        "verdict": f"{verdict} here" if verdict == "not tested" else verdict,
+        "slug": verdict.replace(" ", "-"),
+        "tested": verdict != "not tested",
+        "value": number(claim["value"]),
+        "interval": interval(claim["interval"]),
+        "controls": controls,
+        "also": [control["name"] for control in controls if control["also"] == "yes"],
     }
 
 
-def _filled(section: Mapping[str, Any], figures: Path) -> dict[str, Any]:
-    """A section as the template wants it, with its figures inside."""
-    shown = [
-        {"name": name, "caption": caption, "source": embedded(figures / f"{name}.svg")}
-        for name, caption in section["captions"].items()
+def facts(manifest: Mapping) -> list[tuple[str, str]]:
+    """Settings and provenance of a run, one per line."""
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
+    timings = [f"{name.removesuffix('_s').replace('_', ' ')} {duration(t)}" for name, t in manifest["timings"].items()]
+    lines = [(name.replace("_", " "), _plain(value)) for name, value in manifest["settings"].items()]
+    lines += [("weights digest", manifest["weights_digest"])] if "weights_digest" in manifest else []
+    lines += [
+        ("git revision", manifest["git_revision"] or NOTHING),
+        ("Python", manifest["python"]),
+        ("packages", versions),
+        ("device", f"{manifest['device']} ({manifest['platform']})"),
+        ("started, finished", f"{manifest['started']}, {manifest['finished'] or NOTHING}"),
+        ("took", ", ".join(timings) or NOTHING),
     ]
-    return {**section, "claims": [claim_entry(claim) for claim in section["claims"]], "figures": shown}
+    for again in manifest["resumed"]:
+        lines.append(("resumed", "; ".join([str(again.get("at", "")), *map(str, again.get("changed", ()))])))
+    return lines
+
+
+def embedded(path: Path) -> str:
+    """An SVG file as a data URL.
+
+    Raises:
+      StoreError: it cannot be read.
+    """
+    try:
+        return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error}); draw the figures again with `syncgap report`") from error
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

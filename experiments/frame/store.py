@@ -4,38 +4,35 @@
     data.zarr       one group per dataset, opened by any xarray: ``xr.open_datatree(folder / "data.zarr")``
 
 A block counts once the manifest names it. Whatever dies before that leaves the manifest and the blocks it names as they
-were, and is written again when the run goes on.
+were, and is written again when the run goes on. Every stored chunk carries a checksum, which is verified on each read.
+What is damaged or missing is an error for readers, and is measured again, and nothing else is, when the run is resumed.
 """
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import xarray as xr
 import zarr
 
 from dit_jax.checkpoint import recover, write_json
-
-FORMAT = "syncgap-run"
-FORMAT_VERSION = 1
-PACKAGES = ("syncgap", "jax", "jaxlib", "flax", "numpy", "xarray", "zarr")
-OWN_ENTRIES = (
-    *("format", "format_version", "status", "command", "settings", "started", "finished", "timings"),
-    *("resumed", "blocks", "python", "versions", "device", "platform", "git_revision"),
-)
-
-
-class StoreError(ValueError):
-    """A run folder that cannot be used as asked."""
+from experiments.frame.chunks import CODECS, blocks_of, damaged, missing_chunks, pairs_of, readable
+from experiments.frame.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    OWN_ENTRIES,
+    StoreError,
+    comparable,
+    differences,
+    environment,
+    json_form,
+    now,
+    read_manifest,
+)  # fmt: skip
 
 
 class RunFolder:
@@ -72,7 +69,7 @@ class RunFolder:
           StoreError: the folder holds another run or something else, or `settings` or `extra` are not JSON.
         """
         path = Path(path)
-        asked = _json_form({"settings": dict(settings), **(extra or {})}, "settings and extra")
+        asked = json_form({"settings": dict(settings), **(extra or {})}, "settings and extra")
         taken = sorted(set(extra or {}) & set(OWN_ENTRIES))
         if taken:
             raise StoreError(f"manifest entries {', '.join(taken)} are the store's own; rename those in extra")
@@ -84,7 +81,7 @@ class RunFolder:
             "status": "running",
             "command": command,
             **environment(),
-            "started": _now(),
+            "started": now(),
             "finished": None,
             "timings": {},
             "resumed": [],
@@ -99,11 +96,11 @@ class RunFolder:
     def _reopen(cls, path: Path, asked: dict, resume: bool, command: str) -> "RunFolder":
         if not (path / "manifest.json").is_file():
             raise StoreError(f"{path} holds something that is no run (no manifest.json); choose another --out")
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if not resume:
             raise StoreError(f"{path} holds another run; --resume goes on with it, or choose another --out")
         before = {name: manifest[name] for name in manifest if name == "settings" or name not in OWN_ENTRIES}
-        changed = differences(before, asked)
+        changed = differences(comparable(before), comparable(asked))
         if changed:
             raise StoreError(
                 f"{path} holds a run with other settings ({'; '.join(changed)}); "
@@ -112,8 +109,10 @@ class RunFolder:
         here = environment()
         moved = differences({name: manifest.get(name) for name in here}, here)
         run = cls(path, manifest, writable=True)
-        entry = {"at": _now(), "command": command, "changed": moved}
+        run._sweep()
+        entry = {"at": now(), "command": command, "changed": moved}
         run._update(status="running", finished=None, resumed=[*manifest["resumed"], entry])
+        run._drop_damaged()
         return run
 
     @classmethod
@@ -126,7 +125,10 @@ class RunFolder:
         path = Path(path)
         if not (path / "manifest.json").is_file():
             raise StoreError(f"{path} holds no run (no manifest.json); give the --out folder of a syncgap command")
-        return cls(path, _read_manifest(path), writable=writable)
+        run = cls(path, read_manifest(path), writable=writable)
+        if writable and run.manifest["status"] != "running":  # whoever is running it may be writing
+            run._sweep()
+        return run
 
     def declare(self, group: str, template: xr.Dataset, chunk: int = 1) -> None:
         """Makes a group that `write` fills block by block; one that is there already is kept with its blocks.
@@ -135,7 +137,7 @@ class RunFolder:
           group: its name.
           template: attributes, coordinates, and variables of full shape, whose values are ignored: the group starts
             out as NaN (or 0, for integers). Every variable has the dimension ``pair``.
-          chunk: pairs per stored chunk. Blocks begin at its multiples, so that no chunk belongs to two blocks.
+          chunk: pairs in a block, which is stored as one chunk of every variable; the last block may have fewer.
 
         Raises:
           StoreError: the group is there with another layout.
@@ -146,6 +148,7 @@ class RunFolder:
         if chunk < 1:
             raise StoreError(f"chunk must be at least 1, got {chunk}")
         if group in self.manifest["blocks"] and recover(self._group(group)):
+            self._mend_coordinates(group, template)
             stored = self._open(group)
             if _layout(stored) != _layout(template) or not _coords(stored).equals(_coords(template)):
                 raise StoreError(f"{self._group(group)} has another layout than this run needs; choose another --out")
@@ -153,11 +156,11 @@ class RunFolder:
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
         empty = {name: xr.full_like(v, _fill(v.dtype)) for name, v in template.data_vars.items()}
-        encoding = {
+        chunks = {
             name: {"chunks": tuple(min(chunk, n) if dim == "pair" else n for dim, n in v.sizes.items())}
             for name, v in template.data_vars.items()
         }
-        self._write_zarr(template.assign(empty), self.path / "data.zarr", group=group, mode="w", encoding=encoding)
+        self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
         self._update(blocks={**self.manifest["blocks"], group: []})
 
     def write(self, group: str, dataset: xr.Dataset, first: int) -> None:
@@ -182,11 +185,12 @@ class RunFolder:
             raise StoreError(f"the block at pair {first} does not fit group {group!r}: {wrong}")
         for name, variable in stored.data_vars.items():
             chunk = variable.encoding["chunks"][variable.dims.index("pair")]
-            if first % chunk or (last % chunk and last != stored.sizes["pair"]):
+            if first % chunk or last != min(first + chunk, stored.sizes["pair"]):
                 raise StoreError(f"block [{first}, {last}) cuts through a chunk of {chunk} pairs of {group}/{name}")
         self._require_writable()
         block = xr.Dataset({name: dataset.variables[name].astype(v.dtype) for name, v in stored.data_vars.items()})
-        self._write_zarr(block, self.path / "data.zarr", group=group, region={"pair": slice(first, last)})
+        region = {"pair": slice(first, last)}
+        self._write_zarr(block, self.path / "data.zarr", group=group, region=region, write_empty_chunks=True)
         done = sorted({*self.manifest["blocks"][group], first})
         self._update(blocks={**self.manifest["blocks"], group: done})
 
@@ -206,7 +210,7 @@ class RunFolder:
         zarr.open_group(self.path / "data.zarr", mode="a", zarr_format=3)
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            self._write_zarr(dataset, partial, mode="w")
+            self._write_zarr(dataset, partial, mode="w", write_empty_chunks=True)
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(target, previous)
@@ -216,19 +220,69 @@ class RunFolder:
             if recover(target):
                 shutil.rmtree(previous, ignore_errors=True)
 
-    def load(self, group: str) -> xr.Dataset:
-        """A group, in memory.
+    def holds(self, group: str) -> bool:
+        """Whether there is a group of this name, finished or not."""
+        return recover(self._group(group))
+
+    def load(self, group: str, *, partial: bool = False) -> xr.Dataset:
+        """A group, in memory. Every chunk's checksum is verified.
+
+        Args:
+          partial: take a group whose blocks are not all measured, the others as NaN.
 
         Raises:
-          StoreError: it is not there or damaged.
+          StoreError: it is not there, not all measured, or damaged; the message names blocks and remedy.
         """
         target = self._group(group)
         if not recover(target):
             raise StoreError(f"{self.path} holds no group {group!r}; {self._remedy()}")
         try:
-            return self._open(group).load()
+            done = self.manifest["blocks"].get(group)
+            missing = missing_chunks(target, done)
+            found = self._open(group).load()
+            unfinished = done is not None and not partial and set(blocks_of(target)) - set(done)
         except Exception as error:  # zarr and its codecs raise many kinds for a damaged group
-            raise StoreError(f"{target} is damaged ({error}); run it again into another --out") from error
+            raise StoreError(f"{self._damage(group)} ({type(error).__name__}: {error})") from error
+        if missing:
+            raise StoreError(f"{self._damage(group)} ({missing[0]} is not there)")
+        if unfinished:
+            pairs = pairs_of(target, sorted(unfinished))
+            raise StoreError(f"{self.path}: {pairs} of group {group!r} are not measured yet; go on with --resume")
+        return found
+
+    def _mend_coordinates(self, group: str, template: xr.Dataset) -> None:
+        """Writes the coordinates of a group again that cannot be read: they follow from the settings."""
+        bad = [name for name in template.coords if damaged(self._group(group), only=str(name))]
+        for name in bad:
+            shutil.rmtree(self._group(group) / str(name), ignore_errors=True)
+        if bad:
+            mended = template.coords.to_dataset()
+            mended = mended.drop_vars([name for name in mended.variables if name not in bad])
+            self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a")
+
+    def _damage(self, group: str) -> str:
+        """What of a group is damaged or missing, and what to do."""
+        blocks = damaged(self._group(group), self.manifest["blocks"].get(group))
+        what = f"{pairs_of(self._group(group), blocks)} of group {group!r} are" if blocks else f"group {group!r} is"
+        return f"{self.path}: {what} damaged or missing; the same command with --resume makes that again, and only that"
+
+    def _drop_damaged(self) -> None:
+        """Forgets what cannot be read, so that it is measured again: blocks, and groups that were written whole."""
+        blocks = {}
+        for group, done in self.manifest["blocks"].items():
+            if recover(self._group(group)) and readable(self._group(group)):
+                bad = damaged(self._group(group), done)
+                blocks[group] = [first for first in done if first not in bad]
+        if blocks != self.manifest["blocks"]:
+            self._update(blocks=blocks)
+        for target in self._group("").glob("[!.]*"):
+            if target.is_dir() and target.name not in blocks and (not readable(target) or damaged(target)):
+                shutil.rmtree(target)
+
+    def _sweep(self) -> None:
+        """Removes what a process that was killed has left behind half-written."""
+        for left in self.path.rglob("*.partial"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def write_json(self, name: str, entries: Any) -> None:
         """Writes a JSON file of the run in one move; NaN and infinities become null."""
@@ -249,9 +303,21 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} cannot be read ({error}); {self._remedy()}") from error
 
-    def finish(self, timings: Mapping[str, float]) -> None:
-        """Marks the run complete; `timings` are in seconds."""
-        self._update(status="complete", finished=_now(), timings=dict(timings))
+    def note(self, **timings: float) -> None:
+        """Adds timings, in seconds, to the manifest."""
+        self._update(timings={**self.manifest["timings"], **timings})
+
+    def completed(self, timings: Mapping[str, float]) -> dict[str, Any]:
+        """The entries by which the manifest says that the run is complete, for `finish`; `timings` are in seconds."""
+        return {"status": "complete", "finished": now(), "timings": dict(timings)}
+
+    def finish(self, entries: Mapping[str, Any] | None = None) -> None:
+        """Marks the run complete.
+
+        Args:
+          entries: of `completed`, where they were needed before.
+        """
+        self._update(**(self.completed(self.manifest["timings"]) if entries is None else entries))
 
     def _group(self, group: str) -> Path:
         return self.path / "data.zarr" / group
@@ -260,12 +326,19 @@ class RunFolder:
         dataset = xr.open_zarr(
             self.path / "data.zarr", group=group, consolidated=False, chunks=None, decode_times=False
         )
-        return _with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
+        dataset = _with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
+        single = {name: v for name, v in dataset.coords.items() if v.dtype == np.float32}  # of older runs
+        return dataset.assign_coords({name: v.copy(data=_as_written(v.values)) for name, v in single.items()})
 
-    def _write_zarr(self, dataset: xr.Dataset, path: Path, **options: Any) -> None:
+    def _write_zarr(
+        self, dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping] | None = None, **options: Any
+    ) -> None:
         self._require_writable()
         # Variable-length strings have a place in the zarr 3 format, NumPy's fixed-length ones have not.
         dataset = _with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
+        if "region" not in options:  # into arrays that have their codecs
+            checked = {"compressors": CODECS}
+            options["encoding"] = {name: {**checked, **(encoding or {}).get(name, {})} for name in dataset.variables}
         dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
 
     def _update(self, **entries: Any) -> None:
@@ -283,70 +356,25 @@ class RunFolder:
         return "its run is not finished, go on with --resume" if unfinished else "run it again into another --out"
 
 
-def environment() -> dict[str, Any]:
-    """Python, packages (null: not installed), device and git revision (null: none) of this process."""
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "device": str(getattr(device, "device_kind", device)),
-        "platform": f"{device.platform}, {jax.device_count()} device(s), {os.cpu_count()} CPU cores, "
-        f"{platform.system()} {platform.machine()}",
-        "git_revision": git_revision(Path(__file__).parent),
-    }
+def open_run(path: str | Path) -> xr.DataTree:
+    """All that a run has stored, by group, in memory: ``open_run("runs/compare")["network"].energy``.
+
+    The attributes of the tree are the run's settings, its status and what it was run with. Coordinates of couplings,
+    levels and frequencies are float64, so that ``.sel(coupling=0.2)`` finds what was asked for.
+
+    Raises:
+      StoreError: there is no run, it is not finished, or something in it is damaged; the message says what to do.
+    """
+    run = RunFolder.open(path)
+    groups = sorted(found.name for found in run._group("").glob("[!.]*") if found.is_dir())
+    tree = xr.DataTree.from_dict({group: run.load(group) for group in groups})
+    tree.attrs.update({name: value for name, value in run.manifest.items() if name != "blocks"})
+    return tree
 
 
-def git_revision(folder: Path) -> str | None:
-    """Commit of the checkout that tracks this code, with ``-dirty`` if it was changed since; None outside of one."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository that merely lies around the package
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def differences(old: Any, new: Any) -> list[str]:
-    """What differs between two nested dictionaries, as lines ``dotted.name: old -> new``."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    names = [*before, *(name for name in after if name not in before)]
-    return [
-        f"{name}: {before.get(name, 'nothing')} -> {after.get(name, 'nothing')}"
-        for name in names
-        if name not in before or name not in after or before[name] != after[name]
-    ]
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and (tree or not prefix):
-        for name, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, tree
-
-
-def _read_manifest(path: Path) -> dict:
-    file = path / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file} cannot be read ({error}); start the run again in another --out") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StoreError(f"{path} holds something else, its manifest is not of a {FORMAT}; choose another --out")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise StoreError(
-            f"{file} is of format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "
-            "use the syncgap version that wrote it, or run it again"
-        )
-    missing = [name for name in OWN_ENTRIES if name not in manifest]
-    if missing:
-        raise StoreError(f"{file} lacks {', '.join(missing)}; start the run again in another --out")
-    return manifest
+def _as_written(values: np.ndarray) -> np.ndarray:
+    """Single-precision numbers as the double-precision ones that they were written as: 0.2, not 0.20000000298."""
+    return np.array([float(str(value)) for value in values.ravel()]).reshape(values.shape)
 
 
 def _layout(dataset: xr.Dataset) -> dict[str, dict]:
@@ -371,28 +399,9 @@ def _with_strings(dataset: xr.Dataset, kind: str, convert: Callable[[np.ndarray]
     return dataset.assign(converted(dataset.data_vars)).assign_coords(converted(dataset.coords))
 
 
-def _json_form(entries: Any, what: str) -> Any:
-    """`entries` as they come back from JSON: tuples become lists, keys become strings."""
-    try:
-        return json.loads(json.dumps(entries, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise StoreError(f"{what} must be JSON-able and finite ({error})") from error
-
-
 def _without_nan(entries: Any) -> Any:
     if isinstance(entries, Mapping):
         return {name: _without_nan(value) for name, value in entries.items()}
     if isinstance(entries, list | tuple):
         return [_without_nan(value) for value in entries]
     return None if isinstance(entries, float) and not np.isfinite(entries) else entries
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

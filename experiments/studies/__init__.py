@@ -1,0 +1,16 @@
+"""The questions that are asked, a folder each. A study of your own is one more folder and one more name in `NAMES`."""
+
+from importlib import import_module
+from typing import Any
+
+NAMES = ("compare", "depth", "mechanism", "interventions", "cloning", "response", "solvable", "modalities")
+
+
+def settings_of(name: str) -> type[Any]:
+    """The settings of a study, ``<Name>Config`` of its ``settings.py``, which imports nothing heavy."""
+    return getattr(import_module(f"experiments.studies.{name}.settings"), f"{name.capitalize()}Config")
+
+
+def find(name: str) -> Any:
+    """The study of this name, an `experiments.frame.study.Study`; None if there is none."""
+    return import_module(f"experiments.studies.{name}.study").STUDY if name in NAMES else None

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dit_jax.checkpoint import CheckpointError, load_manifest, shipped_model, weights_digest
+from dit_jax.checkpoint import CheckpointError, load_manifest, weights_digest
 from dit_jax.class_names import names, short_name
 from dit_jax.config import DiTConfig
 from dit_jax.latents import VAE_FACTOR, has_pixels, is_latent
@@ -16,15 +16,6 @@ from dit_jax.weights import variant_name
 
 SHOWN_CLASSES = 8
 LICENCE = "if these are the released DiT weights: CC BY-NC 4.0, non-commercial use only, in this form too"
-
-
-def model_folder(weights: str) -> Path:
-    """The folder `weights`, or that of the shipped model of this name.
-
-    Raises:
-      CheckpointError: neither is there.
-    """
-    return Path(weights) if Path(weights).is_dir() else shipped_model(weights)
 
 
 def read_manifest(directory: str | Path) -> tuple[dict, DiTConfig]:

@@ -18,7 +18,8 @@ from dit_jax.latents import is_latent, to_pictures, vae_decoder
 from dit_jax.model import DiT
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments.frame.store import environment
-from experiments.tools.info import model_folder, read_manifest
+from experiments.frame.subject import model_folder
+from experiments.tools.info import read_manifest
 from ou_theory.clock import Clock, make_clock
 
 FORMAT = "syncgap-pictures"

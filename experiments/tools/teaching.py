@@ -1,6 +1,5 @@
 """The figures of a first lecture on the theory, each from `ou_theory` alone, and the page that shows them."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, draw_figures, new_figure
-from experiments.studies.compare.page import embedded
+from experiments.frame.files import write_text
+from experiments.frame.page import embedded, templates
 from experiments.tools.playground import write_playground
 from ou_theory import cloning, gain_model, landau, laws, process, speciation
 from ou_theory.attention import rho
@@ -300,21 +299,7 @@ def theory(out: str | Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with jax.enable_x64(True):
         draw_figures(out / "figures", {name: lesson.draw for name, lesson in LESSONS.items()})
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "frame" / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sources = {name: embedded(out / "figures" / f"{name}.svg") for name in LESSONS}
-    page = environment.get_template("theory.html").render(lessons=LESSONS, sources=sources)
+    template = templates(Path(__file__).parent).get_template("theory.html")
     write_playground(out / "playground.html")
-    path = out / "theory.html"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_text(out / "theory.html", template.render(lessons=LESSONS, sources=sources))

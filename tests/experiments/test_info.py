@@ -11,7 +11,8 @@ from dit_jax.checkpoint import CheckpointError, save_model, shipped_model
 from dit_jax.config import DiTConfig, variant
 from experiments import cli
 from experiments.frame.study import untrained_model
-from experiments.tools.info import describe, model_folder, verify
+from experiments.frame.subject import model_folder
+from experiments.tools.info import describe, verify
 
 TINY = DiTConfig(input_size=4, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=1000)
 SOURCE = {"file": "DiT.pt", "sha256": "ab" * 32, "form": "pt, ema"}

@@ -13,7 +13,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.frame import store
+from experiments.frame import manifest, store
 from experiments.frame.store import RunFolder, StoreError
 
 PAIRS, BLOCK = 7, 2
@@ -95,7 +95,7 @@ def test_blocks_in_any_order_make_up_the_dataset(tmp_path_factory, whole, order)
         for count, first in enumerate(order):
             assert run.finished("network") == set(order[:count])
             write_block(run, first)
-        loaded = run.load("network")
+        loaded = run.load("network", partial=True)
     xr.testing.assert_identical(loaded, measured())
     assert loaded.energy.dtype == np.float32
     assert files(run.path / "data.zarr") == whole
@@ -103,20 +103,20 @@ def test_blocks_in_any_order_make_up_the_dataset(tmp_path_factory, whole, order)
 
 def test_a_declared_group_is_empty_and_described(tmp_path):
     run = started(tmp_path / "run")
-    xr.testing.assert_identical(run.load("network"), template())
+    xr.testing.assert_identical(run.load("network", partial=True), template())
     assert run.finished("network") == run.finished("other") == set()
     write_block(run, 2)
-    hole = np.isnan(run.load("network").state_energy).all("step").values
+    hole = np.isnan(run.load("network", partial=True).state_energy).all("step").values
     np.testing.assert_array_equal(hole, [True, True, False, False, True, True, True])
     run.declare("network", template())  # is there already
     assert run.finished("network") == {2}
-    assert not np.isnan(run.load("network").state_energy.values[2:4]).any()
+    assert not np.isnan(run.load("network", partial=True).state_energy.values[2:4]).any()
 
 
 def test_values_of_the_template_do_not_count(tmp_path):
     run = RunFolder.create(tmp_path / "run", SETTINGS)
     run.declare("network", measured())
-    assert np.isnan(run.load("network").energy).all()
+    assert np.isnan(run.load("network", partial=True).energy).all()
 
 
 def fail_at_zarr(monkeypatch):
@@ -156,7 +156,7 @@ def test_a_write_that_fails_midway_costs_one_block_and_resumes_to_the_same_bits(
             write_block(run, 2)
     assert (run.path / "manifest.json").read_bytes() == before
     assert run.finished("network") == {0}
-    kept = run.load("network").isel(pair=slice(0, 2))
+    kept = run.load("network", partial=True).isel(pair=slice(0, 2))
     xr.testing.assert_identical(kept, measured().isel(pair=slice(0, 2)))
 
     again = started(run.path, resume=True)
@@ -173,7 +173,7 @@ def test_a_group_that_was_half_declared_or_lost_starts_afresh(tmp_path):
     shutil.rmtree(run.path / "data.zarr")
     again = started(run.path, resume=True)
     assert again.finished("network") == set()
-    assert np.isnan(again.load("network").energy).all()
+    assert np.isnan(again.load("network", partial=True).energy).all()
 
 
 def test_a_lost_group_forgets_its_blocks_before_it_is_made_again(tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path, block, first, message):
     with pytest.raises(StoreError, match=message):
         run.write("network", block, first)
     assert run.finished("network") == set()
-    assert np.isnan(run.load("network").energy).all()
+    assert np.isnan(run.load("network", partial=True).energy).all()
 
 
 def test_groups_are_used_as_declared(tmp_path):
@@ -375,8 +375,8 @@ def test_missing_and_damaged_groups_say_what_to_do(tmp_path):
         run.load("analysis")
     chunk = next(path for path in (run.path / "data.zarr/network/energy/c").rglob("*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:10])
-    with pytest.raises(StoreError, match="is damaged"):
-        run.load("network")
+    with pytest.raises(StoreError, match="pairs 0 to 1 of group 'network' are damaged or missing.*--resume"):
+        run.load("network", partial=True)
 
 
 def test_json_files_hold_no_nan(tmp_path):
@@ -395,25 +395,25 @@ def test_git_revision_is_of_the_code_and_not_of_what_lies_around_it(tmp_path):
         identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
-    assert store.git_revision(tmp_path) is None
+    assert manifest.git_revision(tmp_path) is None
     (tmp_path / "other.txt").write_text("x")
     git("init")
     git("add", "other.txt")
     git("commit", "-m", "first")
-    (tmp_path / "store.py").write_text("x")
-    assert store.git_revision(tmp_path) is None  # the code is not part of this repository
-    git("add", "store.py")
+    (tmp_path / "manifest.py").write_text("x")
+    assert manifest.git_revision(tmp_path) is None  # the code is not part of this repository
+    git("add", "manifest.py")
     git("commit", "-m", "second")
-    clean = store.git_revision(tmp_path)
+    clean = manifest.git_revision(tmp_path)
     assert len(clean) == 40
     assert int(clean, 16)
-    (tmp_path / "store.py").write_text("y")
-    assert store.git_revision(tmp_path) == f"{clean}-dirty"
+    (tmp_path / "manifest.py").write_text("y")
+    assert manifest.git_revision(tmp_path) == f"{clean}-dirty"
 
 
 @given(
     st.dictionaries(st.sampled_from("abc"), st.one_of(st.integers(0, 2), st.dictionaries(st.just("d"), st.integers())))
 )
 def test_nothing_differs_from_itself(tree):
-    assert store.differences(tree, tree) == []
-    assert len(store.differences(tree, {**tree, "new": 1})) == 1
+    assert manifest.differences(tree, tree) == []
+    assert len(manifest.differences(tree, {**tree, "new": 1})) == 1

@@ -1,10 +1,10 @@
 """From stored measurements to estimates: commitment levels, decided fractions, gaps, with intervals, beside the theory.
 
-One estimator (`ou_theory.commitment`) serves the network, its controls and the exact recursions. Pairs are the unit of
-resampling: one draw of pairs serves all bands, steps and couplings of a source.
+One estimator (`experiments.frame.estimator`) serves the network, its controls and the exact recursions. Pairs are the
+unit of resampling: one draw of pairs serves all bands, steps and couplings of a source.
 """
 
-from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,65 +12,41 @@ import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
+from experiments.frame.draws import DRAWS, Drawn, bootstrap, pair_draws
+from experiments.frame.estimator import FLOOR_LIMIT, HIGH, LOW, WEAK, Estimates, commitment_of, guarded_start, order
+from experiments.frame.measured import Definitions, Measured
+from experiments.studies.compare.settings import CompareConfig
 from ou_theory import commitment as oc
 from ou_theory.attention import rho
-from ou_theory.bootstrap import basic_interval, resample
+from ou_theory.bootstrap import basic_interval
 from ou_theory.clock import Clock
-from ou_theory.commitment import Commitment
 from ou_theory.laws import wiener_gain
 from ou_theory.recursion import recursion_energy
 
-WINDOW_START = -6.0  # log-SNR at which the window of the estimator opens, unless guarded
-FLOOR_LIMIT = 0.1  # largest Q there of a band whose own signal is still below it
-WEAK = 0.002  # decided fraction under which a commitment level rests on too little
-DRAWS = 1000
-LOW, HIGH = 1, -1  # bands of the gap: the lowest annulus (band 0 is DC) and the highest
+SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
 
-
-@dataclass(frozen=True)
-class Estimates:
-    """Point estimates of one source over couplings, as arrays (..., C, B), (..., C), (..., C, K, B)."""
-
-    tau: np.ndarray
-    decided: np.ndarray
-    gap: np.ndarray
-    latched_gap: np.ndarray
-    relative_energy: np.ndarray
-
-
-def estimate(energy: ArrayLike, ell: np.ndarray, start: float) -> Estimates:
-    """The estimator on mean difference energies (..., C, K, B), whose first coupling is 0."""
-    energy = jnp.asarray(energy)
-    q = oc.relative_energy(energy, energy[..., :1, -1, :])
-    found: Commitment = oc.commitment(q, jnp.asarray(ell), start)
-    return Estimates(
-        tau=np.asarray(found.level),
-        decided=np.asarray(found.decided),
-        gap=np.asarray(oc.gap(found.level, LOW, HIGH)),
-        latched_gap=np.asarray(oc.gap(found.latched, LOW, HIGH)),
-        relative_energy=np.asarray(q),
-    )
-
-
-def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: float = WINDOW_START) -> float:
-    """The level at which the estimator's window opens: `start`, or the first later one where noise is low enough.
-
-    A level is noisy when a band whose own signal is still under the limit, ``S exp(ell) < 0.1``, shows more than the
-    limit. The window never opens after the strongest band has begun to decide: if no level up to there is clean,
-    `start` stands, and the noise floor, which is reported by band, tells.
-
-    Args:
-      q: (K, B) relative energy at zero coupling.
-      variance: (B,) data variance of the bands.
-      ell: (K,) levels.
-    """
-    for k in np.flatnonzero(ell >= start):
-        signal = variance * np.exp(ell[k])
-        if signal.max() >= FLOOR_LIMIT:
-            break
-        if q[k].max() < FLOOR_LIMIT:
-            return start if k == 0 or ell[k - 1] < start else float(ell[k])
-    return start
+DEFINITIONS: Definitions = {
+    "tau": ("commitment level of a band", "nat"),
+    "tau_interval": ("its 95 % interval", "nat"),
+    "tau_steps": ("commitment level on the sampler's own scale", "sampler steps"),
+    "decided": ("decided fraction of a band: share of its uncoupled variation that replicas decide individually", "1"),
+    "decided_interval": ("its 95 % interval", "1"),
+    "gap": ("synchronization gap: level of the highest band less that of the lowest above DC", "nat"),
+    "gap_interval": ("its 95 % interval", "nat"),
+    "gap_steps": ("synchronization gap on the sampler's own scale", "sampler steps"),
+    "gap_steps_interval": ("its 95 % interval", "sampler steps"),
+    "latched_gap": ("gap of the levels that are not normalised by the decided fraction", "nat"),
+    "relative_energy": ("energy of the denoised difference over that of its uncoupled end", "1"),
+    "weak": ("whether too little is decided for the level to be relied on", "1"),
+    "gain": ("one-pass gain rho: what one denoising leaves of a difference, relative to no coupling", "1"),
+    "floor": ("noise floor: part of the relative energy at the opening of the window that is error", "1"),
+    "projection_level": ("log-SNR at which the predicted difference has half of its energy along the final one", "nat"),
+    "remains": ("gap at the strongest coupling over the gap without", "1"),
+    "remains_interval": ("its 95 % interval", "1"),
+    "order": ("Kendall's tau-b of commitment level against frequency, DC left out, without coupling", "1"),
+    "order_interval": ("its 95 % interval", "1"),
+    "in_order": ("share of the resampled runs in which the lowest band commits before the highest", "1"),
+}
 
 
 def theory_energy(rho_gain: ArrayLike, band_gain: ArrayLike, clock: Clock, eta: float) -> jax.Array:
@@ -81,9 +57,10 @@ def theory_energy(rho_gain: ArrayLike, band_gain: ArrayLike, clock: Clock, eta: 
 
 
 def ideal_energy(couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float) -> jax.Array:
-    """`theory_energy` of the ideal model: Wiener gains of band variances (..., B), and the gain (1 - g) / (1 + g)."""
+    """`theory_energy` of the ideal model: Wiener gains of band variances (..., B), and the gain (1 - g) / (1 + g).
+    Networks run at couplings of single precision, and so does this."""
     band_gain = wiener_gain(jnp.asarray(variance)[..., None, None, :], jnp.asarray(clock.sigma**2)[:, None])
-    return theory_energy(np.asarray(rho(jnp.asarray(couplings)))[:, None, None], band_gain, clock, eta)
+    return theory_energy(np.asarray(rho(jnp.asarray(couplings, jnp.float32)))[:, None, None], band_gain, clock, eta)
 
 
 def measured_gains(one_pass: np.ndarray, uncoupled: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,121 +75,97 @@ def measured_gains(one_pass: np.ndarray, uncoupled: np.ndarray, state: np.ndarra
     return np.sqrt(one_pass / uncoupled), np.sqrt(uncoupled / state[..., None, :, :])
 
 
-def analyse(
-    clock: Clock,
-    network: xr.Dataset,
-    untrained: xr.Dataset,
-    wiener: xr.Dataset,
-    *,
-    eta: float,
-    seed: int,
-    draws: int = DRAWS,
-) -> tuple[xr.Dataset, dict[str, dict]]:
-    """Everything that figures, report and claims need.
+def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
+    """Everything that figures, page and claims need, from the groups ``network``, ``untrained`` and ``wiener``."""
+    config, groups = measured.config, measured.sources("network", "untrained", "wiener")
+    with jax.enable_x64(True):
+        found = estimates(measured.clock, **groups, eta=config.eta, seed=config.seed)
+    return found.assign_attrs(
+        model=measured.subject_name,
+        prediction=measured.model.prediction,
+        sampler=config.sampler,
+        gate=config.gate_kind,
+        guidance=config.guidance,
+        seed=config.seed,
+    )
+
+
+def estimates(
+    clock: Clock, network: xr.Dataset, untrained: xr.Dataset, wiener: xr.Dataset, *, eta: float, seed: int
+) -> xr.Dataset:
+    """The analysis in double precision, see `analyse`.
 
     Args:
-      clock: of the run.
-      network, untrained, wiener: stored measurements; see `experiments.studies.compare.measure`.
       eta: stochasticity of the recursion: 0 for DDIM, 1 for the ancestral sampler.
       seed: of the resampling.
-
-    Returns:
-      the analysis dataset, and the bootstrap draws per source: ``{"network": {"gap": (draws, C), ...}, ...}``.
     """
-    with jax.enable_x64(True):
-        return _analyse(clock, network, untrained, wiener, eta, seed, draws)
-
-
-def _analyse(clock, network, untrained, wiener, eta, seed, draws):
-    ell = clock.log_snr
-    couplings = network.coupling.values
+    ell, couplings = clock.log_snr, network.coupling.values
     energy = _difference(network)
     mean = energy.mean(1)
     start = guarded_start(mean[0] / mean[0, -1], mean[0, -1], ell)
-
-    def weights(pairs):
-        return np.asarray(resample(seed, pairs, draws), np.float64) / pairs
-
-    def resampled(energy):  # (C, P, K, B) -> (draws, C, K, B)
-        return np.tensordot(weights(energy.shape[1]), energy, (1, 1))
-
     sources: dict[str, Estimates] = {}
-    boots: dict[str, Estimates] = {}
+    draws: dict[str, Drawn] = {}
     grids: dict[str, np.ndarray] = {}
 
-    def add(name, point, drawn, grid):
-        sources[name] = estimate(point, ell, start)
-        if drawn is not None:
-            boots[name] = estimate(drawn, ell, start)
-        grids[name] = grid
+    def levels(energy: ArrayLike) -> Drawn:
+        found = commitment_of(energy, ell, start)
+        return {"tau": found.tau, "decided": found.decided, "gap": found.gap}
 
-    add("network", mean, resampled(energy), couplings)
+    def add(name: str, point: ArrayLike, grid: np.ndarray, values=None, energy_of=lambda *means: means[0], axis=0):
+        """A source: its energies, and how they follow from means of what is resampled, if anything is."""
+        sources[name], grids[name] = commitment_of(point, ell, start), grid
+        if values is not None:
+            weights = pair_draws(seed, (values[0] if isinstance(values, tuple) else values).shape[axis])
+            size = np.size(point)
+            draws[name] = bootstrap(lambda *m: levels(energy_of(*m)), values, weights, axis, numbers=size)[1]
+
+    add("network", mean, couplings, energy, axis=1)
 
     gain_pairs = int(np.isfinite(network.one_pass_energy.isel(coupling=0, step=0, band=0)).sum())
     one_pass = network.one_pass_energy.values[:, :gain_pairs]
     state = network.state_energy.values[:gain_pairs]
-    part = weights(gain_pairs)  # a draw of all pairs might hold none of these
     gain, band_gain = measured_gains(one_pass.mean(1), one_pass[0].mean(0), state.mean(0))
-    gain_draws, band_gain_draws = measured_gains(
-        np.tensordot(part, one_pass, (1, 1)),
-        np.tensordot(part, one_pass[0], (1, 0)),
-        np.tensordot(part, state, (1, 0)),
-    )
     add(
         "measured gain",
         theory_energy(gain, band_gain, clock, eta),
-        theory_energy(gain_draws, band_gain_draws, clock, eta),
         couplings,
+        (np.moveaxis(one_pass, 1, 0), one_pass[0], state),  # a draw of all pairs might hold none of these
+        lambda *means: theory_energy(*measured_gains(*means), clock, eta),
     )
-    variance, drawn_variance = mean[0, -1], resampled(energy[:1, :, -1:])[:, 0, 0]
-    add(
-        "ideal gain",
-        ideal_energy(couplings, variance, clock, eta),
-        ideal_energy(couplings, drawn_variance, clock, eta),
-        couplings,
-    )
-    blank = _difference(untrained)
-    add(
-        "untrained",
-        blank.mean(1),
-        resampled(blank),
-        untrained.coupling.values,
-    )
-    exact = _difference(wiener)
-    add("wiener", exact.mean(1), resampled(exact), wiener.coupling.values)
+    ideal = partial(ideal_energy, couplings, clock=clock, eta=eta)
+    ends = energy[:1, :, -1:]
+    add("ideal gain", ideal(mean[0, -1]), couplings, ends, lambda variance: ideal(variance[:, 0, 0]), axis=1)
+    blank, exact = _difference(untrained), _difference(wiener)
+    add("untrained", blank.mean(1), untrained.coupling.values, blank, axis=1)
+    add("wiener", exact.mean(1), wiener.coupling.values, exact, axis=1)
     add(
         "wiener theory",
         ideal_energy(wiener.coupling.values, wiener.variance.values, clock, eta),
-        None,
         wiener.coupling.values,
     )
-    shuffled = network.energy_shuffled.values
-    order_control = estimate(resampled(shuffled), ell, start)
-
-    dataset = _dataset(clock, network, sources, boots, grids)
+    dataset = _dataset(clock, network, sources, draws, grids)
     dataset["gain"] = (
         ("source", "coupling", "step", "band"),
         _full(dataset, "network", gain, (len(ell), mean.shape[-1])),
     )
-    inner = network.projection.values
-    floors, projected = {}, {}
-    for name, data, measured in (
-        ("network", inner, energy),
-        ("untrained", untrained.projection.values, blank),
-    ):
-        aligned = np.asarray(oc.projection(data[0].mean(0), measured[0, :, -1].mean(0)))
+    quality: dict[str, dict[str, np.ndarray]] = {"floor": {}, "projection_level": {}}
+    for name, data, inner in (("network", energy, network), ("untrained", blank, untrained)):
+        aligned = np.asarray(oc.projection(inner.projection.values[0].mean(0), data[0, :, -1].mean(0)))
         opening = int(np.searchsorted(ell, start))
+        floors = oc.noise_floor(sources[name].relative_energy[0], aligned, stochastic=eta > 0)
+        quality["floor"][name] = np.asarray(floors)[opening]
         share = oc.aligned_share(aligned, stochastic=eta > 0)
-        floors[name] = np.asarray(oc.noise_floor(sources[name].relative_energy[0], aligned, stochastic=eta > 0))[
-            opening
-        ]
-        projected[name] = np.asarray(oc.crossing(share, ell, 0.5))
-    for variable, values in (("floor", floors), ("projection_level", projected)):
+        quality["projection_level"][name] = np.asarray(oc.crossing(share, ell, 0.5))
+    for variable, rows in quality.items():
         table = np.full((dataset.sizes["source"], dataset.sizes["band"]), np.nan)
-        for name, row in values.items():
+        for name, row in rows.items():
             table[list(dataset.source.values).index(name)] = row
         dataset[variable] = (("source", "band"), table)
-    dataset.attrs.update(
+
+    shuffled = network.energy_shuffled.values
+    point, drawn = bootstrap(levels, shuffled, pair_draws(seed, shuffled.shape[1]), 1)
+    _add_claimed(dataset, sources, draws, (point["tau"][0], drawn["tau"][:, 0]))
+    return dataset.assign_attrs(
         low_band=LOW,
         high_band=dataset.sizes["band"] + HIGH,
         ell_start=float(start),
@@ -220,13 +173,45 @@ def _analyse(clock, network, untrained, wiener, eta, seed, draws):
         pairs=network.sizes["pair"],
         gain_pairs=gain_pairs,
         untrained_pairs=untrained.sizes["pair"],
-        draws=draws,
+        draws=DRAWS,
         floor_limit=FLOOR_LIMIT,
     )
-    drawn = {name: vars(found) for name, found in boots.items()}
-    drawn["shuffled bands"] = vars(order_control)
-    drawn["shuffled bands"]["point"] = vars(estimate(shuffled.mean(1), ell, start))
-    return dataset, drawn
+
+
+def _add_claimed(
+    dataset: xr.Dataset, sources: dict[str, Estimates], draws: dict[str, Drawn], shuffled: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Adds what the claims rest on: what remains of the gap, and the order of the bands, of every source that has
+    draws. The controls with shuffled bands come last, and have an order only."""
+    names = [*draws, SHUFFLED]
+    tables = {"remains": np.full((len(names), 3), np.nan), "order": np.full((len(names), 3), np.nan)}
+    share = np.full(len(names), np.nan)
+    for i, (name, drawn) in enumerate(draws.items()):
+        tables["remains"][i] = remaining_gap(sources[name].gap, drawn["gap"])
+        tables["order"][i] = _order(sources[name].tau[0], drawn["tau"][:, 0])
+        share[i] = np.mean(drawn["gap"][:, 0] > 0)
+    tables["order"][-1] = _order(*shuffled)
+    dataset["in_order"] = ("claimed", share)
+    for name, values in tables.items():
+        dataset[name] = ("claimed", values[:, 0])
+        dataset[f"{name}_interval"] = (("claimed", "bound"), values[:, 1:])
+    dataset["claimed"] = ("claimed", names, {"long_name": "source of what the claims rest on", "units": "1"})
+
+
+def remaining_gap(gap: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The gap (C,) at the strongest coupling over that at the first, and its interval, (3,), from draws (draws, C).
+
+    A source may have nothing left at the strongest coupling: then the strongest at which it has a gap counts."""
+    gap, draws = gap[np.isfinite(gap)], draws[:, np.isfinite(draws).all(0)]
+    if min(gap.size, draws.shape[1]) < 2:
+        return np.full(3, np.nan)
+    ratio = gap[-1] / gap[0]
+    return np.array([ratio, *basic_interval(ratio, draws[:, -1] / draws[:, 0])])
+
+
+def _order(levels: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    value = order(levels)
+    return np.array([value, *np.clip(basic_interval(value, order(draws)), -1, 1)])
 
 
 def _difference(dataset: xr.Dataset) -> np.ndarray:
@@ -240,7 +225,7 @@ def _full(dataset: xr.Dataset, source: str, values: np.ndarray, tail: tuple[int,
     return table
 
 
-def _dataset(clock: Clock, network: xr.Dataset, sources, boots, grids) -> xr.Dataset:
+def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dataset:
     couplings = network.coupling.values
     names = list(sources)
     tables: dict[str, np.ndarray] = {}
@@ -263,13 +248,13 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, boots, grids) -> xr.Dat
         fill(name, grid, "gap_steps", steps_between(point.tau))
         fill(name, grid, "latched_gap", point.latched_gap)
         fill(name, grid, "relative_energy", point.relative_energy)
-        if name in boots:
-            draw = boots[name]
+        if name in draws:
+            draw = draws[name]
             pairs = {
-                "tau": (point.tau, draw.tau),
-                "decided": (point.decided, draw.decided),
-                "gap": (point.gap, draw.gap),
-                "gap_steps": (steps_between(point.tau), steps_between(draw.tau)),
+                "tau": (point.tau, draw["tau"]),
+                "decided": (point.decided, draw["decided"]),
+                "gap": (point.gap, draw["gap"]),
+                "gap_steps": (steps_between(point.tau), steps_between(draw["tau"])),
             }
             for variable, (centre, drawn) in pairs.items():
                 fill(name, grid, f"{variable}_interval", np.stack(basic_interval(centre, drawn), -1))
@@ -295,13 +280,3 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, boots, grids) -> xr.Dat
     )
     dataset["weak"] = dataset.decided < WEAK
     return dataset
-
-
-def order(levels: np.ndarray) -> np.ndarray:
-    """Kendall's tau-b of commitment levels (..., B) against band order, DC left out; NaN where all levels tie."""
-    levels = np.asarray(levels)[..., LOW:]
-    first, second = np.triu_indices(levels.shape[-1], 1)
-    sign = np.sign(levels[..., second] - levels[..., first])
-    untied = np.count_nonzero(sign, axis=-1)
-    with np.errstate(invalid="ignore"):
-        return sign.sum(-1) / np.sqrt(untied * first.size)

@@ -1,11 +1,10 @@
 """Figures, drawn from what a run has stored and from nothing else.
 
-``figure_<name>(dataset) -> Figure``, one function per figure; `save_figures` draws all of a run, in one style.
+``figure_<name>(dataset) -> Figure``, one function per figure; `FIGURES` has them all.
 Measurements are solid, theory is dashed or dotted. A band has the same colour everywhere, dark (DC) to light (highest).
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,9 @@ from experiments.frame.drawing import (
     band_legend,
     band_names,
     coupling_axis,
-    draw_figures,
     end_labels,
     new_figure,
 )
-from experiments.frame.store import RunFolder
 
 SOURCES: dict[str, dict[str, Any]] = {
     "network": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "network"},
@@ -236,17 +233,6 @@ FIGURES: dict[str, tuple[str, Callable[[xr.Dataset], Figure]]] = {  # name: (sto
     "noise_floor": ("analysis", figure_noise_floor),
     "calibration": ("analysis", figure_calibration),
 }
-
-
-def save_figures(run: RunFolder) -> list[str]:
-    """Draws every figure of a run as ``figures/<name>.png`` and ``.svg``; returns the names.
-
-    Raises:
-      StoreError: a group that a figure is made from is not stored.
-    """
-    groups = {group: run.load(group) for group in dict.fromkeys(group for group, _ in FIGURES.values())}
-    draw_figures(run.path / "figures", {name: partial(draw, groups[group]) for name, (group, draw) in FIGURES.items()})
-    return list(FIGURES)
 
 
 def _any(values: xr.DataArray) -> bool:

@@ -4,11 +4,12 @@
 bundled as released.
 """
 
-import os
 import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from experiments.frame.files import write_text
 
 SOURCES = Path(__file__).parent
 
@@ -59,10 +60,4 @@ def write_playground(path: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the file to write, for example {path / 'playground.html'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(build(), encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_text(path, build())

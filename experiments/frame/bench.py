@@ -1,0 +1,219 @@
+"""The bench at which a study measures: the network and its control, the devices, and the folder that is filled."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from dit_jax.diffusion import Denoiser, guide, network_denoiser
+from dit_jax.model import DiT
+from dit_jax.replicas import CoupledDenoiser, pair_labels
+from dit_jax.sharding import make_mesh, place_model, place_pairs, split
+from experiments.frame.instrument import own_half
+from experiments.frame.measured import NUM_BANDS, Measured, described
+from experiments.frame.settings import StudyConfig
+from experiments.frame.store import RunFolder
+from experiments.frame.subject import Subject, load_subject
+from ou_theory.clock import make_clock
+from ou_theory.modes import radial_bands
+
+C = TypeVar("C")
+Variables = Mapping[str, tuple[Sequence[str], str] | tuple[Sequence[str], str, str]]
+"""Name -> dimensions, meaning, units ("1" by default). The dimension ``pair`` comes first where it is not named."""
+
+Measure = Callable[[Any, Any], Mapping[str, Any]]
+"""Pairs (n,) and their labels (n,) -> arrays of the dimensions of the variables."""
+
+
+class Bench(Measured[C]):
+    """A study at work.
+
+    Attributes:
+      kind: the name of the study.
+      run: the folder that is filled.
+      subject: the network under study, where its arrays were loaded; `network` is where it runs.
+      classes: labels that the pairs take in turn.
+      mesh: the devices over which the pairs of a block are split; None if there is one.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        config: C,
+        out: str | Path,
+        *,
+        subject: str | None = None,
+        check: Callable[[C, Subject], None] | None = None,
+        resume: bool = False,
+        command: str = "",
+        progress: bool = False,
+    ) -> None:
+        """Loads the network, if the settings name one, and opens the folder.
+
+        Args:
+          subject: what the study is about, where that is no network.
+          check: raises ValueError for settings that do not fit the network, before there is a folder.
+
+        Raises:
+          ValueError: settings that do not fit the weights or the devices; an output folder that holds another run.
+        """
+        self.kind, self.progress, self.mesh = kind, progress, None
+        settings, extra = asdict(cast(Any, config)), {"kind": kind, "subject": subject}
+        if isinstance(config, StudyConfig):
+            self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
+            self.subject = load_subject(config.weights, config.dtype, on_host=self.mesh is not None)
+            model = self.subject.model.config
+            self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
+            if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):
+                raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {self.classes}")
+            make_clock(config.steps)
+            radial_bands(model.input_size, model.input_size, NUM_BANDS)
+            if self.mesh is not None and config.block % self.mesh.size:
+                raise ValueError(
+                    f"blocks of {config.block} pairs cannot be split over {self.mesh.size} devices: "
+                    f"give --block {self.mesh.size} or a multiple of it"
+                )
+            if check is not None:
+                check(config, self.subject)
+            settings["classes"] = list(self.classes)
+            extra |= {
+                "subject": self.subject.name,
+                "weights_digest": self.subject.manifest["digest"],
+                "model": model.to_dict(),
+                "bands": NUM_BANDS,
+            }
+        super().__init__(RunFolder.create(out, settings, resume=resume, command=command, extra=extra), config)
+
+    @cached_property
+    def network(self) -> DiT:
+        """The network under study, on the devices."""
+        return self.place(self.subject.model)
+
+    @cached_property
+    def untrained(self) -> DiT:
+        """Its control with random weights, on the devices."""
+        return self.place(self.subject.untrained(cast(StudyConfig, self.config).seed))
+
+    def place(self, model: DiT) -> DiT:
+        """A model on the devices."""
+        parameters = cast(StudyConfig, self.config).parameters
+        return model if self.mesh is None else place_model(model, self.mesh, parameters)
+
+    def denoiser(self, model: DiT, gate: jax.Array | None = None, **options: Any) -> Denoiser:
+        """A network under the guidance and the kind of gate of the settings, its batch split over the devices. Build it
+        inside the jitted function that uses it, see `network_denoiser`.
+
+        Args:
+          gate: of the replicas, none by default.
+          options: further ones of `network_denoiser`. Under guidance taps and edits see the doubled batch, for which
+            `own` and `guided` are made.
+        """
+        config = cast(StudyConfig, self.config)
+        options |= {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
+        options |= {"coupling": config.gate_kind, "guidance": config.guidance}
+        if self.mesh is None:
+            return network_denoiser(model, self.clock, gate, **options)
+        mesh = self.mesh
+        denoise = network_denoiser(model, self.clock, None if gate is None else split(mesh, gate, -3), **options)
+        return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))
+
+    def coupled(self, model: DiT, **options: Any) -> CoupledDenoiser:
+        """The network as a function of the gate of its replicas, see `denoiser`."""
+        return lambda gate: self.denoiser(model, gate, **options)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the network runs under classifier-free guidance, on batches of twice the size."""
+        return cast(StudyConfig, self.config).guidance != 1
+
+    def own(self, activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What a tap sees, of the conditional images alone."""
+        return own_half(activations) if self.is_guided else activations
+
+    def guided(self, out: jax.Array) -> jax.Array:
+        """Network outputs (R, N or 2 N, H, W, C) that were read off inside: under guidance the guided ones."""
+        if not self.is_guided:
+            return out
+        config = cast(StudyConfig, self.config)
+        count = out.shape[-1] if config.guided_channels == "all" else min(3, out.shape[-1])
+        return guide(out[:, ::2], out[:, 1::2], config.guidance, count)
+
+    def measure(
+        self,
+        group: str,
+        variables: Variables,
+        coords: Mapping[str, Any],
+        pairs: int,
+        measure: Measure,
+        *,
+        first_pair: int = 0,
+    ) -> xr.Dataset:
+        """Fills a group of the run block by block, leaving out what is there already, and returns it whole.
+
+        Args:
+          variables: float32, see `Variables`.
+          coords: of their dimensions, as xarray takes them; those of pair, step and band are known.
+          pairs: how many.
+          measure: see `Measure`.
+          first_pair: index of the first, for pairs that must not be those of another group.
+        """
+        dims = {name: tuple(d if "pair" in d else ("pair", *d)) for name, (d, *_) in variables.items()}
+        index = first_pair + np.arange(pairs)
+        labels = pair_labels(index, self.classes)
+        used = {dim for each in dims.values() for dim in each}
+        known = xr.Dataset(coords={**self._coords(used), **coords, "pair": index, "label": ("pair", labels)})
+        sizes = dict(known.sizes)
+        template = described(
+            known.assign(
+                {
+                    name: (
+                        dims[name],
+                        np.full([sizes[dim] for dim in dims[name]], np.nan, np.float32),
+                        {"long_name": about, "units": units[0] if units else "1"},
+                    )
+                    for name, (_, about, *units) in variables.items()
+                }
+            ),
+            {},
+        )
+        block = cast(StudyConfig, self.config).block
+        self.run.declare(group, template, chunk=block)
+        done = self.run.finished(group)
+        for first in tqdm(range(0, pairs, block), desc=f"{self.kind}: {group}", disable=not self.progress):
+            if first in done:
+                continue
+            chosen = slice(first, min(first + block, pairs))
+            found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
+            values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
+            self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
+        return self.run.load(group)
+
+    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> xr.Dataset:
+        """A group that is made at once: from the store if it is there."""
+        if not self.run.holds(group):
+            self.run.put(group, described(make(), {}))
+        return self.run.load(group)
+
+    def _coords(self, used: set[str]) -> dict[str, Any]:
+        clock, bands = self.clock, self.bands
+        known: dict[str, Any] = {
+            "step": np.arange(len(clock)),
+            "ell": ("step", clock.log_snr),
+            "timestep": ("step", clock.timesteps),
+            "band": np.arange(len(bands)),
+            "radius": ("band", bands.radius),
+            "count": ("band", bands.count),
+        }
+        return {name: v for name, v in known.items() if (v[0] if isinstance(v, tuple) else name) in used}
+
+    def _split(self, pairs: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
+        """A block's pairs and labels, split over the devices; the last block may be too small for that."""
+        if self.mesh is None or len(pairs) % self.mesh.size:
+            return pairs, labels
+        return place_pairs(self.mesh, pairs, labels)

@@ -1,0 +1,97 @@
+"""Chunks of a zarr group on disk: which of them should be there, and whether they can be read."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+CODECS = (ZstdCodec(), Crc32cCodec())  # of every chunk; the checksum is of what lies on disk
+
+
+def _arrays(group: Path) -> Iterator[tuple[Path, zarr.Array, int | None]]:
+    """Every array of a group, its folder, and the axis of pairs along which it is written block by block: None of
+    coordinates, which are written at once."""
+    opened = zarr.open_group(group, mode="r")
+    arrays = dict(opened.arrays())
+    named = {name for array in arrays.values() for name in str(array.attrs.get("coordinates", "")).split()}
+    named |= set(str(opened.attrs.get("coordinates", "")).split())
+    for name, array in arrays.items():
+        dims = getattr(array.metadata, "dimension_names", None) or ()
+        coordinate = name in named or name in dims
+        yield group / name, array, dims.index("pair") if "pair" in dims and not coordinate else None
+
+
+def _checked(array: zarr.Array) -> bool:
+    """Whether an array is of a run whose chunks carry checksums. Such runs write every chunk of what is finished."""
+    return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
+
+
+def readable(group: Path) -> bool:
+    """Whether the descriptions of a group and of its arrays can be read."""
+    try:
+        return any(True for _ in _arrays(group))
+    except Exception:  # zarr raises many kinds
+        return False
+
+
+def blocks_of(group: Path) -> list[int]:
+    """First pairs of the blocks of a group that is written in blocks."""
+    for _, array, axis in _arrays(group):
+        if axis is not None:
+            return list(range(0, array.shape[axis], array.chunks[axis]))
+    return []
+
+
+def _chunks(group: Path, done: Sequence[int] | None) -> Iterator[tuple[int | None, Path, zarr.Array, tuple]]:
+    """Every chunk that should be on disk: block, file, array and region. The block is None where there are none.
+
+    Args:
+      done: first pairs of the finished blocks; None for a group that was written whole.
+    """
+    for path, array, axis in _arrays(group):
+        axis = None if done is None else axis
+        grid = [range(-(-n // size)) for n, size in zip(array.shape, array.chunks, strict=True)]
+        if axis is not None and done is not None:
+            grid[axis] = [first // array.chunks[axis] for first in done]  # type: ignore[call-overload]
+        for index in itertools.product(*grid):
+            region = tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, array.chunks, strict=True))
+            block = None if axis is None else index[axis] * array.chunks[axis]
+            yield block, path.joinpath("c", *map(str, index)), array, region
+
+
+def missing_chunks(group: Path, done: Sequence[int] | None = None) -> list[Path]:
+    """Files of chunks that were written and are not there. Runs without checksums left chunks of NaN out; none is
+    missed in them."""
+    return [file for _, file, array, _ in _chunks(group, done) if _checked(array) and not file.is_file()]
+
+
+def damaged(group: Path, done: Sequence[int] | None = None, *, only: str | None = None) -> list[int]:
+    """First pairs of the finished blocks that cannot be read or are not there.
+
+    Args:
+      done: first pairs of the finished blocks; None for a group that was written whole, which counts as block 0.
+        Coordinates are no part of any block.
+      only: look at this one array, whole.
+    """
+    bad: set[int] = set()
+    for block, file, array, region in _chunks(group, done):
+        if (only is None and done is not None and block is None) or (only is not None and array.basename != only):
+            continue
+        try:
+            if _checked(array) and not file.is_file():
+                raise FileNotFoundError(file)
+            array[region]
+        except Exception:  # zarr and its codecs raise many kinds
+            bad.add(block or 0)
+    return sorted(bad)
+
+
+def pairs_of(group: Path, blocks: Sequence[int]) -> str:
+    """Blocks in words: ``pairs 0 to 3, 8 to 11``."""
+    for _, array, axis in _arrays(group):
+        if axis is not None:
+            size, end = array.chunks[axis], array.shape[axis]
+            return "pairs " + ", ".join(f"{first} to {min(first + size, end) - 1}" for first in blocks)
+    return "pairs of blocks " + ", ".join(map(str, blocks))

@@ -1,0 +1,79 @@
+"""Intervals by resampling pairs: one draw of pairs serves everything that is measured on them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ou_theory.bootstrap import basic_interval, resample
+
+DRAWS = 1000
+CEILING = 2**30  # bytes of resampled measurements and what is computed from them, held at once
+WORKING = 8  # arrays of the size of the resampled measurements that an estimator makes on its way, about
+
+Drawn = dict[str, np.ndarray]
+
+
+def pair_draws(seed: int, pairs: int, draws: int = DRAWS) -> np.ndarray:
+    """Bootstrap weights (draws, pairs) float64 whose rows sum to 1.
+
+    Raises:
+      ValueError: fewer than two pairs.
+    """
+    return np.asarray(resample(seed, pairs, draws), np.float64) / pairs
+
+
+def resampled_mean(values: Any, weights: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Means (draws, ...) float64 over the axis of pairs of `values`, one for each row of `weights` (draws, pairs)."""
+    return np.tensordot(weights, np.asarray(values, np.float64), (1, axis))
+
+
+def mean_and_draws(values: Any, weights: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The mean over the axis of pairs, then its bootstrap draws: (1 + draws, ...) float64."""
+    values = np.asarray(values, np.float64)
+    return np.concatenate([values.mean(axis)[None], resampled_mean(values, weights, axis)])
+
+
+def bootstrap(
+    estimator: Callable[..., Mapping[str, np.ndarray]],
+    values: Any,
+    weights: np.ndarray,
+    axis: int = 0,
+    *,
+    numbers: int = 0,
+    ceiling: int = CEILING,
+) -> tuple[Drawn, Drawn]:
+    """An estimator on the mean over pairs and on its bootstrap draws, in bounded memory.
+
+    The draws go through the estimator in chunks, as many at once as keep the resampled measurements and what the
+    estimator makes of them under the ceiling. What it returns is kept for all draws, so it should be small.
+
+    Args:
+      estimator: takes means (n, ...) and gives named arrays (n, ...).
+      values: measurements with pairs along `axis`; or a tuple of such arrays, one for each argument of the estimator.
+      weights: (draws, pairs) of `pair_draws`.
+      numbers: float64 ones that the largest array of the estimator holds for one draw, where that is more than it gets.
+      ceiling: in bytes.
+
+    Returns:
+      the estimates by name, and their draws (draws, ...) by name.
+    """
+    parts = [np.asarray(x, np.float64) for x in (values if isinstance(values, tuple) else (values,))]
+    point = {name: np.asarray(x)[0] for name, x in estimator(*(part.mean(axis)[None] for part in parts)).items()}
+    each = max(8 * numbers, sum(part.nbytes // part.shape[axis] for part in parts)) * WORKING
+    size = max(1, min(len(weights), ceiling // max(each, 1)))
+    chunks = [
+        estimator(*(resampled_mean(part, weights[first : first + size], axis) for part in parts))
+        for first in range(0, len(weights), size)
+    ]
+    return point, {name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks]) for name in point}
+
+
+def with_interval(point: Any, draws: np.ndarray) -> np.ndarray:
+    """(..., 3) float64: the estimate and the ends of its 95 % interval, from draws (draws, ...)."""
+    return np.stack([np.asarray(point, np.float64), *basic_interval(point, draws)], -1)
+
+
+def packed(values: np.ndarray) -> np.ndarray:
+    """(..., 3): the estimate and its 95 % interval, from `mean_and_draws` or what follows from it (1 + draws, ...)."""
+    return with_interval(values[0], values[1:])

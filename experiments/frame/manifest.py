@@ -1,0 +1,143 @@
+"""``manifest.json`` of a run: what was run, with what, on what, and how two runs are told apart."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.frame.settings import RENAMED
+
+FORMAT = "syncgap-run"
+FORMAT_VERSION = 1
+PACKAGES = ("syncgap", "jax", "jaxlib", "flax", "numpy", "xarray", "zarr")
+OWN_ENTRIES = (
+    *("format", "format_version", "status", "command", "settings", "started", "finished", "timings"),
+    *("resumed", "blocks", "python", "versions", "device", "platform", "git_revision"),
+)
+ENTRY_TYPES: dict[str, type] = {  # of what the code reads from a manifest
+    "settings": dict, "timings": dict, "versions": dict, "blocks": dict, "resumed": list,
+    "status": str, "command": str, "started": str, "device": str, "platform": str,
+}  # fmt: skip
+
+
+class StoreError(ValueError):
+    """A run folder that cannot be used as asked."""
+
+
+def environment() -> dict[str, Any]:
+    """Python, packages (null: not installed), device and git revision (null: none) of this process."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": str(getattr(device, "device_kind", device)),
+        "platform": f"{device.platform}, {jax.device_count()} device(s), {os.cpu_count()} CPU cores, "
+        f"{platform.system()} {platform.machine()}",
+        "git_revision": git_revision(Path(__file__).parent),
+    }
+
+
+def git_revision(folder: Path) -> str | None:
+    """Commit of the checkout that tracks this code, with ``-dirty`` if it was changed since; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository that merely lies around the package
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """What differs between two nested dictionaries, as lines ``dotted.name: old -> new``."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        f"{name}: {before.get(name, 'nothing')} -> {after.get(name, 'nothing')}"
+        for name in names
+        if name not in before or name not in after or before[name] != after[name]
+    ]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and (tree or not prefix):
+        for name, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, tree
+
+
+def read_manifest(path: Path) -> dict:
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file} cannot be read ({error}); start the run again in another --out") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{path} holds something else, its manifest is not of a {FORMAT}; choose another --out")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{file} is of format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "
+            "use the syncgap version that wrote it, or run it again"
+        )
+    missing = [name for name in OWN_ENTRIES if name not in manifest]
+    if missing:
+        raise StoreError(f"{file} lacks {', '.join(missing)}; start the run again in another --out")
+    wrong = [name for name, kind in ENTRY_TYPES.items() if not isinstance(manifest[name], kind)]
+    if not wrong:
+        wrong += [f"blocks.{group}" for group, done in manifest["blocks"].items() if not _whole_numbers(done)]
+        wrong += ["resumed" for entry in manifest["resumed"] if not isinstance(entry, dict)][:1]
+    if wrong:
+        raise StoreError(f"{file} is malformed in {', '.join(wrong)}; put it right, or run again in another --out")
+    return manifest
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+
+
+def comparable(entries: Mapping) -> dict:
+    """Entries of a manifest as runs are told apart by them: settings under the names they have now, numbers to single
+    precision, in which networks run, and without what older runs did not note."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(str(np.float32(value)))
+        if isinstance(value, list):
+            return [rounded(each) for each in value]
+        return {name: rounded(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+    kept = {name: value for name, value in entries.items() if name not in ("kind", "subject")}
+    settings = {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
+    return {**kept, "settings": rounded(settings)}
+
+
+def json_form(entries: Any, what: str) -> Any:
+    """`entries` as they come back from JSON: tuples become lists, keys become strings."""
+    try:
+        return json.loads(json.dumps(entries, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{what} must be JSON-able and finite ({error})") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,69 @@
+"""What can be set in every study of a network. Imports nothing heavy, so that the command line answers at once."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
+from typing import Annotated, ClassVar, Literal, get_args
+
+import tyro
+
+DEFAULT_WEIGHTS = "photos16-v"
+
+Dtype = Literal["float32", "bfloat16"]
+GateKind = Literal["joint", "blend"]
+GuidedChannels = Literal["official", "all"]
+GuidedCoupling = Literal["both", "conditional"]
+Parameters = Literal["replicated", "sharded"]
+Sampler = Literal["ddim", "ancestral"]
+
+SAMPLER_NAMES: dict[str, str] = {"ddim": "DDIM", "ancestral": "the ancestral sampler"}
+RENAMED = {"gate": "gate_kind"}  # settings of older runs, and what they are called now
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Settings that every study of a network has; together with the weights they fix its numbers."""
+
+    weights: str = DEFAULT_WEIGHTS  # a converted DiT (folder), or the name of a shipped model
+    pairs: int = 32
+    steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
+    sampler: Sampler = "ddim"
+    gate_kind: Annotated[GateKind, tyro.conf.arg(aliases=["--gate"])] = "joint"  # how a gate enters attention
+    guidance: float = 1.0  # classifier-free guidance scale; 1 is none
+    guided_channels: GuidedChannels = "all"
+    guided_coupling: GuidedCoupling = "both"  # halves of the guided batch that the gate couples
+    classes: tuple[int, ...] | None = None  # labels that the pairs take in turn; all classes by default
+    seed: int = 0
+    block: int = 4  # pairs that run together; what an interruption may lose
+    untrained_pairs: int = 16  # pairs of the control with random weights
+    parameters: Parameters = "replicated"  # on several devices: whole on each, or sharded over them
+    dtype: Dtype | None = None  # of activations and parameters; the stored one by default
+
+    SAMPLERS: ClassVar[tuple[str, ...]] = get_args(Sampler)  # those that the study's question allows
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}")
+        for name in ("pairs", "untrained_pairs"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2: intervals come from resampling pairs")
+        for name, known in (("gate_kind", GateKind), ("guided_channels", GuidedChannels),
+                            ("guided_coupling", GuidedCoupling), ("parameters", Parameters)):  # fmt: skip
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
+        if self.sampler not in self.SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} is not one of {', '.join(self.SAMPLERS)} in this study")
+        if not isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
+
+    @property
+    def eta(self) -> float:
+        """Stochasticity of the sampler in exact recursions: 0 for DDIM, 1 for the ancestral sampler."""
+        return 0.0 if self.sampler == "ddim" else 1.0
+
+
+def check_grid(couplings: tuple[float, ...]) -> None:
+    """Raises ValueError unless couplings start at 0, the reference, and increase."""
+    increasing = all(low < high < float("inf") for low, high in pairwise(couplings))
+    if len(couplings) < 2 or couplings[0] != 0 or not increasing:
+        raise ValueError(f"couplings must start at 0, the reference, and increase, got {couplings}")

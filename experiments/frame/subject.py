@@ -1,0 +1,78 @@
+"""Networks under study: a converted, trained or shipped DiT, and its control with random weights."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax.checkpoint import load_manifest, load_model, shipped_model
+from dit_jax.config import DiTConfig
+from dit_jax.model import DiT
+from experiments.frame.settings import Dtype
+
+
+def model_folder(weights: str) -> Path:
+    """The folder `weights`, or that of the shipped model of this name.
+
+    Raises:
+      CheckpointError: neither is there.
+    """
+    return Path(weights) if Path(weights).is_dir() else shipped_model(weights)
+
+
+class Subject(NamedTuple):
+    """A network under study."""
+
+    name: str  # of its folder; of the training run for the folder ``model`` that `syncgap train` leaves in it
+    model: DiT
+    manifest: dict  # of its folder: digest, data, training
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        config = self.model.config
+        return (config.input_size, config.input_size, config.in_channels)
+
+    def untrained(self, seed: int) -> DiT:
+        """The control: the same architecture with random weights everywhere, those that initialisation sets to zero
+        drawn too, so that the blocks act and the output is not trivially zero; where the subject's arrays lie."""
+        device = next(iter(jax.tree.leaves(nnx.state(self.model))[0].devices()))
+        with jax.default_device(device):
+            return untrained_model(self.model.config, seed)
+
+
+def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False) -> Subject:
+    """A converted or trained DiT (a folder), or a shipped model by name.
+
+    Args:
+      dtype: of activations and parameters, in place of the stored one.
+      on_host: leave the arrays in the host's memory; for models that are then placed on several devices, none of which
+        may hold the whole.
+
+    Raises:
+      ValueError: there is no such model, or its folder cannot be used.
+    """
+    source = model_folder(weights)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]) if on_host else nullcontext():
+        path = source.resolve()
+        name = path.parent.name if path.name == "model" else path.name
+        return Subject(name, load_model(source, dtype, params=dtype), load_manifest(source))
+
+
+def untrained_model(config: DiTConfig, seed: int) -> DiT:
+    """A DiT with random weights everywhere, see `Subject.untrained`."""
+    model = DiT(config, nnx.Rngs(seed))
+    state = nnx.state(model, nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    drawn = [
+        jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape, leaf.dtype)
+        * np.sqrt(2 / (leaf.shape[-1] + leaf.shape[-2]))
+        if leaf.ndim >= 2 and not jnp.any(leaf)
+        else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    nnx.update(model, jax.tree.unflatten(tree, drawn))
+    return model

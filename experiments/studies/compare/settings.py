@@ -1,0 +1,25 @@
+"""Settings of the main study."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+from experiments.frame.settings import StudyConfig
+
+
+@dataclass(frozen=True)
+class CompareConfig(StudyConfig):
+    """Measure the synchronization gap of a DiT against the coupling and lay it over the theory."""
+
+    couplings: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+    pairs: int = 64
+    gain_pairs: int = 32  # pairs on which the one-pass gain is measured
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.couplings or not all(isfinite(g) and g >= 0 for g in self.couplings):
+            raise ValueError(f"couplings must be finite and >= 0, got {self.couplings}")
+        if len(set(self.couplings)) < 2 or 0 not in self.couplings:
+            raise ValueError(f"couplings must hold 0, the reference, and at least one more value, got {self.couplings}")
+        if self.gain_pairs < 2:
+            raise ValueError("gain_pairs must be at least 2: intervals come from resampling pairs")
+        object.__setattr__(self, "couplings", tuple(sorted({float(g) for g in self.couplings})))

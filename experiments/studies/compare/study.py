@@ -1,0 +1,9 @@
+"""The main study as one object."""
+
+from experiments.frame.study import Study
+from experiments.studies.compare.analysis import DEFINITIONS, analyse
+from experiments.studies.compare.measure import measure
+from experiments.studies.compare.page import page
+from experiments.studies.compare.settings import CompareConfig
+
+STUDY = Study("compare", CompareConfig, measure, page, analyse, DEFINITIONS)
