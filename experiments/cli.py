@@ -1,36 +1,20 @@
-"""The command line: ``syncgap --help``."""
+"""The command line: ``syncgap --help``. Imports nothing heavy until a command runs."""
 
+import contextlib
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from dit_jax.config import Prediction
-from experiments.frame.study import StudyConfig
-from experiments.studies.cloning.measure import CloningConfig
-from experiments.studies.compare.measure import CompareConfig
-from experiments.studies.depth.measure import DepthConfig
-from experiments.studies.interventions.measure import InterventionsConfig
-from experiments.studies.mechanism.measure import MechanismConfig
-from experiments.studies.modalities.measure import ModalitiesConfig
-from experiments.studies.response.measure import ResponseConfig
-from experiments.studies.solvable.measure import SolvableConfig
-from experiments.tools.pictures import SampleConfig
+from experiments import studies
+from experiments.tools.settings import SampleConfig
 
-
-@dataclass(frozen=True)
-class Compare:
-    """Measure the synchronization gap of a DiT against the coupling and lay it over the theory."""
-
-    settings: tyro.conf.OmitArgPrefixes[CompareConfig] = field(default_factory=CompareConfig)
-    out: Path = Path("runs/compare")  # folder of the run
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with an interrupted run in --out
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the signal
 
 
 @dataclass(frozen=True)
@@ -40,7 +24,7 @@ class Train:
     data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable (--size 8)
     out: tyro.conf.Positional[Path]  # folder of the training run
     size: int = 16  # images are cropped and resized to size x size
-    prediction: Prediction = "v"
+    prediction: Literal["epsilon", "v", "x0"] = "v"
     depth: int = 12
     hidden_size: int = 96
     num_heads: int = 6
@@ -64,7 +48,7 @@ class Theory:
     out: Path = Path("runs/theory")  # folder of the page
 
 
-C = TypeVar("C", bound=StudyConfig | ModalitiesConfig)
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -77,18 +61,7 @@ class StudyRun(Generic[C]):
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
-STUDIES: dict[str, type[StudyConfig] | type[ModalitiesConfig]] = {
-    "depth": DepthConfig,
-    "mechanism": MechanismConfig,
-    "interventions": InterventionsConfig,
-    "cloning": CloningConfig,
-    "response": ResponseConfig,
-    "solvable": SolvableConfig,
-    "modalities": ModalitiesConfig,
-}
-
-
-def _documented(config: type[StudyConfig] | type[ModalitiesConfig]) -> type:
+def _command(config: type) -> type:
     """`StudyRun` of these settings, with their docstring as its help."""
     return make_dataclass(
         config.__name__, [], bases=(StudyRun[config],), namespace={"__doc__": config.__doc__}, frozen=True
@@ -122,47 +95,60 @@ class Info:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest instead
 
 
+class Terminated(KeyboardInterrupt):
+    """A scheduler asked the process to end (SIGTERM): as Ctrl-C, with another exit code."""
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors of ours are one message, not a traceback."""
     argv = sys.argv[1:] if args is None else args
-    studies = {name: _documented(config) for name, config in STUDIES.items()}
-    command: Any = tyro.extras.subcommand_cli_from_dict(
-        {
-            "compare": Compare,
-            **studies,
-            "report": Report,
-            "theory": Theory,
-            "train": Train,
-            "sample": Sample,
-            "info": Info,
-        },
-        args=argv,
-        prog="syncgap",
-    )
+    configs = {name: studies.settings_of(name) for name in studies.NAMES}
+    commands: dict[str, Any] = {name: _command(config) for name, config in configs.items()}
+    commands |= {"report": Report, "theory": Theory, "train": Train, "sample": Sample, "info": Info}
+    command: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="syncgap")
     line = shlex.join(["syncgap", *argv])
     try:
-        return _run(command, line)
+        with _ending_like_an_interrupt():
+            return _run(command, line)
     except (ValueError, OSError) as error:
         print(f"syncgap: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        resumable = isinstance(command, Compare | Train | StudyRun)
+    except KeyboardInterrupt as end:
+        resumable = isinstance(command, Train | StudyRun)
         how = "; the same command with --resume goes on from the last finished block" if resumable else ""
-        print(f"\nsyncgap: interrupted{how}", file=sys.stderr)
-        return 130
+        terminated = isinstance(end, Terminated)
+        print(f"\nsyncgap: {'terminated' if terminated else 'interrupted'}{how}", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
 
 
-def _run(command: Compare | StudyRun | Train | Report | Sample | Info, line: str) -> int:
-    if isinstance(command, Compare):
-        from experiments.studies.compare.measure import compare
+@contextlib.contextmanager
+def _ending_like_an_interrupt() -> Iterator[None]:
+    """SIGTERM, which schedulers send, raises `Terminated` as long as a command runs. In another thread than the main
+    one signals cannot be caught, and nothing is changed."""
 
-        report = compare(command.settings, command.out, resume=command.resume, command=line, progress=not command.quiet)
-        print(f"report: {report}")
-    elif isinstance(command, StudyRun):
-        kind = next(name for name, config in STUDIES.items() if type(command.settings) is config)
-        run: Callable[..., Path] = getattr(import_module(f"experiments.studies.{kind}.measure"), kind)
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(command: StudyRun | Train | Report | Theory | Sample | Info, line: str) -> int:
+    if isinstance(command, StudyRun):
+        from experiments.frame.study import run_study
+
+        kind = next(name for name in studies.NAMES if studies.settings_of(name) is type(command.settings))
         out = command.out or Path("runs") / kind
-        page = run(command.settings, out, resume=command.resume, command=line, progress=not command.quiet)
+        page = run_study(
+            studies.find(kind), command.settings, out, resume=command.resume, command=line, progress=not command.quiet
+        )
         print(f"report: {page}")
     elif isinstance(command, Report):
         print(f"report: {_report(command.run)}")
@@ -190,19 +176,16 @@ def _run(command: Compare | StudyRun | Train | Report | Sample | Info, line: str
 
 
 def _report(folder: Path) -> Path:
-    from experiments.frame.page import joint_page
-    from experiments.frame.store import RunFolder
-    from experiments.studies.compare.figures import save_figures
-    from experiments.studies.compare.page import write_report
+    from experiments.frame.store import RunFolder, StoreError
+    from experiments.frame.study import joint_page, kind_of, report
 
     if folder.is_dir() and not (folder / "manifest.json").exists():
-        return joint_page(folder)
+        return joint_page(folder, studies.find)
     run = RunFolder.open(folder, writable=True)
-    kind = run.manifest.get("kind")
-    if kind in STUDIES:
-        return import_module(f"experiments.studies.{kind}.page").report(run)
-    save_figures(run)
-    return write_report(run)
+    study = studies.find(kind_of(run))
+    if study is None:
+        raise StoreError(f"{folder} holds a run of kind {kind_of(run)!r}, which is none of {', '.join(studies.NAMES)}")
+    return report(study, run)
 
 
 def _info(command: Info) -> int:

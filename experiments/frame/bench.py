@@ -216,4 +216,5 @@ class Bench(Measured[C]):
         """A block's pairs and labels, split over the devices; the last block may be too small for that."""
         if self.mesh is None or len(pairs) % self.mesh.size:
             return pairs, labels
-        return place_pairs(self.mesh, pairs, labels)
+        placed_pairs, placed_labels = place_pairs(self.mesh, pairs, labels)
+        return placed_pairs, placed_labels

@@ -69,6 +69,12 @@ def bootstrap(
     return point, {name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks]) for name in point}
 
 
+def both(found: tuple[Drawn, Drawn]) -> Drawn:
+    """What `bootstrap` returns as arrays (1 + draws, ...), the estimate first."""
+    point, draws = found
+    return {name: np.concatenate([np.asarray(value, np.float64)[None], draws[name]]) for name, value in point.items()}
+
+
 def with_interval(point: Any, draws: np.ndarray) -> np.ndarray:
     """(..., 3) float64: the estimate and the ends of its 95 % interval, from draws (draws, ...)."""
     return np.stack([np.asarray(point, np.float64), *basic_interval(point, draws)], -1)

@@ -157,7 +157,7 @@ class RunFolder:
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
         empty = {name: xr.full_like(v, _fill(v.dtype)) for name, v in template.data_vars.items()}
         chunks = {
-            name: {"chunks": tuple(min(chunk, n) if dim == "pair" else n for dim, n in v.sizes.items())}
+            str(name): {"chunks": tuple(min(chunk, n) if dim == "pair" else n for dim, n in v.sizes.items())}
             for name, v in template.data_vars.items()
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
@@ -338,7 +338,7 @@ class RunFolder:
         dataset = _with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
         if "region" not in options:  # into arrays that have their codecs
             checked = {"compressors": CODECS}
-            options["encoding"] = {name: {**checked, **(encoding or {}).get(name, {})} for name in dataset.variables}
+            options["encoding"] = {name: {**checked, **(encoding or {}).get(str(name), {})} for name in dataset.variables}
         dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
 
     def _update(self, **entries: Any) -> None:

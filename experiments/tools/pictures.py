@@ -1,9 +1,9 @@
 """Pictures from a DiT: samples of chosen classes as arrays, as a grid to look at, and a manifest."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from dit_jax.checkpoint import load_model, recover, replacing, write_json
 from dit_jax.class_names import names, resolve, short_name
-from dit_jax.diffusion import GuidedChannels, Sampler, network_denoiser, sample
+from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.images import image_grid
 from dit_jax.latents import is_latent, to_pictures, vae_decoder
 from dit_jax.model import DiT
 from dit_jax.replicas import INITIAL, pair_noise
-from experiments.frame.store import environment
+from experiments.frame.manifest import environment
 from experiments.frame.subject import model_folder
 from experiments.tools.info import read_manifest
+from experiments.tools.settings import SampleConfig
 from ou_theory.clock import Clock, make_clock
 
 FORMAT = "syncgap-pictures"
@@ -30,36 +31,6 @@ GAP = 2  # pixels between the pictures of the grid
 
 class PicturesError(ValueError):
     """Pictures that cannot be made as asked."""
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Settings of a set of pictures; together with the weights they fix it."""
-
-    classes: tuple[str, ...] = ()  # names or numbers, one row of the grid each; by default all, up to 8
-    count: int = 4  # pictures of each class
-    steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
-    sampler: Sampler = "ddim"
-    eta: float = 0.0  # stochasticity of ddim, 0 to 1
-    guidance: float = 1.0  # classifier-free guidance scale; 1 is none
-    guided_channels: GuidedChannels = "all"
-    seed: int = 0
-    batch: int = 8  # pictures that run together; has no influence on them
-    vae: Path | None = None  # folder of an AutoencoderKL in diffusers form, to decode latents
-    dtype: Literal["float32", "bfloat16"] | None = None  # of activations and parameters; the stored one by default
-
-    def __post_init__(self) -> None:
-        for name in ("count", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be in 0..1, got {self.eta}")
-        if self.sampler == "ancestral" and self.eta:
-            raise ValueError("eta is a setting of the ddim sampler; leave it out for the ancestral one")
-        if not np.isfinite(self.guidance):
-            raise ValueError(f"guidance must be finite, got {self.guidance}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
 
 
 def sample_pictures(

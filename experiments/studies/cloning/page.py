@@ -1,28 +1,20 @@
 """Figures and text of the cloning study."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
-from experiments.frame.page import Section, Table, estimate, finish
-from experiments.frame.store import RunFolder
-from experiments.studies.compare.claims import Claim, Control
+from experiments.frame.drawing import band_names
+from experiments.frame.measured import Measured
+from experiments.frame.page import Page, Section, Table, formatted
+from experiments.frame.verdict import Claim, Control, Verdict, bounds, within
+from experiments.studies.cloning import figures as draw
+from experiments.studies.cloning.figures import PARTS, TOLERANCE
+from experiments.studies.cloning.settings import CONTRASTS, MEASURES, CloningConfig
 
-MEASURES = {"q": "Q", "clones": "clones", "mmse": "1 − mmse/Var"}
-COLORS = {"q": "#0072B2", "clones": "#D55E00", "mmse": "#009E73"}
-CONTRASTS = (("q", "clones"), ("q", "mmse"), ("clones", "mmse"))
-TOLERANCE = 0.05  # root mean square, in units of a correlation
 CONTROLS = {"exact": "exact Gaussian denoiser", "untrained": "untrained network"}
-PARTS = {
-    "states": ("the sampler's states are not its noised ends", "#CC79A7"),
-    "calibration": ("predictions vary too much or too little", "#E69F00"),
-    "offset": ("offset of their mean", QUIET),
-}
 MEANING = {
     ("q", True): "the predictions along the trajectory vary more than what is decided: they carry errors that later "
     "steps take back",
@@ -37,22 +29,19 @@ MEANING = {
 }
 
 
-def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
-    """Draws and writes what a run has stored; returns the path of its page."""
-    analysis = run.load("analysis")
+def page(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Page:
+    """Section and figures of a run."""
     figures = {
-        "curves": partial(figure_curves, analysis),
-        "differences": partial(figure_differences, analysis),
-        "reasons": partial(figure_reasons, analysis),
+        "curves": partial(draw.figure_curves, analysis),
+        "differences": partial(draw.figure_differences, analysis),
+        "reasons": partial(draw.figure_reasons, analysis),
     }
-    return finish(run, section(run.manifest, analysis), figures, timings)
+    return Page(section(measured, analysis), figures)
 
 
-def verdict(rms: np.ndarray) -> str:
+def verdict(rms: np.ndarray) -> Verdict:
     """On root mean squares (contrast, 3): all wholly within the tolerance, one wholly beyond it, or neither."""
-    if np.all(rms[:, 2] < TOLERANCE):
-        return "holds"
-    return "does not hold" if np.any(rms[:, 1] > TOLERANCE) else "undecided"
+    return within(rms[:, 1:], TOLERANCE)
 
 
 def named(contrast: tuple[str, str]) -> str:
@@ -79,19 +68,21 @@ def deviation(analysis: xr.Dataset, source: str) -> str:
     names = np.array(band_names(analysis))
     sides = {"above": bands[:, 1] > 0, "below": bands[:, 2] < 0}
     text = (
-        f"Farthest from the mean of the other two is {MEASURES[measure]}, by {estimate(everywhere, 3)} on average, "
-        f"{estimate(undecided, 3)} where a band is less than half decided and {estimate(decided, 3)} where it is more"
+        f"Farthest from the mean of the other two is {MEASURES[measure]}, by {formatted(everywhere, 3)} on average, "
+        f"{formatted(undecided, 3)} where a band is less than half decided and {formatted(decided, 3)} where it is more"
     )
     for side, found in sides.items():
         if found.any():
-            which = [f"{name} ({estimate(values, 3)})" for name, values in zip(names[found], bands[found], strict=True)]
+            which = [
+                f"{name} ({formatted(values, 3)})" for name, values in zip(names[found], bands[found], strict=True)
+            ]
             text += f"; {side} them in {', '.join(which)}: {MEANING[measure, side == 'above']}"
     return text + ("." if any(found.any() for found in sides.values()) else "; no band's interval leaves 0 out.")
 
 
-def section(manifest: dict, analysis: xr.Dataset) -> Section:
+def section(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Section:
     """What the study found, in words and tables."""
-    settings = manifest["settings"]
+    settings = measured.config
     rms, steps = root(analysis.network_square.values), root(analysis.network_square_steps.values)
     worst = int(np.argmax(rms[:, 0]))
     found = verdict(rms)
@@ -104,19 +95,19 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
         f"root mean square difference of {named(CONTRASTS[worst])} over bands above DC and branch steps, beyond what "
         "finite steps cost",
         float(rms[worst, 0]),
-        [float(v) for v in rms[worst, 1:]],
+        bounds(rms[worst]),
         "The largest of the three disagreements. The claim holds if the intervals of all three end below "
         f"{TOLERANCE:g}, and does not if one begins above. From the mean squares the part that sampling noise makes, "
         f"as resampling shows it, is taken off. {deviation(analysis, 'network')}",
         [_control(analysis, source) for source in CONTROLS],
     )
     return Section(
-        title=f"Cloning: {manifest['subject']}",
+        title=f"Cloning: {measured.subject_name}",
         question="How much of an image is decided at a step? The spread of predictions, clones that branch there, and "
         "the error of one prediction give the same curve if the denoiser is the posterior mean of its own sampler's "
         "law.",
-        answer=f"Beyond what {settings['steps']} steps cost, the three curves are "
-        + "; ".join(f"{estimate(r, 3)} apart ({named(c)})" for c, r in zip(CONTRASTS, rms, strict=True))
+        answer=f"Beyond what {settings.steps} steps cost, the three curves are "
+        + "; ".join(f"{formatted(r, 3)} apart ({named(c)})" for c, r in zip(CONTRASTS, rms, strict=True))
         + f", root mean square. Farthest from the others is {MEASURES[odd_one(analysis, 'network')]}.",
         claims=[claim],
         tables=[_contrast_table(analysis), _level_table(analysis), _bound_table(analysis)],
@@ -132,7 +123,7 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
             "Gaussian, or of several variances in one band; below 0: worse than that filter.",
         },
         methods=[
-            f"{settings['pairs']} pairs of replicas of one class under the ancestral sampler, {settings['steps']} "
+            f"{settings.pairs} pairs of replicas of one class under the ancestral sampler, {settings.steps} "
             "steps, uncoupled, with noise of their own. Q: variance of what is predicted, over that of the ends. "
             f"Clones: the states of {analysis.sizes['branch']} steps are continued once more with fresh noise; given "
             "its state, a replica's own way on and the new one are two clones. Their correlation is taken between "
@@ -148,7 +139,7 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
             "1 − mmse/Var minus Q is the sum of three parts: predictions vary differently on noised ends than on the "
             "sampler's states; they vary differently from what they share with the outcome; their mean is off. Beyond "
             "the cost of steps these are "
-            + "; ".join(f"{name} {estimate(v, 3)}" for name, v in zip(PARTS, reasons, strict=True))
+            + "; ".join(f"{name} {formatted(v, 3)}" for name, v in zip(PARTS, reasons, strict=True))
             + " on average.",
         ],
         limits=[
@@ -172,17 +163,17 @@ def _control(analysis: xr.Dataset, source: str) -> Control:
         "untrained": "The same architecture with random weights, no posterior mean of anything: it must fail.",
     }[source]
     also = found == "holds" if source == "untrained" else None  # the exact one must hold: no objection to the claim
-    return Control(CONTROLS[source], float(rms[worst, 0]), [float(v) for v in rms[worst, 1:]], also, text)
+    return Control(CONTROLS[source], float(rms[worst, 0]), bounds(rms[worst]), also, text)
 
 
 def _contrast_table(analysis: xr.Dataset) -> Table:
     rows = []
     for index, contrast in enumerate(CONTRASTS):
         absolute, noise = (float(analysis[f"network_{name}"][index]) for name in ("absolute", "absolute_noise"))
-        raw = estimate(root(analysis.network_square_raw.values[index]), 3)
+        raw = formatted(root(analysis.network_square_raw.values[index]), 3)
         steps = f"{root(float(analysis.network_square_steps[index])):.3f}"
-        beyond = [estimate(root(analysis[f"{source}_square"].values[index]), 3) for source in ("network", *CONTROLS)]
-        signed = estimate(analysis.network_signed.values[index], 3)
+        beyond = [formatted(root(analysis[f"{source}_square"].values[index]), 3) for source in ("network", *CONTROLS)]
+        signed = formatted(analysis.network_signed.values[index], 3)
         rows.append([named(contrast), f"{absolute:.3f} ({noise:.3f})", raw, steps, beyond[0], signed, *beyond[1:]])
     head = ["between", "mean absolute (noise alone)", "root mean square", "finite steps alone", "beyond them"]
     head += ["mean, first minus second, beyond", *(f"{name}, beyond" for name in CONTROLS.values())]
@@ -192,9 +183,9 @@ def _contrast_table(analysis: xr.Dataset) -> Table:
 def _level_table(analysis: xr.Dataset) -> Table:
     rows = []
     for band, name in enumerate(band_names(analysis)):
-        tau = [estimate(analysis.network_tau.values[i, band]) for i in range(2)]
-        half = [estimate(analysis.network_half.values[i, band]) for i in range(3)]
-        rows.append([name, *tau, *half, estimate(analysis.network_snr_one.values[band])])
+        tau = [formatted(analysis.network_tau.values[i, band]) for i in range(2)]
+        half = [formatted(analysis.network_half.values[i, band]) for i in range(3)]
+        rows.append([name, *tau, *half, formatted(analysis.network_snr_one.values[band])])
     head = ["band", "τ of Q", "τ of 1 − mmse/Var", *(f"half of {name}" for name in MEASURES.values()), "SNR = 1"]
     note = (
         "τ over all steps; half: the level at which a curve passes ½, on the branch steps. A law that is not Gaussian "
@@ -206,9 +197,9 @@ def _level_table(analysis: xr.Dataset) -> Table:
 def _bound_table(analysis: xr.Dataset) -> Table:
     rows = []
     for band, name in enumerate(band_names(analysis)):
-        excess = [estimate(analysis.network_excess_mean.values[i, band], 3) for i in range(2)]
-        exact = estimate(analysis.exact_excess_mean.values[1, band], 3)
-        kept = [estimate(analysis[f"{source}_kept"].values[band], 3) for source in ("network", "exact")]
+        excess = [formatted(analysis.network_excess_mean.values[i, band], 3) for i in range(2)]
+        exact = formatted(analysis.exact_excess_mean.values[1, band], 3)
+        kept = [formatted(analysis[f"{source}_kept"].values[band], 3) for source in ("network", "exact")]
         rows.append([name, *excess, exact, *kept])
     head = ["band", "above X/(1+X)", "above the linear filter by channel", "the same, exact Gaussian"]
     head += ["variance kept by the steps", "the same, exact Gaussian"]
@@ -217,77 +208,3 @@ def _bound_table(analysis: xr.Dataset) -> Table:
         "band's variance over the noise's. Variance kept: by an exact Gaussian denoiser under these steps."
     )
     return Table("The lower bound, and what finite steps cost", head, rows, note)
-
-
-def figure_curves(analysis: xr.Dataset) -> Figure:
-    """The three curves in one panel per band."""
-    bands = analysis.sizes["band"]
-    figure, axes = new_figure(7.4, 1.75 * -(-(bands + 1) // 4), -(-(bands + 1) // 4), 4, sharex=True, sharey=True)
-    panels = axes.ravel()
-    first = float(analysis.branch_ell[0]) - 1
-    shown = analysis.ell.values >= first
-    ell = analysis.ell.values[shown]
-    for band, (ax, name) in enumerate(zip(panels, band_names(analysis), strict=False)):
-        for curve, style in (("q", "--"), ("mmse", ":")):
-            values = analysis[f"network_{curve}"].values[shown, band]
-            ax.fill_between(ell, values[:, 1], values[:, 2], color=COLORS[curve], alpha=0.2, linewidth=0)
-            ax.plot(ell, values[:, 0], color=COLORS[curve], label=MEASURES[curve])
-            theory = analysis[f"network_steps_{curve}"].values[shown, band]
-            ax.plot(ell, theory, color=INK, linestyle=style, linewidth=0.9, label=f"{MEASURES[curve]}, exact Gaussian")
-        values = analysis.network_clones.values[:, band]
-        ax.vlines(analysis.branch_ell, values[:, 1], values[:, 2], color=COLORS["clones"], linewidth=1.2)
-        ax.plot(analysis.branch_ell, values[:, 0], "o", ms=3.5, color=COLORS["clones"], label=MEASURES["clones"])
-        ax.set_title(name)
-    panels[0].set_ylim(-0.1, 1.1)
-    panels[0].set_xlim(first, ell[-1])
-    handles, labels = panels[0].get_legend_handles_labels()
-    for ax in panels[bands:]:
-        ax.axis("off")
-    panels[-1].legend(handles, labels, loc="center", fontsize=8)
-    figure.supxlabel(LEVEL_LABEL, fontsize=9)
-    figure.supylabel("decided share", fontsize=9)
-    return figure
-
-
-def figure_differences(analysis: xr.Dataset) -> Figure:
-    """Differences beyond finite steps, network and exact denoiser."""
-    figure, axes = new_figure(7.4, 4.2, 2, 3, sharex=True, sharey=True)
-    names = band_names(analysis)
-    shift = np.linspace(-0.3, 0.3, len(names))
-    for source, row in zip(("network", "exact"), axes, strict=True):
-        for index, ((a, b), ax) in enumerate(zip(CONTRASTS, row, strict=True)):
-            ax.axhspan(-TOLERANCE, TOLERANCE, color=FAINT, alpha=0.5, linewidth=0)
-            ax.axhline(0, color=INK, linewidth=0.6)
-            for band, color in enumerate(band_colors(analysis)):
-                values = analysis[f"{source}_beyond"].values[index, :, band]
-                at = analysis.branch_ell.values + shift[band]
-                ax.vlines(at, values[:, 1], values[:, 2], color=color, linewidth=1)
-                ax.plot(at, values[:, 0], "o", ms=2.8, color=color, label=names[band])
-            if source == "network":
-                ax.set_title(f"{MEASURES[a]}  minus  {MEASURES[b]}", fontsize=8.5)
-        row[0].set_ylabel("network" if source == "network" else "exact Gaussian")
-    figure.supxlabel(LEVEL_LABEL, fontsize=9)
-    band_legend(figure, axes[0, 0], "")
-    return figure
-
-
-def figure_reasons(analysis: xr.Dataset) -> Figure:
-    """Parts of 1 - mmse/Var - Q, and the distance from the best linear filter."""
-    figure, (left, right) = new_figure(7.4, 3.6, 1, 2)
-    level = analysis.branch_ell.values
-    for index, (label, color) in enumerate(PARTS.values()):
-        values = analysis.network_parts.values[index]
-        left.fill_between(level, values[:, 1], values[:, 2], color=color, alpha=0.2, linewidth=0)
-        left.plot(level, values[:, 0], color=color, marker="o", markersize=3.5, label=label)
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
-    left.set_ylabel("part of 1 − mmse/Var minus Q")
-    for band, (name, color) in enumerate(zip(band_names(analysis), band_colors(analysis), strict=True)):
-        values = analysis.network_excess.values[1, :, band]
-        right.fill_between(level, values[:, 1], values[:, 2], color=color, alpha=0.15, linewidth=0)
-        right.plot(level, values[:, 0], color=color, marker="o", markersize=3.5, label=name)
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
-    right.set_ylabel("1 − mmse/Var above linear filter")
-    for ax in (left, right):
-        ax.axhline(0, color=INK, linewidth=0.6)
-        ax.set_xlabel(LEVEL_LABEL)
-    return figure

@@ -2,29 +2,27 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
-from experiments.frame.page import Section, Table, estimate, finish
-from experiments.frame.store import RunFolder
-from experiments.studies.compare.claims import Claim, Control
+from experiments.frame.measured import Measured
+from experiments.frame.page import Page, Section, Table, formatted
+from experiments.frame.settings import SAMPLER_NAMES
+from experiments.frame.verdict import Claim, Control, above
+from experiments.studies.depth.settings import CLAIMED, LAST, DepthConfig
 
-LAST = 0.2  # share of the layers that counts as the last ones
 READINGS = {
     "readout": ("final-layer readout", "#0072B2"),
     "probe": ("linear probe of the outcome", "#D55E00"),
     "raw": ("raw energies of the stream", "#009E73"),
 }
-CLAIMED = 0.5  # share of the gap that must be made in the last fifth of the layers for it to be localised there
 
 
-def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
-    """Draws and writes what a run has stored; returns the path of its page."""
-    analysis = run.load("analysis")
+def page(measured: Measured[DepthConfig], analysis: xr.Dataset) -> Page:
+    """Section and figures of a run."""
     figures: dict[str, Callable[[], Figure]] = {
         "gap_by_layer": partial(figure_gap, analysis),
         "coupled": partial(figure_coupled, analysis),
@@ -32,17 +30,17 @@ def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
     }
     if "network_probe_r2" in analysis:
         figures["decodable"] = partial(figure_decodable, analysis)
-    return finish(run, section(run.manifest, analysis, list(figures)), figures, timings)
+    return Page(section(measured, analysis, list(figures)), figures)
 
 
-def section(manifest: dict, analysis: xr.Dataset, figures: list[str]) -> Section:
+def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list[str]) -> Section:
     """What the study found, in words and tables."""
     known = [name for name in READINGS if f"network_{name}_gap" in analysis]
-    settings, model = manifest["settings"], manifest["model"]
+    settings, model = measured.config, measured.model
     claims = [_claim(analysis, name) for name in known]
     parts = []
     for name in known:
-        final = analysis[f"network_{name}_gap"].isel({_grid(name): 0, "layer": -1}).values
+        final = analysis[f"network_{name}_gap"].isel({grid_of(name): 0, "layer": -1}).values
         share = _percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "(no gap)"
         parts.append(f"{READINGS[name][0]} {share}")
     captions = {
@@ -55,19 +53,19 @@ def section(manifest: dict, analysis: xr.Dataset, figures: list[str]) -> Section
         "embedding, from the middle and from the end of the network, along the ancestral sampler.",
     }
     return Section(
-        title=f"Depth: {manifest['subject']}",
-        question=f"After which of its {model['depth']} layers is the gap of a network that predicts "
-        f"{model['prediction']} there?",
+        title=f"Depth: {measured.subject_name}",
+        question=f"After which of its {model.depth} layers is the gap of a network that predicts "
+        f"{model.prediction} there?",
         answer=f"Share of the final gap that is made in the last {100 * LAST:.0f} % of the layers: {'; '.join(parts)}.",
         claims=claims,
         tables=[_table(analysis, known), _summary(analysis, known)],
         captions={name: captions[name] for name in figures},
         methods=[
-            f"{settings['pairs']} pairs under DDIM, {settings['steps']} steps, gate {settings['gate']}. After every "
-            "block the residual stream is read: its common and difference energies over the token grid (raw); the "
-            "image that the final layer reads off it, denoised with the sampler's coefficients (readout). Each layer "
-            "is its own reference: the energy of its last step without coupling. Window of the estimator: log-SNR of "
-            "-6 and up.",
+            f"{settings.pairs} pairs under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps, gate "
+            f"{settings.gate_kind}. After every block the residual stream is read: its common and difference energies "
+            "over the token grid (raw); the image that the final layer reads off it, denoised with the sampler's "
+            "coefficients (readout). Each layer is its own reference: the energy of its last step without coupling. "
+            "Window of the estimator: log-SNR of -6 and up.",
             "The probe is a ridge regression from the difference mode of the stream to that of the sample, in DCT "
             "coefficients over the token grid, one linear map per band, layer and step, fitted on other pairs than "
             "it is scored on. It runs along the ancestral sampler: under DDIM the outcome is a function of the "
@@ -85,16 +83,14 @@ def section(manifest: dict, analysis: xr.Dataset, figures: list[str]) -> Section
 
 
 def _percent(values) -> str:
-    return estimate(100 * np.asarray(values), 0).replace("[", "% [", 1) if np.isfinite(values[0]) else "–"
+    return formatted(100 * np.asarray(values), 0).replace("[", "% [", 1) if np.isfinite(values[0]) else "–"
 
 
 def _claim(analysis: xr.Dataset, reading: str) -> Claim:
     share, low, high = (float(v) for v in analysis[f"network_{reading}_share"].values)
-    final = analysis[f"network_{reading}_gap"].isel({_grid(reading): 0, "layer": -1}).values
+    final = analysis[f"network_{reading}_gap"].isel({grid_of(reading): 0, "layer": -1}).values
     there = final[1] > 0
-    verdict = "undecided"
-    if there and np.isfinite([low, high]).all():
-        verdict = "holds" if low > CLAIMED else "does not hold" if high <= CLAIMED else "undecided"
+    verdict = above([low, high], CLAIMED) if there else "undecided"
     half = analysis[f"network_{reading}_half"].values
     controls = []
     for source, name, text in (
@@ -103,7 +99,7 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
     ):
         if f"{source}_{name}_share" not in analysis:
             continue
-        gap = analysis[f"{source}_{name}_gap"].isel({_grid(reading): 0, "layer": -1}).values
+        gap = analysis[f"{source}_{name}_gap"].isel({grid_of(reading): 0, "layer": -1}).values
         values = analysis[f"{source}_{name}_share"].values
         has_gap = bool(gap[1] > 0)
         controls.append(
@@ -112,7 +108,7 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
                 float(values[0]) if has_gap else None,
                 [float(v) for v in values[1:]] if has_gap else None,
                 bool(values[1] > CLAIMED) if has_gap else False,
-                f"{text} Its final gap is {estimate(gap)} nats"
+                f"{text} Its final gap is {formatted(gap)} nats"
                 + ("." if has_gap else ": there is none to be localised."),
             )
         )
@@ -124,14 +120,15 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
         f"{CLAIMED:g}",
         share if there else None,
         [low, high] if there else None,
-        f"Final gap {estimate(final)} nats; it stays above half of that from {estimate(half)} of the depth on."
+        f"Final gap {formatted(final)} nats; it stays above half of that from {formatted(half)} of the depth on."
         if there
-        else f"The final gap in this reading is {estimate(final)} nats: there is none to be localised.",
+        else f"The final gap in this reading is {formatted(final)} nats: there is none to be localised.",
         controls,
     )
 
 
-def _grid(reading: str) -> str:
+def grid_of(reading: str) -> str:
+    """The dimension of the couplings at which a reading was taken."""
     return "probe_coupling" if reading.startswith("probe") else "coupling"
 
 
@@ -140,10 +137,10 @@ def _table(analysis: xr.Dataset, known: list[str]) -> Table:
         [
             str(int(layer)),
             *(
-                estimate(analysis[f"network_{name}_gap"].isel({_grid(name): 0}).sel(layer=layer).values)
+                formatted(analysis[f"network_{name}_gap"].isel({grid_of(name): 0}).sel(layer=layer).values)
                 for name in known
             ),
-            estimate(analysis.untrained_readout_gap.isel(coupling=0).sel(layer=layer).values),
+            formatted(analysis.untrained_readout_gap.isel(coupling=0).sel(layer=layer).values),
         ]
         for layer in analysis.layer.values
     ]
@@ -155,11 +152,11 @@ def _summary(analysis: xr.Dataset, known: list[str]) -> Table:
     rows = []
     for source in ("network", "untrained"):
         for name in known:
-            grid = _grid(name)
+            grid = grid_of(name)
             gap = analysis[f"{source}_{name}_gap"].isel(layer=-1)
-            ends = [estimate(gap.isel({grid: i}).values) for i in (0, -1)]
+            ends = [formatted(gap.isel({grid: i}).values) for i in (0, -1)]
             share, half = (analysis[f"{source}_{name}_{what}"].values for what in ("share", "half"))
-            rows.append([source, READINGS[name][0], *ends, estimate(share), estimate(half)])
+            rows.append([source, READINGS[name][0], *ends, formatted(share), formatted(half)])
     head = [
         "source",
         "reading",
@@ -183,7 +180,7 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     layers = analysis.layer.values
     ax.axvspan((1 - LAST) * layers[-1], layers[-1], color=FAINT, alpha=0.45, linewidth=0, zorder=0)
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    curves = [(f"network_{name}_gap", _grid(name), *READINGS[name]) for name in READINGS]
+    curves = [(f"network_{name}_gap", grid_of(name), *READINGS[name]) for name in READINGS]
     curves.append(("untrained_readout_gap", "coupling", "readout, untrained", QUIET))
     for variable, grid, label, color in curves:
         if variable in analysis:
@@ -219,7 +216,7 @@ def figure_levels(analysis: xr.Dataset) -> Figure:
     panels = ["readout"] + (["probe"] if "network_probe_tau" in analysis else [])
     figure, axes = new_figure(7.2, 3.5, 1, len(panels), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], panels, strict=True):
-        tau = analysis[f"network_{name}_tau"].isel({_grid(name): 0})
+        tau = analysis[f"network_{name}_tau"].isel({grid_of(name): 0})
         bands = tau.shape[1]
         colors = band_colors(analysis) if name == "readout" else band_colors(analysis.rename(probe_band="pb"))
         for band in range(bands):

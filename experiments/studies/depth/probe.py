@@ -14,32 +14,16 @@ import xarray as xr
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from dit_jax.diffusion import network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import pair_labels, run_pairs
-from experiments.frame.study import Study
-from experiments.studies.compare.analysis import WINDOW_START
-from ou_theory.modes import Bands, dct2, pair_modes, radial_bands
+from experiments.frame.bench import Bench
+from experiments.frame.instrument import stream_modes, token_bands
+from experiments.frame.steps import spaced_steps
+from experiments.frame.streams import numpy_stream, stream
+from experiments.studies.depth.settings import FOLDS, DepthConfig
+from ou_theory.modes import Bands, dct2
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ridge, as shares of the mean feature variance
-FOLDS = 4
-SEED_OFFSET = 1  # the probe's pairs are not those of other measurements
-
-
-def token_bands(grid: int, most: int = 6) -> Bands:
-    """Bands of the DCT over a grid of tokens: as many annuli as are not empty, at most `most`."""
-    for num in range(most, 0, -1):
-        try:
-            return radial_bands(grid, grid, num)
-        except ValueError:
-            continue
-    raise ValueError(f"a grid of {grid} x {grid} tokens has no bands: the model has one token")
-
-
-def stream_modes(stream: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Common and difference mode (N, grid, grid, D) of residual streams (2, N, T, D), in DCT over the token grid."""
-    grid = round(stream.shape[-2] ** 0.5)
-    return pair_modes(stream.astype(jnp.float32).reshape(*stream.shape[:-2], grid, grid, stream.shape[-1]))
 
 
 class Probe:
@@ -51,15 +35,12 @@ class Probe:
       features: stream features it sees; wider streams are projected at random to that many.
     """
 
-    def __init__(self, study: Study, levels: int, features: int):
-        self.study = study
-        model, ell = study.subject.model.config, study.clock.log_snr
+    def __init__(self, bench: Bench[DepthConfig], levels: int, features: int):
+        self.bench, model = bench, bench.model
         self.tokens = token_bands(model.input_size // model.patch_size)
-        inside = np.flatnonzero(ell >= WINDOW_START)
-        wanted = np.linspace(ell[inside[0]], ell[-1], levels)
-        self.steps = np.unique(np.abs(ell[:, None] - wanted).argmin(0))
+        self.steps = spaced_steps(bench.clock, levels)
         self.features = min(model.hidden_size, features)
-        rng = np.random.default_rng([study.config.seed, model.hidden_size, features])
+        rng = numpy_stream(bench.config.seed, "probe projection")
         square = np.eye(model.hidden_size)
         self.projection = (
             square
@@ -69,58 +50,53 @@ class Probe:
         self._streams = jax.jit(self._run)
 
     def _run(self, model: DiT, couplings, pairs, labels):
-        study, config = self.study, model.config
+        bench, config = self.bench, model.config
         projection = jnp.asarray(self.projection, jnp.float32)
 
         def tap(layer, activations):
-            return [stream_modes(activations[name])[1] @ projection for name in ("resid_pre", "resid_post")]
-
-        def coupled(gate):
-            return network_denoiser(model, study.clock, gate, coupling=study.config.gate, tap=tap)
+            own = bench.own(activations)
+            return [stream_modes(own[name])[1] @ projection for name in ("resid_pre", "resid_post")]
 
         end, kept = run_pairs(
-            coupled,
-            study.clock,
+            bench.coupled(model, tap=tap),
+            bench.clock,
             couplings,
             pairs,
             labels,
-            study.subject.image_shape,
-            seed=study.config.seed + SEED_OFFSET,
+            bench.subject.image_shape,
+            seed=stream(bench.config.seed, "probe trajectories"),
             sampler="ancestral",
             observe=lambda step, x, denoised, taps: jnp.concatenate([taps[0][:1], taps[1]]),
         )
         grid = config.input_size // config.patch_size
-        stream = kept[self.steps].reshape(len(self.steps), config.depth + 1, -1, grid * grid, self.features)
+        read = kept[self.steps].reshape(len(self.steps), config.depth + 1, -1, grid * grid, self.features)
         outcome = patch_modes((end[0, 0] - end[1, 0]) * np.sqrt(0.5).item(), config.patch_size)
-        return jnp.transpose(stream, (2, 1, 0, 3, 4)), outcome.reshape(pairs.size, grid * grid, -1)
+        return jnp.transpose(read, (2, 1, 0, 3, 4)), outcome.reshape(pairs.size, grid * grid, -1)
 
     def streams(self, model: DiT, coupling: float, count: int, what: str) -> tuple[np.ndarray, np.ndarray]:
         """Difference modes over all pairs, T coefficients of the token grid: of the stream (P, layer, level, T, D), and
         of the outcome (P, T, patch * patch * C), see `patch_modes`."""
         parts = []
-        block = self.study.config.block
+        block = self.bench.config.block
         grid = jnp.asarray([coupling], jnp.float32)
-        for first in tqdm(range(0, count, block), desc=what, disable=not self.study.progress):
+        for first in tqdm(range(0, count, block), desc=what, disable=not self.bench.progress):
             pairs = np.arange(first, min(first + block, count))
-            parts.append(jax.device_get(self._streams(model, grid, pairs, pair_labels(pairs, self.study.classes))))
+            parts.append(jax.device_get(self._streams(model, grid, pairs, pair_labels(pairs, self.bench.classes))))
         stream, outcome = (np.concatenate(each) for each in zip(*parts, strict=True))
         return stream, outcome
 
     def scores(self, model: DiT, group: str, couplings: Sequence[float], pairs: int) -> xr.Dataset:
-        """Held-out errors per pair, from the store if they are there.
+        """Held-out errors per pair.
 
         Returns:
           error, total (coupling, pair, layer, level, probe_band): squared error and total square of the outcome.
           error_shuffled: error of the last layer when the outcomes are those of other pairs (without the layer axis).
         """
-        run = self.study.run
-        if (run.path / "data.zarr" / group).exists():
-            return run.load(group)
         rows: dict[str, list[np.ndarray]] = {"error": [], "total": [], "error_shuffled": []}
         names: list[str] = []
         for coupling in couplings:
-            stream, outcome = self.streams(model, coupling, pairs, f"{self.study.kind}: {group}, g = {coupling:g}")
-            bands = probe_bands(outcome, self.study.subject.image_shape[-1], self.tokens)
+            stream, outcome = self.streams(model, coupling, pairs, f"{self.bench.kind}: {group}, g = {coupling:g}")
+            bands = probe_bands(outcome, self.bench.subject.image_shape[-1], self.tokens)
             names = list(bands)
             steps = range(len(self.steps))
             others = np.roll(outcome, FOLDS, 0)  # of another pair, in the same fold
@@ -131,23 +107,29 @@ class Probe:
             for name, values in zip(rows, (*scores, np.stack(shuffled, -2)), strict=True):
                 rows[name].append(values)
         dims = ("coupling", "pair", "layer", "level", "probe_band")
-        dataset = xr.Dataset(
+        abouts = {
+            "error": "squared error of the probe on pairs that it was not fitted on",
+            "total": "square of the outcome's difference mode",
+            "error_shuffled": "squared error of the last layer where the outcomes are those of other pairs",
+        }
+        return xr.Dataset(
             {
-                "error": (dims, np.stack(rows["error"])),
-                "total": (dims, np.stack(rows["total"])),
-                "error_shuffled": (("coupling", "pair", "level", "probe_band"), np.stack(rows["error_shuffled"])),
+                name: (
+                    tuple(dim for dim in dims if dim != "layer" or name != "error_shuffled"),
+                    np.stack(values),
+                    {"long_name": abouts[name], "units": "1"},
+                )
+                for name, values in rows.items()
             },
             coords={
                 "coupling": list(couplings),
                 "pair": np.arange(pairs),
                 "layer": np.arange(model.config.depth + 1),
                 "level": self.steps,
-                "level_ell": ("level", self.study.clock.log_snr[self.steps]),
+                "level_ell": ("level", self.bench.clock.log_snr[self.steps]),
                 "probe_band": names,
             },
         )
-        run.put(group, dataset)
-        return dataset
 
 
 def patch_modes(images: jax.Array, patch: int) -> jax.Array:

@@ -10,11 +10,54 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from experiments.frame.study import pair_draws, resampled_mean, with_interval
+from experiments.frame.draws import mean_and_draws, packed, pair_draws
+from experiments.frame.instrument import token_bands
+from experiments.frame.measured import Definitions, Measured
+from experiments.studies.mechanism.settings import MechanismConfig
 from ou_theory.commitment import HIGH_BAND, LOW_BAND
 
 ORIGINS = ("embedding", "attention", "mlp")
 TOP = 0.1  # share of the heads that counts as the strongest
+
+_SHARE = "share of the attention difference that a part makes up, exactly"
+_KEPT = "size under coupling over that without, of the same q, k, v"
+_MISSED = "what the self-only reading leaves out, as a share of"
+DEFINITIONS: Definitions = {
+    "share": (f"{_SHARE}, by band of the token grid", "1"),
+    "share_all": (_SHARE, "1"),
+    "share_layer": (f"{_SHARE}, by layer", "1"),
+    "part_gain": (f"{_KEPT}, of a part of the attention difference", "1"),
+    "part_gain_all": (f"{_KEPT}, of a part of the attention difference, all bands", "1"),
+    "first_order": ("relative error of the first-order prediction of the difference", "1"),
+    "first_order_all": ("relative error of the first-order prediction of the difference, all bands", "1"),
+    "first_order_level": ("relative error of the first-order prediction of the difference, by level", "1"),
+    "missed": (f"{_MISSED} the pattern part", "1"),
+    "missed_all": (f"{_MISSED} the pattern part, all bands", "1"),
+    "missed_error": (f"{_MISSED} the whole difference, as an amplitude", "1"),
+    "stream_gain": ("amplitude of the residual stream's difference after a stage, relative to no coupling", "1"),
+    "block_bypass": ("share of the stream's difference after a block that its attention did not add", "1"),
+    "origin_share": ("share of the stream's final difference by where it was added", "1"),
+    "bypass": ("share of the stream's final difference that no attention layer added", "1"),
+    "bypass_all": ("share of the stream's final difference that no attention layer added, all bands", "1"),
+    "contraction": ("change by coupling of ln amplitude of the stream's difference, summed over layers", "1"),
+    "part_growth": ("what a part adds to the square of the stream's difference, relative to it", "1"),
+    "head_gain": (f"{_KEPT}, of a head's output difference", "1"),
+    "head_pull": ("product of what a head writes with the stream's difference, relative to its square", "1"),
+    "head_sync": ("change by coupling of what a head adds to the square of the stream's difference", "1"),
+    "concentration": ("share of the heads' synchronisation that the strongest tenth carries", "1"),
+    "gain": ("one-pass gain: amplitude of the denoised difference relative to no coupling", "1"),
+    "gain_level": ("one-pass gain: amplitude of the denoised difference relative to no coupling, by level", "1"),
+    "gain_by_energy": ("one-pass gain as the root of a mean ratio of energies", "1"),
+    "slope": ("one-pass gain of the highest band less that of the lowest above DC", "1"),
+    "cutoff": ("frequency at which the gain passes half way between its lowest band and 1", "Nyquist"),
+    "closure": ("difference of the parts' sum from the network's own head outputs, relative", "1"),
+    "stage": ("after the embedding (0) and after every block", "1"),
+    "origin": ("where a part of the stream's difference was added", "1"),
+    "reading": ("which reading of the cross part", "1"),
+    "place": ("place in a block", "1"),
+    "product": ("which inner product", "1"),
+    "sublayer": ("attention or MLP", "1"),
+}
 
 
 def cutoff(gain: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -57,7 +100,7 @@ def concentration(sync: np.ndarray, weights: np.ndarray) -> np.ndarray:
         strongest = np.argsort(sync[1 - half :: 2].mean(0))[:count]
         top[half::2] = sync[half::2][:, strongest].sum(1)
     rows = np.stack([top, sync.sum(1)], -1)
-    means = np.concatenate([rows.mean(0)[None], resampled_mean(rows, weights)])
+    means = mean_and_draws(rows, weights)
     return means[:, 0] / means[:, 1]
 
 
@@ -75,14 +118,15 @@ class Estimates:
         return self.mean(np.asarray(self.dataset[name], np.float64))
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        return np.concatenate([values.mean(0)[None], resampled_mean(values, self.weights)])
+        """Means over pairs of what is given by pair (P, ...): (S, ...)."""
+        return mean_and_draws(values, self.weights)
 
     def over_bands(self, values: np.ndarray) -> np.ndarray:
         """Means over all token coefficients of what is given by token band (..., B)."""
         return values @ self.share_of_band
 
     def put(self, name: str, dims: tuple[str, ...], values: np.ndarray) -> None:
-        self.found[name] = ((*dims, "bound"), with_interval(values[0], values[1:]))
+        self.found[name] = ((*dims, "bound"), packed(values))
 
 
 def split_estimates(e: Estimates) -> None:
@@ -178,7 +222,14 @@ ESTIMATES: tuple[Callable[[Estimates], None], ...] = (
 )
 
 
-def analyse(sources: dict[str, xr.Dataset], token_count: np.ndarray, seed: int) -> xr.Dataset:
+def analyse(measured: Measured[MechanismConfig]) -> xr.Dataset:
+    """Estimates of every source, by name, with 95 % intervals."""
+    model = measured.model
+    token_count = token_bands(model.input_size // model.patch_size).count
+    return estimates(measured.sources("network", "untrained", "random"), token_count, measured.config.seed)
+
+
+def estimates(sources: dict[str, xr.Dataset], token_count: np.ndarray, seed: int) -> xr.Dataset:
     """Estimates of every source, by name, with 95 % intervals.
 
     Args:

@@ -5,66 +5,22 @@ difference of the attention output is split exactly into what comes through valu
 difference of the residual stream is followed through attention and MLP to the denoised image.
 """
 
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.attention import Coupling, symmetric_gate
-from dit_jax.diffusion import Prediction, network_denoiser
+from dit_jax.attention import symmetric_gate
 from dit_jax.model import Block, DiT, widened
 from dit_jax.replicas import run_pairs
-from experiments.frame.study import Study, StudyConfig
-from experiments.studies.compare.analysis import WINDOW_START
-from experiments.studies.depth.probe import token_bands
-from experiments.studies.mechanism.analysis import analyse
-from experiments.studies.mechanism.page import report
-from ou_theory.attention import exact_difference, first_order_difference, pair_weights
-from ou_theory.clock import Clock
+from experiments.frame.bench import Bench, Variables
+from experiments.frame.instrument import predicted, token_bands
+from experiments.frame.steps import spaced_steps
+from experiments.studies.mechanism.settings import PARTS, PLACES, PRODUCTS, READINGS, SUBLAYERS, MechanismConfig
+from experiments.studies.mechanism.split import HeadSplit, split_head
 from ou_theory.modes import band_mean, dct2, pair_modes
-
-PARTS = ("routing", "key", "query", "total")
-READINGS = ("weights", "pattern")  # of the cross part that the self-only reading leaves out, see `split_head`
-PLACES = ("pre", "attention", "mlp", "post")
-PRODUCTS = ("pre attention", "pre mlp", "attention mlp")
-SUBLAYERS = ("attention", "mlp")
-
-
-@dataclass(frozen=True)
-class MechanismConfig(StudyConfig):
-    """Split the replicas' difference in every layer and head, in one pass: how does coupling synchronise?"""
-
-    couplings: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0)
-    pairs: int = 16
-    levels: int = 8  # sampler steps that are looked into at most, evenly spaced in log-SNR
-    untrained_pairs: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        grid = np.asarray(self.couplings, np.float64)
-        if grid.size < 2 or grid[0] != 0 or not np.all(np.diff(grid) > 0) or not np.isfinite(grid[-1]):
-            raise ValueError(f"couplings must start at 0, the reference, and increase, got {self.couplings}")
-        if self.levels < 1:
-            raise ValueError(f"levels must be at least 1, got {self.levels}")
-
-
-def chosen_steps(clock: Clock, levels: int) -> np.ndarray:
-    """Sampler steps nearest to `levels` evenly spaced log-SNRs of the estimator's window, increasing, each once.
-
-    Raises:
-      ValueError: the sampler has no step in the window.
-    """
-    ell = clock.log_snr
-    inside = np.flatnonzero(ell >= WINDOW_START)
-    if not inside.size:
-        raise ValueError(f"steps: none of the sampler's {len(clock)} has a log-SNR of {WINDOW_START:g} or more")
-    wanted = np.linspace(ell[inside[0]], ell[-1], levels)
-    return np.unique(inside[np.abs(ell[inside, None] - wanted).argmin(0)])
 
 
 def open_gates(model: DiT) -> DiT:
@@ -81,39 +37,6 @@ def open_gates(model: DiT) -> DiT:
     return copy
 
 
-class HeadSplit(NamedTuple):
-    """What `split_head` finds; the first axis holds `PARTS` or `READINGS`."""
-
-    exact: jax.Array  # (4, T, d)
-    alone: jax.Array  # (4, T, d) the same without coupling
-    error: jax.Array  # (4, T, d) exact minus first order
-    cross: jax.Array  # (2, T, d)
-
-
-def split_head(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, coupling: Coupling) -> HeadSplit:
-    """The split of ``O_A - O_B`` of one head, for q, k, v (2, T, d).
-
-    ``cross`` is what is neglected where the replicas' readings of each other are taken to have the same pattern:
-    ``(a_AB - a_BA) V`` with the weights as they are, or with rows normalised, times their mean mass. Under `blend` the
-    two are the same; under `joint` the first also counts the mass that moves between own and other keys, which the
-    self part takes back.
-    """
-
-    def rows(parts):
-        return jnp.stack([*parts, parts.total])
-
-    exact = rows(exact_difference(q, k, v, g, coupling))
-    common = [x.mean(0) for x in (q, k, v)]
-    differences = [x[0] - x[1] for x in (q, k, v)]
-    first = rows(first_order_difference(*common, *differences, g=g))
-    weights = pair_weights(q, k, g, coupling)
-    a, b = weights[0, :, 1], weights[1, :, 0]
-    mass = [w.sum(-1, keepdims=True) for w in (a, b)]
-    pattern_a, pattern_b = (w / jnp.where(m > 0, m, 1) for w, m in zip((a, b), mass, strict=True))
-    cross = jnp.stack([a - b, (mass[0] + mass[1]) / 2 * (pattern_a - pattern_b)]) @ common[2]
-    return HeadSplit(exact, rows(exact_difference(q, k, v, jnp.zeros_like(g), coupling)), exact - first, cross)
-
-
 class MechanismInstrument:
     """The jitted measurements, compiled once per network shape.
 
@@ -122,12 +45,11 @@ class MechanismInstrument:
       steps: sampler steps that are looked into.
     """
 
-    def __init__(self, study: Study, config: MechanismConfig):
-        self.study, self.config = study, config
-        model = study.subject.model.config
-        self.grid = model.input_size // model.patch_size
+    def __init__(self, bench: Bench[MechanismConfig]):
+        self.bench, self.config = bench, bench.config
+        self.grid = bench.model.input_size // bench.model.patch_size
         self.tokens = token_bands(self.grid)
-        self.steps = chosen_steps(study.clock, config.levels)
+        self.steps = spaced_steps(bench.clock, bench.config.levels)
         self.states = jax.jit(self._states)
         self.one_pass = jax.jit(self._one_pass)
 
@@ -137,16 +59,17 @@ class MechanismInstrument:
         return self.one_pass(model, jnp.asarray(self.config.couplings, jnp.float32), states, labels)
 
     def _states(self, model: DiT, pairs, labels):
-        """Uncoupled states (levels, 2, P, H, W, C) under DDIM."""
-        study = self.study
+        """Uncoupled states (levels, 2, P, H, W, C) along the sampler."""
+        bench = self.bench
         _, states = run_pairs(
-            lambda gate: network_denoiser(model, study.clock, gate, coupling=study.config.gate),
-            study.clock,
+            bench.coupled(model),
+            bench.clock,
             jnp.zeros(1),
             pairs,
             labels,
-            study.subject.image_shape,
-            seed=study.config.seed,
+            bench.subject.image_shape,
+            seed=self.config.seed,
+            sampler=self.config.sampler,
             observe=lambda step, x, denoised: x[:, 0],
         )
         return states[self.steps]
@@ -155,15 +78,12 @@ class MechanismInstrument:
         count, size = couplings.shape[0], labels.shape[0]
         gs = jnp.tile(couplings, size)  # a pair's couplings side by side
         labels = jnp.repeat(labels, count)
-        denoise = network_denoiser(
-            model, self.study.clock, symmetric_gate(gs), coupling=self.study.config.gate, tap=self._tap(model, gs)
-        )
+        denoise = self.bench.denoiser(model, symmetric_gate(gs), tap=self._tap(model, gs))
 
         def at_level(inputs):
             step, x = inputs
             x = jnp.repeat(x, count, 1)
-            prediction = denoise(x, step, labels)
-            assert isinstance(prediction, Prediction)
+            prediction = predicted(denoise, x, step, labels)
             found, writes = prediction.taps
             embedding = self._difference(widened(model.embed(x.astype(model.config.dtype))))
             final = embedding + sum(write.sum(0) for write in writes.values())
@@ -172,7 +92,7 @@ class MechanismInstrument:
             return found | {
                 "origin": jnp.stack(origin, -2),
                 "origin_embedding": band_mean(embedding * final, self.tokens),
-                "denoised": band_mean(denoised, self.study.bands),
+                "denoised": band_mean(denoised, self.bench.bands),
             }
 
         with jax.default_matmul_precision("highest"):
@@ -195,11 +115,12 @@ class MechanismInstrument:
 
     def _tap(self, model: DiT, gs: jax.Array):
         """The tap that returns what is measured in a block, and what its sublayers add to the stream's difference."""
-        config, tokens, gate = model.config, self.tokens, self.study.config.gate
+        config, tokens, kind = model.config, self.tokens, self.config.gate_kind
         assert isinstance(model.blocks, Block)
         kernels = model.blocks.attn.proj.kernel[...].astype(config.dtype)
 
         def tap(layer, activations):
+            activations = self.bench.own(activations)
             stream = [self._difference(widened(activations[f"resid_{at}"])) for at in ("pre", "mid", "post")]
             pre, attention, mlp = stream[0], stream[1] - stream[0], stream[2] - stream[1]
             kernel = widened(kernels[layer]).reshape(config.num_heads, -1, config.hidden_size)
@@ -208,7 +129,7 @@ class MechanismInstrument:
             def one(inputs):  # a pair at a coupling
                 q, k, v, out, g, gate_attn, pre = inputs
                 heads = [jnp.moveaxis(x, 2, 0) for x in (q, k, v)]  # (H, 2, T, d)
-                split = jax.vmap(lambda q, k, v: split_head(q, k, v, g, gate))(*heads)
+                split = jax.vmap(lambda q, k, v: split_head(q, k, v, g, kind))(*heads)
                 split = HeadSplit(*(self._modes(x.swapaxes(0, 1)) for x in split))  # (part, H, grid, grid, d)
                 own = self._modes(jnp.moveaxis(out[0] - out[1], 1, 0))
                 pattern = split.exact[1] + split.exact[2]
@@ -255,7 +176,7 @@ class MechanismInstrument:
 
 _GRID = ("coupling", "level", "layer")
 _PER = "mean square per token coefficient and feature"
-VARIABLES = {
+VARIABLES: Variables = {
     "split_energy": ((*_GRID, "part", "token_band"), f"{_PER} of the parts of the heads' difference, mean over heads"),
     "split_product": ((*_GRID, "part", "token_band"), "their inner product with the total"),
     "alone_energy": ((*_GRID, "part", "token_band"), f"{_PER} of the parts without coupling, of the same q, k, v"),
@@ -280,27 +201,15 @@ VARIABLES = {
 }
 
 
-def mechanism(
-    config: MechanismConfig, out: str | Path, *, resume: bool = False, command: str = "", progress: bool = True
-) -> Path:
-    """Runs the study and writes its folder; see `experiments.frame.study.Study`.
-
-    Returns:
-      the path of ``report.html``.
-
-    Raises:
-      ValueError: settings that do not fit the weights; an output folder that holds another run.
-    """
-    started = time.perf_counter()
-    study = Study("mechanism", config, out, resume=resume, command=command, progress=progress)
-    instrument = MechanismInstrument(study, config)
-    model = study.subject.model
+def measure(bench: Bench[MechanismConfig]) -> None:
+    """Fills ``network``, ``untrained`` and ``random``, the untrained network with open gates."""
+    config, instrument, model = bench.config, MechanismInstrument(bench), bench.model
     coords = {
-        "coupling": np.asarray(config.couplings),
+        "coupling": np.asarray(config.couplings, np.float64),
         "level": instrument.steps,
-        "level_ell": ("level", study.clock.log_snr[instrument.steps]),
-        "layer": np.arange(model.config.depth),
-        "head": np.arange(model.config.num_heads),
+        "level_ell": ("level", bench.clock.log_snr[instrument.steps]),
+        "layer": np.arange(model.depth),
+        "head": np.arange(model.num_heads),
         "part": list(PARTS),
         "reading": list(READINGS),
         "place": list(PLACES),
@@ -309,20 +218,12 @@ def mechanism(
         "token_band": np.arange(len(instrument.tokens)),
         "token_radius": ("token_band", instrument.tokens.radius),
     }
-    untrained = study.subject.untrained(config.seed)
     subjects = (
-        ("network", model, config.pairs),
-        ("untrained", untrained, config.untrained_pairs),
-        ("random", open_gates(untrained), config.untrained_pairs),
+        ("network", bench.network, config.pairs),
+        ("untrained", bench.untrained, config.untrained_pairs),
+        ("random", bench.place(open_gates(bench.subject.untrained(config.seed))), config.untrained_pairs),
     )
-    sources = {
-        name: study.measure(
+    for name, model, pairs in subjects:
+        bench.measure(
             name, VARIABLES, coords, pairs, lambda pairs, labels, model=model: instrument.measure(model, pairs, labels)
         )
-        for name, model, pairs in subjects
-    }
-    measured = time.perf_counter()
-    analysis = analyse(sources, instrument.tokens.count, config.seed)
-    study.run.put("analysis", analysis)
-    timings = {"measuring_s": round(measured - started, 1), "analysis_s": round(time.perf_counter() - measured, 1)}
-    return report(study.run, timings)

@@ -2,60 +2,42 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from experiments.frame.drawing import (
-    COUPLING_LABEL,
-    FAINT,
-    INK,
-    LEVEL_LABEL,
-    QUIET,
-    band_colors,
-    band_names,
-    coupling_axis,
-    new_figure,
-)
-from experiments.frame.page import Section, Table, estimate, finish
-from experiments.frame.store import RunFolder
-from experiments.studies.compare.claims import Claim, Control
-from experiments.studies.compare.page import number
+from experiments.frame.drawing import band_names
+from experiments.frame.measured import Measured
+from experiments.frame.page import Page, Section, Table, formatted, number
+from experiments.frame.settings import SAMPLER_NAMES
+from experiments.frame.verdict import Claim, Control, above
+from experiments.studies.mechanism import figures as draw
 from experiments.studies.mechanism.analysis import TOP
+from experiments.studies.mechanism.figures import PART_COLORS, SOURCES
+from experiments.studies.mechanism.settings import MechanismConfig
 from ou_theory.attention import rho
 from ou_theory.commitment import HIGH_BAND, LOW_BAND
 
-PART_COLORS = {"routing": "#0072B2", "key": "#009E73", "query": "#D55E00"}
-ORIGIN_COLORS = {"embedding": "#8a8f99", "attention": "#0072B2", "mlp": "#E69F00"}
-SOURCES = {"network": "network", "untrained": "untrained network", "random": "untrained, gates open"}
-PANELS = 4  # couplings that are drawn side by side, at most
 LISTED = 8  # heads in the table
-TOKEN_RADIUS = "radial frequency of the token grid"
 
 
-def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
-    """Draws and writes what a run has stored; returns the path of its page."""
-    analysis = run.load("analysis")
-    patch = run.manifest["model"]["patch_size"]
+def page(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Page:
+    """Section and figures of a run."""
     figures: dict[str, Callable[[], Figure]] = {
-        "gain": partial(figure_gain, analysis, patch),
-        "parts": partial(figure_parts, analysis),
-        "first_order": partial(figure_first_order, analysis),
-        "layers": partial(figure_layers, analysis),
-        "stream": partial(figure_stream, analysis),
-        "heads": partial(figure_heads, analysis),
+        "gain": partial(draw.figure_gain, analysis, measured.model.patch_size),
+        "parts": partial(draw.figure_parts, analysis),
+        "first_order": partial(draw.figure_first_order, analysis),
+        "layers": partial(draw.figure_layers, analysis),
+        "stream": partial(draw.figure_stream, analysis),
+        "heads": partial(draw.figure_heads, analysis),
     }
-    return finish(run, section(run.manifest, analysis), figures, timings)
+    return Page(section(measured, analysis), figures)
 
 
-def section(manifest: dict, analysis: xr.Dataset) -> Section:
+def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Section:
     """What the study found, in words and tables."""
-    settings, pairs = manifest["settings"], manifest["settings"]["pairs"]
+    settings, pairs = measured.config, measured.config.pairs
     names, last = band_names(analysis), analysis.isel(coupling=-1)
     g = float(analysis.coupling[-1])
     claim = low_pass_claim(analysis)
@@ -64,14 +46,14 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
     other = [last.network_gain_by_energy.isel(band=band).values for band in (LOW_BAND, HIGH_BAND)]
     scale = cutoff_text(last.network_cutoff.values, float(analysis.radius[HIGH_BAND]))
     levels = ", ".join(number(ell, 1) for ell in analysis.level_ell.values)
-    nyquist = 1 / manifest["model"]["patch_size"]
+    nyquist = 1 / measured.model.patch_size
     return Section(
-        title=f"Mechanism: {manifest['subject']}",
+        title=f"Mechanism: {measured.subject_name}",
         question="How does coupling bring replicas together inside one pass: through values, keys or queries, in which "
         "layers and heads, and at which spatial scales?",
-        answer=f"At g = {g:g} the denoised difference keeps {estimate(kept[0])} of its amplitude in the lowest band "
-        f"({names[LOW_BAND]}) and {estimate(kept[1])} in the highest ({names[HIGH_BAND]}); half way between the lowest "
-        f"and 1: {scale}. Of what is left of the attention difference, {_percent(left['routing'])} is routing, "
+        answer=f"At g = {g:g} the denoised difference keeps {formatted(kept[0])} of its amplitude in the lowest band "
+        f"({names[LOW_BAND]}) and {formatted(kept[1])} in the highest ({names[HIGH_BAND]}); half way between the "
+        f"lowest and 1: {scale}. Of what is left of the attention difference, {_percent(left['routing'])} is routing, "
         f"{_percent(left['key'])} key pattern, {_percent(left['query'])} query pattern.",
         claims=[claim],
         tables=[
@@ -101,9 +83,9 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
             "of the token grid above DC, in % of that square (right; negative brings the replicas together).",
         },
         methods=[
-            f"{pairs} pairs run uncoupled under DDIM, {settings['steps']} steps. Their states at log-SNR {levels} "
-            f"are denoised once under every coupling, gate {settings['gate']}. All ratios to g = 0 are of passes that "
-            "start from the same states.",
+            f"{pairs} pairs run uncoupled under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps. Their "
+            f"states at log-SNR {levels} are denoised once under every coupling, gate {settings.gate_kind}. All "
+            "ratios to g = 0 are of passes that start from the same states.",
             "The split is that of docs/theory.md, section 6: routing is the difference of values read with the mean "
             "of own minus cross weights; the pattern part is divided between keys and queries by the Shapley value. "
             f"The parts add up to the difference of the network's own head outputs within "
@@ -111,7 +93,7 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
             "Shares pool levels and layers, each with the weight with which coupling left its difference. Gains over "
             "several levels are geometric means, since contractions multiply; as roots of mean energy ratios, in which "
             f"the levels with the largest gain weigh most, those of the denoised difference at g = {g:g} are "
-            f"{estimate(other[0])} in the lowest band and {estimate(other[1])} in the highest.",
+            f"{formatted(other[0])} in the lowest band and {formatted(other[1])} in the highest.",
             "A head writes to the stream through its slice of the output projection and the block's gate. The square "
             "of the stream's difference after attention minus that before is a sum over heads, exactly: of the inner "
             "products of what each writes with the sum of both differences. Its change by coupling, of the same q, k, "
@@ -150,14 +132,14 @@ def low_pass_claim(analysis: xr.Dataset) -> Claim:
     return Claim(
         0,
         "Attention under coupling is a low-pass synchroniser",
-        _verdict([low, high]),
+        above([low, high]),
         f"one-pass gain of the highest band minus that of the lowest above DC, g = {g:g}",
         value,
         [low, high],
         f"Half way between the lowest band's gain and 1: {cutoff_text(last.network_cutoff.values, top)}. Inside "
-        f"attention, its heads' difference keeps {estimate(first[LOW_BAND])} of its size in the lowest band of the "
-        f"token grid and {estimate(first[HIGH_BAND])} in the highest, of the same queries, keys and values."
-        + (f" The highest band of the denoised difference grows: {estimate(ends['network'][1])}." if grows else ""),
+        f"attention, its heads' difference keeps {formatted(first[LOW_BAND])} of its size in the lowest band of the "
+        f"token grid and {formatted(first[HIGH_BAND])} in the highest, of the same queries, keys and values."
+        + (f" The highest band of the denoised difference grows: {formatted(ends['network'][1])}." if grows else ""),
         [
             _control(SOURCES[source], last[f"{source}_slope"].values, *ends[source])
             for source in ("untrained", "random")
@@ -167,14 +149,8 @@ def low_pass_claim(analysis: xr.Dataset) -> Claim:
 
 def _control(name: str, slope: np.ndarray, low: np.ndarray, high: np.ndarray) -> Control:
     interval = [float(v) for v in slope[1:]]
-    text = f"Keeps {estimate(low)} in the lowest and {estimate(high)} in the highest band."
-    return Control(name, float(slope[0]), interval, _verdict(interval) == "holds", text)
-
-
-def _verdict(interval: list[float]) -> str:
-    if not np.isfinite(interval).all():
-        return "undecided"
-    return "holds" if interval[0] > 0 else "does not hold" if interval[1] <= 0 else "undecided"
+    text = f"Keeps {formatted(low)} in the lowest and {formatted(high)} in the highest band."
+    return Control(name, float(slope[0]), interval, above(interval) == "holds", text)
 
 
 def cutoff_text(values: np.ndarray, top: float) -> str:
@@ -183,11 +159,11 @@ def cutoff_text(values: np.ndarray, top: float) -> str:
         return "nowhere, for the lowest band is not synchronised"
     if values[0] >= top:
         return f"not up to r = {top:.2f}, the highest band"
-    return f"r = {estimate(values)}"
+    return f"r = {formatted(values)}"
 
 
 def _percent(values: np.ndarray) -> str:
-    return estimate(100 * np.asarray(values), 0) + " %"
+    return formatted(100 * np.asarray(values), 0) + " %"
 
 
 def _table(
@@ -212,10 +188,10 @@ def _gain_table(analysis: xr.Dataset) -> Table:
     top = float(analysis.radius[HIGH_BAND])
 
     def cells(at):
-        ends = [estimate(at.gain.isel(band=band).values) for band in (LOW_BAND, HIGH_BAND)]
+        ends = [formatted(at.gain.isel(band=band).values) for band in (LOW_BAND, HIGH_BAND)]
         cut, low_pass = at.cutoff.values, at.slope.values[1] > 0
-        scale = "–" if not low_pass else f"> {top:.2f}" if cut[0] >= top else estimate(cut)
-        return [*ends, estimate(at.slope.values), scale]
+        scale = "–" if not low_pass else f"> {top:.2f}" if cut[0] >= top else formatted(cut)
+        return [*ends, formatted(at.slope.values), scale]
 
     head = ["gain, lowest band", "gain, highest band", "highest − lowest", "half-way frequency"]
     note = (
@@ -237,7 +213,7 @@ def _size_table(analysis: xr.Dataset) -> Table:
     names = [*PART_COLORS, "total"]
 
     def cells(at):
-        rows = [estimate(at.part_gain_all.sel(part=part).values) for part in names]
+        rows = [formatted(at.part_gain_all.sel(part=part).values) for part in names]
         return [*rows, number(float(rho(at.coupling.values)))]
 
     note = "Relative to no coupling, of the same q, k, v. To first order routing and key have the size ρ(g), query 1."
@@ -275,7 +251,7 @@ def _growth_table(analysis: xr.Dataset) -> Table:
 def _bypass_table(analysis: xr.Dataset) -> Table:
     def cells(at):
         low = at.isel(token_band=LOW_BAND)
-        logs = [estimate(low.contraction.sel(sublayer=name).values) for name in ("attention", "mlp")]
+        logs = [formatted(low.contraction.sel(sublayer=name).values) for name in ("attention", "mlp")]
         return [*logs, _percent(low.bypass.values), _percent(at.bypass_all.values)]
 
     head = ["ln gain, attention", "ln gain, MLPs", "bypass, lowest band", "bypass, all bands"]
@@ -293,7 +269,7 @@ def _heads_table(analysis: xr.Dataset) -> Table:
     sync, pull, kept = (last[f"network_head_{name}"].values.reshape(-1, 3) for name in ("sync", "pull", "gain"))
     rows = []
     for unit in np.argsort(sync[:, 0])[:LISTED].tolist():
-        numbers = [estimate(100 * sync[unit], 1), estimate(100 * pull[unit], 1), estimate(kept[unit])]
+        numbers = [formatted(100 * sync[unit], 1), formatted(100 * pull[unit], 1), formatted(kept[unit])]
         rows.append([str(unit // heads), str(unit % heads), *numbers])
     note = (
         "Layers and heads count from 0; lowest band of the token grid above DC. The strongest "
@@ -302,141 +278,3 @@ def _heads_table(analysis: xr.Dataset) -> Table:
     )
     head = ["layer", "head", "change of the square by coupling, %", "pull, %", "output difference that is left"]
     return Table(f"Heads that synchronise most, g = {float(analysis.coupling[-1]):g}", head, rows, note)
-
-
-def _curve(ax: Any, x: Any, values: np.ndarray, color: Any, label: str | None = None, **options: Any) -> None:
-    """A curve of estimates (..., 3) with its band."""
-    ax.fill_between(x, values[:, 1], values[:, 2], color=color, alpha=0.16, linewidth=0)
-    ax.plot(x, values[:, 0], **{"color": color, "marker": "o", "markersize": 3.5, "label": label, **options})
-
-
-def _coupling_colors(analysis: xr.Dataset) -> list:
-    return list(matplotlib.colormaps["plasma"](np.linspace(0, 0.8, analysis.sizes["coupling"])))
-
-
-def figure_gain(analysis: xr.Dataset, patch: int) -> Figure:
-    """End-to-end gain by band, and by level at the strongest coupling."""
-    figure, (left, right) = new_figure(7.2, 3.5, 1, 2, sharey=True)
-    for i, (g, color) in enumerate(zip(analysis.coupling.values, _coupling_colors(analysis), strict=True)):
-        if g > 0:
-            _curve(left, analysis.radius, analysis.network_gain[i].values, color, f"$g$ = {g:g}")
-    for source, style in (("untrained", "-"), ("random", "-.")):
-        values, name = analysis[f"{source}_gain"][-1].values, SOURCES[source]
-        _curve(left, analysis.radius, values, QUIET, name, marker=None, linestyle=style)
-    left.axvline(1 / patch, ymax=0.66, color=INK, linestyle="--", linewidth=0.9)  # below the legend
-    left.set_xlabel("radial frequency, fraction of Nyquist")
-    left.set_ylabel("one-pass gain")
-    left.set_title("By band, levels pooled")
-    left.legend(loc="upper left", fontsize=7.5)
-    for band, (name, color) in enumerate(zip(band_names(analysis), band_colors(analysis), strict=True)):
-        values = analysis.network_gain_level[-1, :, band].values
-        _curve(right, analysis.level_ell, values, color, name)
-    right.set_xlabel(LEVEL_LABEL)
-    right.set_title(f"By level, $g$ = {float(analysis.coupling[-1]):g}")
-    right.legend(loc="upper right", fontsize=7.5)
-    for ax in (left, right):
-        ax.axhline(1, color=FAINT, linewidth=0.8, zorder=0)
-        ax.set_ylim(bottom=0)
-    return figure
-
-
-def figure_parts(analysis: xr.Dataset) -> Figure:
-    """Shares by token band, a panel per coupling."""
-    chosen = np.unique(np.linspace(0, analysis.sizes["coupling"] - 1, PANELS).round().astype(int))
-    figure, axes = new_figure(7.2, 2.9, 1, len(chosen), sharey=True, squeeze=False)
-    for ax, i in zip(axes[0], chosen, strict=True):
-        for part, color in PART_COLORS.items():
-            _curve(ax, analysis.token_radius, analysis.network_share[i].sel(part=part).values, color, part)
-        ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-        ax.set_title(f"$g$ = {float(analysis.coupling[i]):g}")
-    axes[0][0].set_ylabel("share of the difference")
-    figure.supxlabel(TOKEN_RADIUS, fontsize=9)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3)
-    return figure
-
-
-def figure_first_order(analysis: xr.Dataset) -> Figure:
-    """Sizes of the parts against the coupling, and the first-order error by level."""
-    figure, (left, right) = new_figure(7.2, 3.3, 1, 2)
-    grid = analysis.coupling.values
-    fine = np.linspace(0, grid[-1], 200)
-    left.plot(fine, rho(fine), color=INK, linestyle="--", linewidth=1.1, label="ρ(g)")
-    left.plot(fine, np.ones_like(fine), color=INK, linestyle=":", linewidth=1.1, label="1")
-    for shift, (part, color) in zip((-0.012, 0.0, 0.012), PART_COLORS.items(), strict=True):
-        values = analysis.network_part_gain_all.sel(part=part).values
-        left.vlines(grid + shift, values[:, 1], values[:, 2], color=color, linewidth=1.2)
-        left.plot(grid + shift, values[:, 0], color=color, marker="o", markersize=4, linestyle="none", label=part)
-    left.set_xlabel(COUPLING_LABEL)
-    left.set_ylabel("size relative to $g$ = 0")
-    left.set_title("Parts, same q, k, v")
-    left.legend(fontsize=7.5)
-    coupling_axis(left, grid)
-    for i, (g, color) in enumerate(zip(grid, _coupling_colors(analysis), strict=True)):
-        _curve(right, analysis.level_ell, analysis.network_first_order_level[i].values, color, f"$g$ = {g:g}")
-    right.set_ylim(0, 1.35 * right.get_ylim()[1])
-    right.set_xlabel(LEVEL_LABEL)
-    right.set_ylabel("relative error")
-    right.set_title("First order against exact")
-    right.legend(loc="upper left", ncols=2)
-    return figure
-
-
-def figure_layers(analysis: xr.Dataset) -> Figure:
-    """Shares by layer without and with the strongest coupling."""
-    figure, axes = new_figure(7.2, 2.9, 1, 2, sharey=True)
-    for ax, i in zip(axes, (0, -1), strict=True):
-        for part, color in PART_COLORS.items():
-            _curve(ax, analysis.layer, analysis.network_share_layer[i].sel(part=part).values, color, part)
-        ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-        ax.set_title(f"$g$ = {float(analysis.coupling[i]):g}")
-        ax.set_xlabel("layer")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("share of the difference")
-    axes[0].legend()
-    return figure
-
-
-def figure_stream(analysis: xr.Dataset) -> Figure:
-    """The gain of the stream by layer, and the origins of its final difference."""
-    figure, (left, right) = new_figure(7.2, 3.5, 1, 2)
-    bands = analysis.sizes["token_band"]
-    for band, color in enumerate(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, bands))):
-        radius = float(analysis.token_radius[band])
-        name = "DC" if radius == 0 else f"r = {radius:.2f}"
-        _curve(left, analysis.stage, analysis.network_stream_gain[-1, :, band].values, color, name, marker=None)
-    left.axhline(1, color=FAINT, linewidth=0.8, zorder=0)
-    left.set_xlabel("after block")
-    left.set_ylabel("gain of the stream's difference")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend(fontsize=7.5, ncols=2)
-    for origin, color in ORIGIN_COLORS.items():
-        at = analysis.network_origin_share.sel(origin=origin)
-        _curve(right, analysis.token_radius, at[-1].values, color, "MLPs" if origin == "mlp" else origin)
-        _curve(right, analysis.token_radius, at[0].values, color, markerfacecolor="white", linewidth=0.9)
-    right.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    right.set_ylim(top=right.get_ylim()[1] + 0.25 * np.ptp(right.get_ylim()))  # room for the legend
-    right.set_xlabel(TOKEN_RADIUS)
-    right.set_ylabel("share of the final difference")
-    right.legend(loc="upper right")
-    return figure
-
-
-def figure_heads(analysis: xr.Dataset) -> Figure:
-    """Maps over layers and heads at the strongest coupling."""
-    layers, heads = analysis.sizes["layer"], analysis.sizes["head"]
-    figure, axes = new_figure(7.2, 1.6 + 0.2 * layers, 1, 2, sharey=True)
-    last = analysis.isel(coupling=-1, bound=0)
-    kept, sync = last.network_head_gain.values, 100 * last.network_head_sync.values
-    most = max(float(np.nanmax(np.abs(sync), initial=0.0)), 1e-12)
-    maps = ((kept, "viridis", 0.0, max(1.0, float(np.nanmax(kept, initial=0.0)))), (sync, "RdBu", -most, most))
-    titles = ("Difference of the output that is left", "Change of the square, %")
-    for ax, (values, colors, low, high), title in zip(axes, maps, titles, strict=True):
-        image = ax.imshow(values, cmap=colors, vmin=low, vmax=high, aspect="auto", origin="lower")
-        figure.colorbar(image, ax=ax, pad=0.02)
-        ax.set_title(title)
-        ax.set_xlabel("head")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(heads, 8)))
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("layer")
-    return figure

@@ -7,11 +7,8 @@ by as much as theory says they do at the event. Every reading has a standard err
 fit on the exact curve, too, which shows what the fit costs.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +16,8 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from experiments.frame.store import RunFolder, StoreError
+from experiments.frame.bench import Bench
+from experiments.frame.measured import Definitions, described
 from experiments.studies.modalities import cases as cases
 from experiments.studies.modalities.clone_reading import (
     SPECIATION,
@@ -31,7 +29,7 @@ from experiments.studies.modalities.clone_reading import (
     read_crossing,
     read_zero,
 )
-from experiments.studies.modalities.page import report
+from experiments.studies.modalities.settings import PARTS, ModalitiesConfig
 from ou_theory import process as ou
 from ou_theory.collapse import condensation, pair_collapse_times
 from ou_theory.gain_model import commitment_time, q_uncoupled
@@ -39,21 +37,44 @@ from ou_theory.laws import Clusters, sign_correlation
 from ou_theory.mixture import two_clusters
 from ou_theory.speciation import kappa, mode_kappa, mode_speciation_time
 
-
-@dataclass(frozen=True)
-class ModalitiesConfig:
-    """Simulate two coupled modalities with exact scores and lay the theory over it: timescales, speciation, collapse,
-    the coupling as a filter, couplings that change in time."""
-
-    paths: int = 4000  # pairs of clones per point
-    steps: int = 16  # reverse steps from a branch to the data; each is exact
-    trials: int = 2000  # draws of a stored data set, for collapse
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("paths", 100), ("steps", 1), ("trials", 50)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+_READ = "read off clones, value and standard error"
+_FITTED = "the same fit on the exact curve"
+DEFINITIONS: Definitions = {
+    "rate": ("relaxation rate of a mode, simulated forwards", "1 / time"),
+    "rate_error": ("its standard error", "1 / time"),
+    "rate_theory": ("relaxation rate of a mode", "1 / time"),
+    "correlation": ("correlation of clones' labels by the time at which they branch", "1"),
+    "correlation_error": ("its standard error", "1"),
+    "correlation_theory": ("correlation of clones' labels, exact", "1"),
+    "speciation": (f"speciation time {_READ}", "time"),
+    "speciation_fitted": (f"speciation time by {_FITTED}", "time"),
+    "speciation_theory": ("speciation time", "time"),
+    "unequal": (f"speciation time under couplings of any symmetry {_READ}", "time"),
+    "unequal_fitted": (f"speciation time under couplings of any symmetry by {_FITTED}", "time"),
+    "unequal_theory": ("speciation time under couplings of any symmetry", "time"),
+    "collapse": ("collapse time of stored samples, value and standard error", "time"),
+    "collapse_limit": ("collapse time at infinite dimension, value and standard error", "time"),
+    "collapse_theory": ("collapse time", "time"),
+    "commitment": (f"commitment time {_READ}", "time"),
+    "commitment_fitted": (f"commitment time by {_FITTED}", "time"),
+    "commitment_theory": ("commitment time", "time"),
+    "wave_rate": ("relaxation rate of a wave around the ring", "1 / time"),
+    "scheduled": (f"speciation time under a schedule {_READ}", "time"),
+    "scheduled_fitted": (f"speciation time under a schedule by {_FITTED}", "time"),
+    "scheduled_theory": ("speciation time under a schedule", "time"),
+    "schedule_coupling": ("coupling of a schedule at a time", "1"),
+    "mode": ("common or difference mode", "1"),
+    "time": ("time of the branch", "time"),
+    "reading": ("value, and its standard error", "1"),
+    "kind": ("kind of coupling", "1"),
+    "strength": ("coupling of that kind", "1"),
+    "g": ("coupling g", "1"),
+    "score": ("which modes the score knows", "1"),
+    "size": ("modes of a modality", "1"),
+    "wave": ("wave around the ring", "1"),
+    "schedule": ("name of the schedule", "1"),
+    "step": ("middle of a step of the schedule's grid", "time"),
+}
 
 
 def _towards_data(t: float, steps: int) -> np.ndarray:
@@ -278,7 +299,7 @@ def scheduling(config: ModalitiesConfig) -> xr.Dataset:
     return xr.Dataset(data, coords)
 
 
-PARTS: dict[str, Callable[[ModalitiesConfig], xr.Dataset]] = {
+MEASURES: dict[str, Callable[[ModalitiesConfig], xr.Dataset]] = {
     "timescales": timescales,
     "speciation": speciation,
     "anisotropic": anisotropic,
@@ -288,29 +309,7 @@ PARTS: dict[str, Callable[[ModalitiesConfig], xr.Dataset]] = {
 }
 
 
-def modalities(
-    config: ModalitiesConfig, out: str | Path, *, resume: bool = False, command: str = "", progress: bool = True
-) -> Path:
-    """Runs the study and writes its folder.
-
-    Returns:
-      the path of ``report.html``.
-
-    Raises:
-      ValueError: a folder that holds another run.
-    """
-    started = time.perf_counter()
-    extra = {"kind": "modalities", "subject": "exact scores"}
-    run = RunFolder.create(out, asdict(config), resume=resume, command=command, extra=extra)
-    for name, part in tqdm(PARTS.items(), desc="modalities", disable=not progress):
-        if not _stored(run, name):
-            run.put(name, part(config))
-    return report(run, {"simulation_s": round(time.perf_counter() - started, 1)})
-
-
-def _stored(run: RunFolder, name: str) -> bool:
-    try:
-        run.load(name)
-    except StoreError:
-        return False
-    return True
+def measure(bench: Bench[ModalitiesConfig]) -> None:
+    """Fills a group for every part; each draws its own random numbers."""
+    for name in tqdm(PARTS, desc="modalities", disable=not bench.progress):
+        bench.whole(name, lambda name=name: described(MEASURES[name](bench.config), DEFINITIONS))

@@ -1,26 +1,25 @@
 """Figures and text of the study of two modalities."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
 from scipy.stats import norm
 
-from experiments.frame.page import Section, Table, finish
-from experiments.frame.store import RunFolder
-from experiments.studies.compare.claims import Claim, Control, side
+from experiments.frame.measured import Measured
+from experiments.frame.page import Page, Section, Table
+from experiments.frame.verdict import Claim, Control, Verdict, above
 from experiments.studies.modalities import cases as cases
 from experiments.studies.modalities import figures as draw
+from experiments.studies.modalities.settings import PARTS, ModalitiesConfig
 from ou_theory.speciation import gap_large_spread, speciation_gap
 
-PARTS = ("timescales", "speciation", "anisotropic", "collapse", "filtering", "scheduling")  # groups of a run
 LEVEL = 0.001  # chance, if theory is right, with which a set of comparisons may be called off
 
 
-def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
-    """Draws and writes what a run has stored; returns the path of its page."""
-    parts = {name: run.load(name) for name in PARTS}
+def page(measured: Measured[ModalitiesConfig], analysis: xr.Dataset) -> Page:
+    """Section and figures of a run; there is no analysis beside what the parts have stored."""
+    parts = measured.sources(*PARTS)
     figures = {
         "timescales": partial(draw.figure_timescales, parts["timescales"]),
         "speciation": partial(draw.figure_speciation, parts["speciation"]),
@@ -30,7 +29,7 @@ def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
         "filter": partial(draw.figure_filter, parts["filtering"]),
         "schedules": partial(draw.figure_schedules, parts["scheduling"]),
     }
-    return finish(run, section(run.manifest, parts), figures, timings)
+    return Page(section(measured.config, parts), figures)
 
 
 # --- comparisons
@@ -41,7 +40,7 @@ def deviations(found: np.ndarray, theory: np.ndarray) -> np.ndarray:
     return ((found[..., 0] - theory) / found[..., 1])[np.isfinite(theory)]
 
 
-def agree(z: np.ndarray) -> tuple[str, float]:
+def agree(z: np.ndarray) -> tuple[Verdict, float]:
     """Verdict on deviations in standard errors, and a bound on the chance of so large a one among them if theory is
     right, be they independent or not. Undecided where one is missing."""
     if not z.size or np.isnan(z).any():
@@ -74,9 +73,8 @@ def _control(name: str, z: np.ndarray, statement: str) -> Control:
     return Control(name, largest(z), None, agree(z)[0] == "holds", statement)
 
 
-def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
+def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section:
     """What the study found, in words and tables."""
-    settings = manifest["settings"]
     pair, ring, time = parts["speciation"], parts["filtering"], parts["scheduling"]
     unequal, stored, rates = parts["anisotropic"], parts["collapse"], parts["timescales"]
     gap = draw.gaps(pair.speciation.values)
@@ -108,7 +106,7 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
         Claim(
             0,
             "Coupling opens a gap: the common mode speciates first",
-            side(with_bounds(gap[at])),
+            above(with_bounds(gap[at])),
             f"gap at g = {pair.coupling.values[at]:g}, units of time",
             float(gap[at, 0]),
             with_bounds(gap[at]),
@@ -118,7 +116,7 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
                     "no coupling",
                     float(gap[0, 0]),
                     with_bounds(gap[0]),
-                    side(with_bounds(gap[0])) == "holds",
+                    above(with_bounds(gap[0])) == "holds",
                     "The same simulation at g = 0, where both modes are equal.",
                 )
             ],
@@ -168,7 +166,7 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
         Claim(
             0,
             "At equal total, coupling near the data holds the gap open",
-            side(with_bounds(apart)),
+            above(with_bounds(apart)),
             "gap of the clean half less that of the noisy half",
             float(apart[0]),
             with_bounds(apart),
@@ -216,15 +214,15 @@ def section(manifest: dict, parts: dict[str, xr.Dataset]) -> Section:
             "both modes' times to coupling at a given time (middle).",
         },
         methods=[
-            f"Reverse paths by exact steps of the reverse SDE with exact scores, {settings['steps']} from a branch to "
-            f"the data, {settings['paths']} pairs of clones per point. Clones start at one state of the noised law and "
+            f"Reverse paths by exact steps of the reverse SDE with exact scores, {settings.steps} from a branch to "
+            f"the data, {settings.paths} pairs of clones per point. Clones start at one state of the noised law and "
             "go on with independent noise. A time is read off a weighted cubic through the points whose correlation "
-            f"lies within 0.2 of the wanted one; its error comes from theirs. Seed {settings['seed']}; points draw "
+            f"lies within 0.2 of the wanted one; its error comes from theirs. Seed {settings.seed}; points draw "
             "random numbers of their own.",
             "Common and difference mode of the pair are each in two clusters ±2 of variance 0.25, independent of each "
             "other; b = D = 1. In the anisotropic part the first modality is in such clusters, the second is Gaussian "
             "of variance 1.",
-            f"Collapse: {settings['trials']} draws of a data set of n = exp({cases.LOAD:g} d) pairs, d Gaussian modes "
+            f"Collapse: {settings.trials} draws of a data set of n = exp({cases.LOAD:g} d) pairs, d Gaussian modes "
             "of unit variance each for the common and the difference mode; one sample is noised, and its weight in the "
             "empirical score compared with all others. A score that knows one mode alone does not see the other. That "
             "n is whole, and the own sample none of the others, moves theory by under 0.01; readings are moved back.",

@@ -3,22 +3,42 @@
 import numpy as np
 import xarray as xr
 
-from experiments.frame.study import pair_draws, resampled_mean, with_interval
-from experiments.studies.compare.analysis import WINDOW_START
+from experiments.frame.draws import mean_and_draws, packed, pair_draws
+from experiments.frame.gaussian import ddim_factors, growth_rate
+from experiments.frame.measured import Definitions, Measured
+from experiments.frame.steps import window
+from experiments.studies.response.settings import LEAST, ResponseConfig
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands
 
-
-def gaussian_factors(variance: np.ndarray, clock: Clock) -> np.ndarray:
-    """What every DDIM step multiplies a Gaussian mode by, (..., K) for variances (...)."""
-    gain = variance[..., None] / (variance[..., None] + clock.sigma**2)
-    return gain + (1 - gain) * np.append(clock.sigma[1:], 0.0) / clock.sigma
-
-
-def gaussian_rate(variance: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Growth rate (..., L, B) per nat of ln(1 / sigma) of Gaussian modes (..., B)."""
-    sigma2 = sigma[:, None] ** 2
-    return -sigma2 / (variance[..., None, :] + sigma2)
+_RATE = "growth rate of a difference drawn from the band"
+_STRETCH = "log of what the window makes of a leading direction's length"
+DEFINITIONS: Definitions = {
+    "variance": ("variance of a band's coefficients at the ends", "1"),
+    "rate": (f"{_RATE}, along the flow", "1 / nat"),
+    "rate_noised": (f"{_RATE}, at noised ends", "1 / nat"),
+    "rate_gaussian": (f"{_RATE}, of a Gaussian law of the band's variance", "1 / nat"),
+    "rate_channels": (f"{_RATE}, of a Gaussian law of the band's covariance of channels", "1 / nat"),
+    "rate_error": ("mmse / sigma^2 - 1: mean growth rate of any posterior mean, at noised ends", "1 / nat"),
+    "above_channels": ("rate less that of the Gaussian law by channels", "1 / nat"),
+    "above_error": ("rate at noised ends less what the error there says", "1 / nat"),
+    "negative": ("share of probes that the derivative turns against themselves", "1"),
+    "leaves": ("share of the response that lies in other bands", "1"),
+    "asymmetry": ("antisymmetric over symmetric part of the derivative", "1"),
+    "local": ("growth rate of a leading direction in a step", "1 / nat"),
+    "local_gaussian": ("growth rate of a leading mode of the Gaussian law in a step", "1 / nat"),
+    "total": (_STRETCH, "nat"),
+    "total_gaussian": (f"{_STRETCH}, Gaussian law", "nat"),
+    "exponent": ("growth rate of a leading direction over the window", "1 / nat"),
+    "content": ("share of a band in a leading direction", "1"),
+    "largest": ("largest growth rate of a leading direction in a step, mean over trajectories", "1 / nat"),
+    "largest_level": ("log-SNR at which it is reached", "nat"),
+    "growing": ("share of trajectories with a step in which a direction grows", "1"),
+    "rated": ("sampler step of a rate", "1"),
+    "rated_ell": ("log-SNR of that step", "nat"),
+    "vector": ("leading direction", "1"),
+    "point": ("sampler step before which a direction is looked at; the last is the end", "1"),
+}
 
 
 def gaussian_stretches(spectrum: np.ndarray, bands: Bands, clock: Clock, count: int) -> np.ndarray:
@@ -29,42 +49,27 @@ def gaussian_stretches(spectrum: np.ndarray, bands: Bands, clock: Clock, count: 
       spectrum: (..., B, C) variances of the modes of each band, each of which it has as often as it has coefficients.
     """
     with np.errstate(divide="ignore"):  # the last step takes a mode without variance to 0
-        each = np.log(gaussian_factors(spectrum, clock)[..., window(clock)])
+        each = np.log(np.moveaxis(ddim_factors(spectrum, clock)[window(clock)], 0, -1))
     each = np.repeat(each, bands.count, -3).reshape(*each.shape[:-3], -1, each.shape[-1])
     order = np.argsort(-each.sum(-1), -1)[..., :count]
     return np.take_along_axis(each, order[..., None], -2)
 
 
-def window(clock: Clock) -> np.ndarray:
-    """Sampler steps in the window.
-
-    Raises:
-      ValueError: fewer than three.
-    """
-    inside = np.flatnonzero(clock.log_snr >= WINDOW_START)
-    if inside.size < 3:
-        raise ValueError(
-            f"{len(clock)} sampler steps leave {inside.size} at log-SNR {WINDOW_START:g} and above: give more --steps"
-        )
-    return inside
-
-
 def estimates(dataset: xr.Dataset, clock: Clock, bands: Bands, seed: int) -> xr.Dataset:
     """Estimates with intervals of one source."""
     weights = pair_draws(seed, dataset.sizes["pair"])
-    inside = window(clock)[:-1]  # the last step goes to the clean end, which no rate reaches
+    inside = window(clock, LEAST)[:-1]  # the last step goes to the clean end, which no rate reaches
     sigma = clock.sigma[dataset.level.values]
 
     def drawn(values):
-        values = np.asarray(values, np.float64)
-        return np.concatenate([values.mean(0)[None], resampled_mean(values, weights)])
+        return mean_and_draws(values, weights)
 
     moment, rate, error = (drawn(dataset[name].values) for name in ("moment", "rate", "error"))
     flow, noised = rate[:, 0], rate[:, 1]
     spectrum = np.maximum(np.linalg.eigvalsh(moment), 0)  # (draws, B, channel)
     variance = spectrum.mean(-1)
-    one = gaussian_rate(variance, sigma)
-    channels = np.moveaxis(gaussian_rate(np.moveaxis(spectrum, -1, 1), sigma), 1, -1).mean(-1)
+    one = growth_rate(variance[..., None, :], sigma[:, None])
+    channels = growth_rate(spectrum[:, None], sigma[:, None, None]).mean(-1)
     response = drawn(dataset.response.values)[:, 0]
     leaves = 1 - np.einsum("dlbb->dlb", response) / response.sum(-1)
     asymmetry = np.sqrt(drawn(dataset.antisymmetric.values) / drawn(dataset.symmetric.values))[:, 0]
@@ -99,7 +104,7 @@ def estimates(dataset: xr.Dataset, clock: Clock, bands: Bands, seed: int) -> xr.
         "largest_level": (("bound",), drawn(level.mean(1))),
         "growing": (("bound",), drawn((largest > 0).mean(1))),
     }
-    result = {name: (dims, with_interval(values[0], values[1:])) for name, (dims, values) in found.items()}
+    result = {name: (dims, packed(values)) for name, (dims, values) in found.items()}
     return xr.Dataset(
         result,
         coords={
@@ -114,8 +119,8 @@ def estimates(dataset: xr.Dataset, clock: Clock, bands: Bands, seed: int) -> xr.
 def exactness(dataset: xr.Dataset, variance: np.ndarray, clock: Clock) -> dict[str, float]:
     """Largest deviations of the Wiener control from its closed forms: of all rates, and of the log of what the window
     stretches the first direction by, which follows from its content at the start of the window."""
-    rate = gaussian_rate(variance, clock.sigma[dataset.level.values])
-    factor = gaussian_factors(variance, clock)[:, window(clock)].prod(-1)
+    rate = growth_rate(variance, clock.sigma[dataset.level.values][:, None])
+    factor = ddim_factors(variance, clock)[window(clock)].prod(0)
     content = np.asarray(dataset.content.values[:, :, 0, 0], np.float64)
     expected = 0.5 * np.log((content * factor**2).sum(-1))
     measured = np.asarray(dataset.stretch.values[:, :, 0], np.float64).sum(-1)
@@ -125,10 +130,12 @@ def exactness(dataset: xr.Dataset, variance: np.ndarray, clock: Clock) -> dict[s
     }
 
 
-def analyse(clock: Clock, bands: Bands, sources: dict[str, xr.Dataset], variance: np.ndarray, seed: int) -> xr.Dataset:
+def analyse(measured: Measured[ResponseConfig]) -> xr.Dataset:
     """Estimates of all sources along a dimension ``source``; in the attributes, how exact the Wiener control is."""
-    each = [estimates(dataset, clock, bands, seed) for dataset in sources.values()]
+    clock, sources = measured.clock, measured.sources("network", "untrained", "wiener")
+    each = [estimates(dataset, clock, measured.bands, measured.config.seed) for dataset in sources.values()]
     found = xr.concat(each, xr.Variable("source", list(sources)))
+    variance = np.asarray(np.float32(band_variance(sources["network"])), np.float64)  # what the control is made for
     return found.assign_attrs(exactness(sources["wiener"], variance, clock))
 
 

@@ -6,10 +6,7 @@ denoiser's own mean square error says; what leaves the band; whether the derivat
 mean is; the leading Lyapunov directions. See docs/theory.md, section 11.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,37 +15,25 @@ import numpy as np
 import xarray as xr
 
 from dit_jax.attention import symmetric_gate
-from dit_jax.diffusion import Denoiser, Prediction, ddim_step, network_denoiser
+from dit_jax.diffusion import Denoiser, ddim_step
 from dit_jax.replicas import INITIAL, pair_noise, run_pairs
-from experiments.frame.instrument import coupled_wiener
-from experiments.frame.study import Study, StudyConfig
-from experiments.studies.response.analysis import analyse, band_variance, window
-from experiments.studies.response.page import report
-from experiments.studies.solvable.measure import branch_steps
-from ou_theory.clock import Clock
+from experiments.frame.bench import Bench, Variables
+from experiments.frame.instrument import coupled_wiener, predicted
+from experiments.frame.steps import spaced_steps, window
+from experiments.frame.streams import stream
+from experiments.frame.subject import Subject
+from experiments.studies.response.analysis import band_variance
+from experiments.studies.response.settings import LEAST, PLACES, PROBES, ResponseConfig
+from ou_theory.clock import Clock, make_clock
 from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
-PROBES = 2  # per band; the derivative's asymmetry needs two
-# added to the seed, so that nothing shares noise with the trajectories: of the noised ends, probes, first directions
-NOISE_SEED, PROBE_SEED, VECTOR_SEED = 2, 3, 100
-PLACES = ("flow", "noised ends")
 
-
-@dataclass(frozen=True)
-class ResponseConfig(StudyConfig):
-    """Measure how small differences grow along the reverse flow: by band against theory, and Lyapunov directions."""
-
-    pairs: int = 16
-    untrained_pairs: int = 8
-    levels: int = 12  # sampler steps at which bands are probed, evenly spaced in log-SNR
-    vectors: int = 4  # directions that are followed
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.levels < 3:
-            raise ValueError(f"levels must be at least 3, got {self.levels}")
-        if self.vectors < 1:
-            raise ValueError(f"vectors must be at least 1, got {self.vectors}")
+def check(config: ResponseConfig, subject: Subject) -> None:
+    """Raises ValueError for more directions than images have, or too few steps in the window."""
+    if config.vectors > np.prod(subject.image_shape):
+        size = np.prod(subject.image_shape)
+        raise ValueError(f"vectors must be at most {size}, the size of an image, got {config.vectors}")
+    window(make_clock(config.steps), LEAST)
 
 
 class ResponseInstrument:
@@ -57,7 +42,7 @@ class ResponseInstrument:
     def __init__(
         self, clock: Clock, bands: Bands, steps: np.ndarray, vectors: int, seed: int, shape: tuple[int, int, int]
     ):
-        self.clock, self.bands, self.steps, self.window = clock, bands, steps, window(clock)
+        self.clock, self.bands, self.steps, self.window = clock, bands, steps, window(clock, LEAST)
         self.vectors, self.seed, self.shape = vectors, seed, shape
         # probes have no part outside their band, so one draw of white coefficients serves all bands
         self.masks = bands.index == np.arange(len(bands))[:, None, None]
@@ -95,10 +80,12 @@ class ResponseInstrument:
         """Unit noise, (2, P, H, W, C) each: of the noised ends (L, ...), of the probes' coefficients (L, PROBES, ...),
         of the first directions (V, ...). One draw, which compiles in a third of the time."""
         count = len(self.steps)
-        seeds = [NOISE_SEED, *(PROBE_SEED + np.arange(PROBES))]
-        seeds = np.append(np.repeat(seeds, count), VECTOR_SEED + np.arange(self.vectors))
+        ends = [stream(self.seed, "noised ends")]
+        probes = [stream(self.seed, "differences", probe) for probe in range(PROBES)]
+        first = [stream(self.seed, "directions", vector) for vector in range(self.vectors)]
+        keys = jnp.stack([*(key for key in ends + probes for _ in self.steps), *first])
         steps = np.append(np.tile(self.steps, 1 + PROBES), np.full(self.vectors, INITIAL))
-        drawn = jax.vmap(lambda seed, step: pair_noise(seed, pairs, step, self.shape))(self.seed + seeds, steps)
+        drawn = jax.vmap(lambda key, step: pair_noise(key, pairs, step, self.shape))(keys, steps)
         probes = drawn[count : -self.vectors].reshape(PROBES, count, *drawn.shape[1:]).swapaxes(0, 1)
         return drawn[:count], probes, drawn[-self.vectors :]
 
@@ -202,7 +189,7 @@ class ResponseInstrument:
         }
 
 
-VARIABLES = {
+VARIABLES: Variables = {
     "rate": (("place", "level", "band"), "growth rate of a difference drawn from the band, per nat of ln(1 / sigma)"),
     "negative": (("place", "level", "band"), "share of probes that the derivative turns against themselves"),
     "response": (("place", "level", "band", "to"), "energy that the derivative gives a band, per energy of the probe"),
@@ -210,17 +197,12 @@ VARIABLES = {
     "antisymmetric": (("place", "level", "part"), "square of <u, J v> - <v, J u>"),
     "error": (("level", "band"), "square error per coefficient of the denoised noised ends, over sigma^2"),
     "moment": (("band", "channel", "other"), "product of channels of the difference of the ends, per coefficient"),
-    "stretch": (("replica", "vector", "window"), "log of the length that a step gives to a direction"),
+    "stretch": (("replica", "vector", "window"), "log of the length that a step gives to a direction", "nat"),
     "content": (
         ("replica", "vector", "point", "band"),
         "share of a band in a direction, before each step, and at the end",
     ),
 }
-
-
-def predicted(denoise: Denoiser, x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
-    found = denoise(x, step, labels)
-    return found if isinstance(found, Prediction) else Prediction(found)
 
 
 def pushed(f: Callable[[jax.Array], jax.Array], y: jax.Array, tangents: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -242,23 +224,10 @@ def wiener(variance: jax.Array, bands: Bands, clock: Clock, count: int) -> Denoi
     return coupled_wiener(variance[bands.index], clock)(symmetric_gate(jnp.zeros(count)))
 
 
-def response(
-    config: ResponseConfig, out: str | Path, *, resume: bool = False, command: str = "", progress: bool = True
-) -> Path:
-    """Runs the study and writes its folder; see `experiments.frame.study.Study`.
-
-    Returns:
-      the path of ``report.html``.
-
-    Raises:
-      ValueError: settings that do not fit the weights; an output folder that holds another run.
-    """
-    started = time.perf_counter()
-    study = Study("response", config, out, resume=resume, command=command, progress=progress)
-    clock, bands, shape = study.clock, study.bands, study.subject.image_shape
-    if config.vectors > np.prod(shape):
-        raise ValueError(f"vectors must be at most {np.prod(shape)}, the size of an image, got {config.vectors}")
-    inside, steps = window(clock), branch_steps(clock, config.levels)
+def measure(bench: Bench[ResponseConfig]) -> None:
+    """Fills ``network``, ``untrained`` and ``wiener``, the exact denoiser of the network's band variances."""
+    config, clock, bands, shape = bench.config, bench.clock, bench.bands, bench.subject.image_shape
+    inside, steps = window(clock, LEAST), spaced_steps(clock, config.levels, last=False)
     instrument = ResponseInstrument(clock, bands, steps, config.vectors, config.seed, shape)
     coords = {
         "place": list(PLACES),
@@ -276,22 +245,15 @@ def response(
 
     @jax.jit
     def on_network(model, pairs, labels):  # fused attention has no forward derivative
-        return instrument.measure(network_denoiser(model, clock, attention="explicit"), pairs, labels)
+        return instrument.measure(bench.denoiser(model, attention="explicit"), pairs, labels)
 
     @jax.jit
     def on_wiener(variance, pairs, labels):
         return instrument.measure(wiener(variance, bands, clock, pairs.size), pairs, labels)
 
     def measured(name: str, count: int, run: Callable[..., Any], subject: Any) -> xr.Dataset:
-        return study.measure(name, VARIABLES, coords, count, lambda pairs, labels: run(subject, pairs, labels))
+        return bench.measure(name, VARIABLES, coords, count, lambda pairs, labels: run(subject, pairs, labels))
 
-    sources = {"network": measured("network", config.pairs, on_network, study.subject.model)}
-    untrained = study.subject.untrained(config.seed)
-    sources["untrained"] = measured("untrained", config.untrained_pairs, on_network, untrained)
-    variance = np.float32(band_variance(sources["network"]))
-    sources["wiener"] = measured("wiener", config.pairs, on_wiener, jnp.asarray(variance))
-    ended = time.perf_counter()
-    analysis = analyse(clock, bands, sources, np.asarray(variance, np.float64), config.seed)
-    study.run.put("analysis", analysis)
-    timings = {"measuring_s": round(ended - started, 1), "analysis_s": round(time.perf_counter() - ended, 1)}
-    return report(study.run, timings)
+    network = measured("network", config.pairs, on_network, bench.network)
+    measured("untrained", config.untrained_pairs, on_network, bench.untrained)
+    measured("wiener", config.pairs, on_wiener, jnp.asarray(np.float32(band_variance(network))))

@@ -2,48 +2,43 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
-from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
-from experiments.frame.page import Section, Table, estimate, finish
-from experiments.frame.store import RunFolder
-from experiments.studies.compare.claims import Claim, Control
-from experiments.studies.compare.page import number
+from experiments.frame.drawing import band_names
+from experiments.frame.measured import Measured
+from experiments.frame.page import Page, Section, Table, formatted, number, power
+from experiments.frame.verdict import Claim, Control, at_most, bounds
+from experiments.studies.response import figures as draw
+from experiments.studies.response.settings import ResponseConfig
 
-VECTOR_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-RATE = "growth rate per nat of $\\ln(1/\\sigma)$"
 SOURCES = {"network": "network", "wiener": "Wiener denoiser", "untrained": "untrained network"}
 
 
-def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
-    """Draws and writes what a run has stored; returns the path of its page."""
-    analysis = run.load("analysis")
+def page(measured: Measured[ResponseConfig], analysis: xr.Dataset) -> Page:
+    """Section and figures of a run."""
     network = analysis.sel(source="network")
     figures: dict[str, Callable[[], Figure]] = {
-        "rates": partial(figure_rates, network),
-        "departures": partial(figure_departures, analysis),
-        "between": partial(figure_between, network),
-        "directions": partial(figure_directions, analysis),
+        "rates": partial(draw.figure_rates, network),
+        "departures": partial(draw.figure_departures, analysis),
+        "between": partial(draw.figure_between, network),
+        "directions": partial(draw.figure_directions, analysis),
     }
-    return finish(run, section(run.manifest, analysis), figures, timings)
+    return Page(section(measured, analysis), figures)
 
 
-def section(manifest: dict, analysis: xr.Dataset) -> Section:
+def section(measured: Measured[ResponseConfig], analysis: xr.Dataset) -> Section:
     """What the study found, in words and tables."""
-    settings, network = manifest["settings"], analysis.sel(source="network")
-    pairs, vectors, steps = settings["pairs"], network.sizes["vector"], settings["steps"]
+    network = analysis.sel(source="network")
+    pairs, vectors, steps = measured.config.pairs, network.sizes["vector"], measured.config.steps
     exact = analysis.sel(source="wiener")
-    deviation, stretch = (_power(analysis.attrs[name]) for name in ("rate_deviation", "stretch_deviation"))
+    deviation, stretch = (power(analysis.attrs[name]) for name in ("rate_deviation", "stretch_deviation"))
     kept = exact.variance[:, 0] / network.variance[:, 0]
     return Section(
-        title=f"Linear response: {manifest['subject']}",
+        title=f"Linear response: {measured.subject_name}",
         question="How does a small difference between two states grow or shrink along the reverse flow, by band and in "
         "the directions that are stretched most, and is that what a Gaussian law of the same spectrum does?",
         answer=_answer(network),
@@ -115,18 +110,18 @@ def never_grows(analysis: xr.Dataset) -> Claim:
     return Claim(
         0,
         "A small difference never grows in the rescaled frame",
-        side(values["network"]),
+        at_most(values["network"][1:]),
         "largest growth rate per nat of ln(1/σ) of a leading direction in a step, mean over trajectories",
         float(values["network"][0]),
-        [float(v) for v in values["network"][1:]],
-        f"It is reached at a log-SNR of {estimate(network.largest_level)} nats on average; {_percent(network.growing)} "
-        "of the trajectories have a step in which a direction grows.",
+        bounds(values["network"]),
+        f"It is reached at a log-SNR of {formatted(network.largest_level)} nats on average; "
+        f"{_percent(network.growing)} of the trajectories have a step in which a direction grows.",
         [
             Control(
                 SOURCES[name],
                 float(values[name][0]),
-                [float(v) for v in values[name][1:]],
-                side(values[name]) == "holds",
+                bounds(values[name]),
+                at_most(values[name][1:]) == "holds",
                 text,
             )
             for name, text in texts.items()
@@ -134,18 +129,8 @@ def never_grows(analysis: xr.Dataset) -> Claim:
     )
 
 
-def side(values: ArrayLike) -> str:
-    """The verdict of `never_grows` from (estimate, low, high)."""
-    _, low, high = np.asarray(values, np.float64)
-    return "holds" if high <= 0 else "does not hold" if low > 0 else "undecided"
-
-
-def _power(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-")
-
-
 def _percent(values: ArrayLike) -> str:
-    return estimate(100 * np.asarray(values), 0).replace(" [", " % [", 1)
+    return formatted(100 * np.asarray(values), 0).replace(" [", " % [", 1)
 
 
 def _half(network: xr.Dataset) -> np.ndarray:
@@ -162,8 +147,8 @@ def _answer(network: xr.Dataset) -> str:
         f"The rate less that of a Gaussian law of the same covariance goes from {number(low)} to {number(high)} over "
         f"bands and levels; its interval lies wholly below 0 in {100 * below:.0f} % of them, wholly above in "
         f"{100 * over:.0f} %. The window changes the log of the leading direction's length by "
-        f"{estimate(network.total[0])} (Gaussian law: {estimate(network.total_gaussian[0])}); the largest growth rate "
-        f"in a step is {estimate(network.largest)} per nat."
+        f"{formatted(network.total[0])} (Gaussian law: {formatted(network.total_gaussian[0])}); the largest growth "
+        f"rate in a step is {formatted(network.largest)} per nat."
     )
 
 
@@ -174,7 +159,7 @@ def _tables(analysis: xr.Dataset) -> list[Table]:
         at = network.isel(level=level, band=band)
         cells = [at.rate, at.rate_gaussian, at.rate_channels, at.above_channels, at.rate_noised, at.rate_error]
         cells += [at.above_error, at.leaves, network.asymmetry[level, band]]
-        rows.append([names[band], number(float(at.level_ell), 1), *(estimate(cell) for cell in cells)])
+        rows.append([names[band], number(float(at.level_ell), 1), *(formatted(cell) for cell in cells)])
     head = ["band", "log-SNR", "rate", "Gaussian, one variance", "Gaussian, channels", "rate less that"]
     head += ["rate at noised ends", "mmse / σ² − 1 there", "difference", "leaves the band", "asymmetry"]
     rates = Table(
@@ -190,115 +175,15 @@ def _tables(analysis: xr.Dataset) -> list[Table]:
         row = [str(int(vector) + 1)]
         for name in SOURCES:
             at = analysis.sel(source=name, vector=vector)
-            row += [estimate(at.total), estimate(at.exponent)]
+            row += [formatted(at.total), formatted(at.exponent)]
             if name == "network":
                 content = at.content[-1]
                 first = int(content.values[:, 0].argmax())
-                row.append(f"{names[first]}: {estimate(content[first])}")
-                row.append(estimate(at.total_gaussian))
+                row.append(f"{names[first]}: {formatted(content[first])}")
+                row.append(formatted(at.total_gaussian))
         rows.append(row)
     head = ["direction", "stretch", "rate", "largest band at the end", "Gaussian law"]
     head += [f"{what}, {name}" for name in ("Wiener", "untrained") for what in ("stretch", "rate")]
     note = "Stretch: log of what the window makes of the length. Rate: per nat of ln(1/σ), without the last step. "
     note += "Gaussian law: stretch of the leading modes of that with the network's covariance of channels."
     return [rates, Table("Leading directions", head, rows, note)]
-
-
-def _curve(ax: Axes, x: np.ndarray, values: np.ndarray, color, label: str | None = None, **style) -> None:
-    """An estimate (X, 3) with its interval."""
-    ax.fill_between(x, values[:, 1], values[:, 2], color=color, alpha=0.16, linewidth=0)
-    ax.plot(x, values[:, 0], color=color, label=label, **style)
-
-
-def figure_rates(network: xr.Dataset) -> Figure:
-    """Growth rate against log-SNR, a panel per band, with the theories."""
-    bands = network.sizes["band"]
-    figure, axes = new_figure(7.2, 4.6, 2, (bands + 2) // 2, sharex=True, sharey=True)
-    ell, colors = network.level_ell.values, band_colors(network)
-    for band, (ax, name) in enumerate(zip(axes.flat, band_names(network), strict=False)):
-        at = network.isel(band=band)
-        for height in (-1, 0):
-            ax.axhline(height, color=FAINT, linewidth=0.8, zorder=0)
-        ax.axvline(-np.log(float(at.variance[0])), color=FAINT, linewidth=0.8, zorder=0)
-        ax.plot(ell, at.rate_gaussian[:, 0], color=QUIET, linestyle="--", linewidth=1.2, label="Gaussian law")
-        ax.plot(ell, at.rate_channels[:, 0], color=INK, linestyle=":", linewidth=1.4, label="same, channels")
-        _curve(ax, ell, at.rate.values, colors[band], "network, flow")
-        error = at.rate_error.values
-        bars = np.abs(error[:, 1:] - error[:, :1]).T
-        style = {"color": INK, "linestyle": "none", "marker": "o", "markersize": 2.6, "elinewidth": 0.8}
-        ax.errorbar(ell, error[:, 0], bars, label="mmse / σ² − 1", **style)
-        ax.set_title(name)
-    axes[0][0].set_ylim(-1.12, 0.12)
-    for ax in list(axes.flat)[bands:]:
-        ax.set_axis_off()
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    axes.flat[-1].legend(handles, labels, loc="center left")
-    axes.flat[bands - axes.shape[1]].tick_params(labelbottom=True)
-    figure.supxlabel(LEVEL_LABEL, fontsize=9)
-    figure.supylabel(RATE, fontsize=9)
-    return figure
-
-
-def _by_band(ax: Axes, network: xr.Dataset, name: str) -> None:
-    """A quantity (level, band, 3) against log-SNR, one curve per band."""
-    ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    for band, (color, label) in enumerate(zip(band_colors(network), band_names(network), strict=True)):
-        _curve(ax, network.level_ell.values, network[name][:, band].values, color, label)
-    ax.set_xlabel(LEVEL_LABEL)
-
-
-def figure_departures(analysis: xr.Dataset) -> Figure:
-    """What the rate is above that of the Gaussian law, and above what the error says."""
-    figure, axes = new_figure(7.2, 3.5, 1, 2)
-    network, exact = (analysis.sel(source=name) for name in ("network", "wiener"))
-    for ax, name in zip(axes, ("above_channels", "above_error"), strict=True):
-        ax.plot(exact.level_ell, exact[name][..., 0], color=QUIET, linewidth=0.8, alpha=0.8)
-        _by_band(ax, network, name)
-    axes[0].set_ylabel("difference of rates")
-    axes[0].set_title("network less Gaussian law")
-    axes[1].set_title("rate less (mmse / σ² − 1), noised ends")
-    axes[1].set_ylim(-0.55, 0.55)
-    band_legend(figure, axes[0], "")
-    return figure
-
-
-def figure_between(network: xr.Dataset) -> Figure:
-    """What leaves the band, and how far the derivative is from symmetric."""
-    figure, (left, right) = new_figure(7.2, 3.5, 1, 2)
-    _by_band(left, network, "leaves")
-    _by_band(right, network, "asymmetry")
-    _curve(right, network.level_ell.values, network.asymmetry.sel(part="all").values, INK, linewidth=2)
-    left.set_ylim(0, 1)
-    right.set_ylim(0, 1)
-    left.set_title("share of the response outside the band")
-    right.set_title("antisymmetric over symmetric part")
-    band_legend(figure, left, "")
-    return figure
-
-
-def figure_directions(analysis: xr.Dataset) -> Figure:
-    """Growth of the leading directions by step, and their bands at the end."""
-    figure, (left, right) = new_figure(7.2, 3.6, 1, 2, width_ratios=(1.5, 1))
-    left.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    vectors = analysis.vector.values
-    ell = analysis.rated_ell.values
-    for vector in vectors:
-        color = VECTOR_COLORS[vector % len(VECTOR_COLORS)]
-        _curve(left, ell, analysis.local.sel(source="network", vector=vector).values, color, f"direction {vector + 1}")
-        theory = analysis.local_gaussian.sel(source="network", vector=vector)
-        left.plot(ell, theory[:, 0], color=color, linestyle="--", linewidth=1, alpha=0.8)
-    left.set_xlabel(LEVEL_LABEL)
-    left.set_ylabel(RATE)
-    left.legend(loc="lower right")
-    for place, (name, alpha) in zip((vectors - 0.2, vectors + 0.2), (("network", 1), ("wiener", 0.55)), strict=True):
-        content = analysis.content.sel(source=name).isel(point=-1, bound=0).values  # (vector, band)
-        bottom = np.cumsum(content, -1) - content
-        for band, color in enumerate(band_colors(analysis)):
-            right.bar(place, content[:, band], 0.36, bottom[:, band], color=color, alpha=alpha)
-    right.set_xticks(vectors, [str(v + 1) for v in vectors])
-    right.set_xlabel("direction, at the end")
-    right.set_ylabel("share of each band")
-    right.set_ylim(0, 1)
-    patches = [Patch(color=c, label=n) for c, n in zip(band_colors(analysis), band_names(analysis), strict=True)]
-    figure.legend(handles=patches, loc="outside upper left", ncols=len(patches), handlelength=1, columnspacing=1.2)
-    return figure

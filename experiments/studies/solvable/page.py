@@ -1,7 +1,6 @@
 """Figures and text of the solvable-data study."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,12 @@ from experiments.frame.drawing import (
     band_names,
     new_figure,
 )
-from experiments.frame.page import Section, Table, estimate, finish
-from experiments.frame.store import RunFolder
-from experiments.studies.compare.claims import Claim, Control
+from experiments.frame.measured import Measured
+from experiments.frame.page import Page, Section, Table, formatted
+from experiments.frame.settings import SAMPLER_NAMES
+from experiments.frame.steps import WINDOW_START
+from experiments.frame.verdict import Claim, Control, Verdict, bounds, within
+from experiments.studies.solvable.settings import SolvableConfig
 
 TAU_WITHIN = 0.15  # nats
 STEPS_WITHIN = 1.0  # sampler steps
@@ -30,15 +32,14 @@ SOURCES = {"network": "network", "exact": "exact denoiser, same instrument", "un
 SIGN_COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 
-def report(run: RunFolder, timings: dict[str, float] | None = None) -> Path:
-    """Draws and writes what a run has stored; returns the path of its page."""
-    analysis = run.load("analysis")
+def page(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Page:
+    """Section and figures of a run."""
     figures = {
         "commitment": partial(figure_commitment, analysis),
         "speciation": partial(figure_speciation, analysis),
         "cloning": partial(figure_cloning, analysis),
     }
-    return finish(run, section(run.manifest, analysis), figures, timings)
+    return Page(section(measured, analysis), figures)
 
 
 def deviations(analysis: xr.Dataset, source: str) -> np.ndarray:
@@ -46,21 +47,13 @@ def deviations(analysis: xr.Dataset, source: str) -> np.ndarray:
     return analysis[f"{source}_tau"].values - analysis.theory_tau.values[:, None]
 
 
-def floors(analysis: xr.Dataset, source: str, start: float = -6.0) -> np.ndarray:
+def floors(analysis: xr.Dataset, source: str, start: float = WINDOW_START) -> np.ndarray:
     """Relative energy (B,) that the Gaussian law has no right to at the opening of the window."""
     first = int(np.searchsorted(analysis.ell.values, start))
     return analysis[f"{source}_q"].values[0, first, :, 0] - analysis.theory_q.values[first]
 
 
-def within(bounds: np.ndarray, limit: float) -> str:
-    """Verdict on deviations with intervals (..., 3): all wholly within the limit, any wholly beyond, or neither."""
-    low, high = bounds[..., 1], bounds[..., 2]
-    if np.all((low > -limit) & (high < limit)):
-        return "holds"
-    return "does not hold" if np.any((low > limit) | (high < -limit)) else "undecided"
-
-
-def curves_agree(analysis: xr.Dataset, source: str) -> tuple[str, float, float]:
+def curves_agree(analysis: xr.Dataset, source: str) -> tuple[Verdict, float, float]:
     """Verdict on the cloning curves (inside their simultaneous bands or not), largest and mean deviation."""
     bands = analysis[f"{source}_clone_band"].values - analysis.theory_clone.values[..., None]
     signs = analysis[f"{source}_clone_sign_shift"].values
@@ -70,9 +63,9 @@ def curves_agree(analysis: xr.Dataset, source: str) -> tuple[str, float, float]:
     return ("holds" if inside else "does not hold"), float(off.max()), float(off.mean())
 
 
-def section(manifest: dict, analysis: xr.Dataset) -> Section:
+def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section:
     """What the study found, in words and tables."""
-    settings = manifest["settings"]
+    settings = measured.config
     clean = floors(analysis, "network") <= FLOOR
     if not clean.any():
         clean = ~clean  # then none is spared, and the claim fails by itself
@@ -81,7 +74,11 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
     worst = int(np.argmax(np.where(clean, np.abs(shift[:, 0]), -1)))
     speciation = analysis.network_speciation_step.values - analysis.theory_speciation_step.values[:, None]
     last = int(np.argmax(np.abs(speciation[:, 0])))
-    verdicts = within(shift[clean], TAU_WITHIN), within(speciation, STEPS_WITHIN), curves_agree(analysis, "network")
+    verdicts = (
+        within(shift[clean, 1:], TAU_WITHIN),
+        within(speciation[:, 1:], STEPS_WITHIN),
+        curves_agree(analysis, "network"),
+    )
     claims = [
         Claim(
             0,
@@ -89,7 +86,7 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
             verdicts[0],
             f"largest deviation, nats, in {names[worst]}",
             float(shift[worst, 0]),
-            [float(v) for v in shift[worst, 1:]],
+            bounds(shift[worst]),
             "Nothing is fitted: the recursion knows the law and the sampler, not the network."
             + ("" if clean.all() else f" Left out for their noise floor: {', '.join(np.array(names)[~clean])}."),
             [_tau_control(analysis, source, clean) for source in ("exact", "untrained")],
@@ -100,7 +97,7 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
             verdicts[1],
             f"largest deviation, steps, {analysis.sign.values[last]}",
             float(speciation[last, 0]),
-            [float(v) for v in speciation[last, 1:]],
+            bounds(speciation[last]),
             "Where a difference along the sign's centre begins to grow, against kappa = 1.",
             [_speciation_control(analysis, source) for source in ("exact", "untrained")],
         ),
@@ -120,11 +117,11 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
     gap = analysis.network_speciation_gap.values
     known = float(analysis.theory_speciation[2] - analysis.theory_speciation[1])
     return Section(
-        title=f"Solvable data: {manifest['subject']}",
+        title=f"Solvable data: {measured.subject_name}",
         question="Trained on data whose law is known, does a network decide when the theory says it must?",
         answer=f"Bands within {np.abs(shift[clean, 0]).max():.3f} nats, signs within "
         f"{np.abs(speciation[:, 0]).max():.2f} sampler steps, clones within {verdicts[2][1]:.3f} of the exact values; "
-        f"the gap between the two signs of the coupled pair is {estimate(gap)} nats against {known:.2f}.",
+        f"the gap between the two signs of the coupled pair is {formatted(gap)} nats against {known:.2f}.",
         claims=claims,
         tables=[_band_table(analysis), _sign_table(analysis)],
         captions={
@@ -138,13 +135,14 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
             "intervals.",
         },
         methods=[
-            f"{settings['pairs']} pairs per law, {settings['steps']} steps. Three laws of 8 × 8 images with two "
+            f"{settings.pairs} pairs per law, {settings.steps} steps. Three laws of 8 × 8 images with two "
             "channels: a Gaussian with a power-law spectrum; the same with one sign in the common mode of the "
             "channels; and with two signs, a strong one in the common and a weak one in the difference mode.",
-            "Commitment: pairs under DDIM, energies of the denoised difference by band, against the recursion "
-            "evaluated coefficient by coefficient. Speciation: states of the law moved to where all signs are equally "
-            "likely, one derivative through the denoiser along the centre. Cloning: states of the law, two "
-            "continuations with independent noise under the ancestral sampler with the posterior variance.",
+            f"Commitment: pairs under {SAMPLER_NAMES[settings.sampler]}, energies of the denoised difference by band, "
+            "against the recursion evaluated coefficient by coefficient. Speciation: states of the law moved to where "
+            "all signs are equally likely, one derivative through the denoiser along the centre. Cloning: states of "
+            "the law, two continuations with independent noise under the ancestral sampler with the posterior "
+            "variance.",
         ],
         limits=[
             "One training run; intervals are over pairs.",
@@ -157,8 +155,8 @@ def section(manifest: dict, analysis: xr.Dataset) -> Section:
 def _tau_control(analysis: xr.Dataset, source: str, clean: np.ndarray) -> Control:
     shift = deviations(analysis, source)[clean]
     worst = int(np.argmax(np.abs(shift[:, 0])))
-    also = within(shift, TAU_WITHIN) == "holds"
-    interval = [float(v) for v in shift[worst, 1:]]
+    also = within(shift[:, 1:], TAU_WITHIN) == "holds"
+    interval = bounds(shift[worst])
     return Control(SOURCES[source], float(shift[worst, 0]), interval, also, _expected(source))
 
 
@@ -167,8 +165,8 @@ def _speciation_control(analysis: xr.Dataset, source: str) -> Control:
     if not np.isfinite(shift[:, 0]).any():
         return Control(SOURCES[source], None, None, False, "No difference along a centre ever begins to grow.")
     worst = int(np.nanargmax(np.abs(shift[:, 0])))
-    also = within(shift, STEPS_WITHIN) == "holds"
-    interval = [float(v) for v in shift[worst, 1:]]
+    also = within(shift[:, 1:], STEPS_WITHIN) == "holds"
+    interval = bounds(shift[worst])
     return Control(SOURCES[source], float(shift[worst, 0]), interval, also, _expected(source))
 
 
@@ -190,8 +188,8 @@ def _band_table(analysis: xr.Dataset) -> Table:
             [
                 name,
                 f"{float(analysis.theory_tau[band]):.3f}",
-                *(estimate(analysis[f"{source}_tau"].values[band], 3) for source in SOURCES),
-                estimate(deviations(analysis, "network")[band], 3),
+                *(formatted(analysis[f"{source}_tau"].values[band], 3) for source in SOURCES),
+                formatted(deviations(analysis, "network")[band], 3),
                 f"{floors(analysis, 'network')[band]:.3f}",
             ]
         )
@@ -203,8 +201,8 @@ def _sign_table(analysis: xr.Dataset) -> Table:
     rows = []
     for s, name in enumerate(analysis.sign.values):
         theory = f"{float(analysis.theory_speciation[s]):.3f} ({float(analysis.theory_speciation_step[s]):.2f})"
-        found = [estimate(analysis[f"{source}_speciation"].values[s], 3) for source in SOURCES]
-        steps = [estimate(analysis[f"{source}_speciation_step"].values[s]) for source in ("network", "exact")]
+        found = [formatted(analysis[f"{source}_speciation"].values[s], 3) for source in SOURCES]
+        steps = [formatted(analysis[f"{source}_speciation_step"].values[s]) for source in ("network", "exact")]
         rows.append([str(name), theory, *found, *steps])
     head = ["sign", "kappa = 1 (step)", *SOURCES.values(), "network, step", "exact denoiser, step"]
     return Table("Speciation level, nats of log-SNR", head, rows)
