@@ -307,17 +307,16 @@ class RunFolder:
         """Adds timings, in seconds, to the manifest."""
         self._update(timings={**self.manifest["timings"], **timings})
 
-    def completed(self, timings: Mapping[str, float]) -> dict[str, Any]:
-        """The entries by which the manifest says that the run is complete, for `finish`; `timings` are in seconds."""
-        return {"status": "complete", "finished": now(), "timings": dict(timings)}
-
-    def finish(self, entries: Mapping[str, Any] | None = None) -> None:
+    def finish(self, write: Callable[[dict], Any] | None = None) -> None:
         """Marks the run complete.
 
         Args:
-          entries: of `completed`, where they were needed before.
+          write: called just before, with the manifest as it will be: for a page that shows it.
         """
-        self._update(**(self.completed(self.manifest["timings"]) if entries is None else entries))
+        last = {} if self.manifest["status"] == "complete" else {"status": "complete", "finished": now()}
+        if write is not None:
+            write({**self.manifest, **last})
+        self._update(**last)
 
     def _group(self, group: str) -> Path:
         return self.path / "data.zarr" / group
@@ -338,7 +337,9 @@ class RunFolder:
         dataset = _with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
         if "region" not in options:  # into arrays that have their codecs
             checked = {"compressors": CODECS}
-            options["encoding"] = {name: {**checked, **(encoding or {}).get(str(name), {})} for name in dataset.variables}
+            options["encoding"] = {
+                name: {**checked, **(encoding or {}).get(str(name), {})} for name in dataset.variables
+            }
         dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
 
     def _update(self, **entries: Any) -> None:

@@ -92,10 +92,10 @@ def report(study: Study[C], run: RunFolder) -> Path:
         analysis = described(analysis, study.definitions)
         run.put("analysis", analysis)
     store_page(run, study.page(measured, analysis))
-    timings = {**run.manifest["timings"], "analysis_s": round(time.perf_counter() - started, 1)}
-    last = {} if run.manifest["status"] == "complete" else run.completed(timings)
-    path = write_page(run.path / "report.html", [stored_section(run, {**run.manifest, **last})])
-    run.finish(last)
+    if run.manifest["status"] != "complete":
+        run.note(analysis_s=round(time.perf_counter() - started, 1))
+    path = run.path / "report.html"
+    run.finish(lambda manifest: write_page(path, [stored_section(run, manifest)]))
     return path
 
 

@@ -8,7 +8,8 @@ import pytest
 from dit_jax.checkpoint import CheckpointError, load_manifest, load_model, shipped_model
 from dit_jax.diffusion import network_denoiser
 from dit_jax.training import TrainConfig
-from experiments.frame.study import DEFAULT_WEIGHTS, untrained_model
+from experiments.frame.settings import DEFAULT_WEIGHTS
+from experiments.frame.subject import untrained_model
 from experiments.studies.solvable.data import SolvableData
 from experiments.studies.solvable.measure import exact_denoiser
 from ou_theory.clock import make_clock

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from experiments.frame.measured import Measured
+from experiments.frame.page import store_page
 from experiments.frame.store import RunFolder
-from experiments.studies.compare.figures import FIGURES, save_figures
+from experiments.studies.compare.page import page
+from experiments.studies.compare.settings import CompareConfig
 
-COUPLINGS = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1], np.float32)
+COUPLINGS = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1])
 FEW = np.array([0, 5, 9])  # couplings of the untrained network
 VARIANCE = np.array([30.0, 8.0, 1.5, 0.5, 0.2, 0.09, 0.05])
 RADIUS = np.array([0.0, 0.11, 0.33, 0.55, 0.77, 0.99, 1.21])
@@ -21,7 +24,7 @@ SETTINGS = {
     "pairs": 64,
     "steps": "50",
     "sampler": "ddim",
-    "gate": "joint",
+    "gate_kind": "joint",
     "guidance": 1.0,
     "classes": list(range(10)),
     "seed": 0,
@@ -118,6 +121,14 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
         | {"untrained_pairs": 16, "draws": 1000, "floor_limit": 0.1, "model": "photos16-v", "prediction": "v"}
         | {"sampler": "ddim", "gate": "joint", "guidance": 1.0, "seed": 0},
     )
+    claimed = [*SOURCES[:5], "shuffled bands"]
+    rows = {"remains": [[0.48, 0.3, 0.66]] + [[1.0, 0.9, 1.1]] * 5, "order": [[1.0, 0.8, 1.0]] * 3 + [[0.87, 0.6, 1.0]]}
+    rows["order"] += [[1.0, 1.0, 1.0], [-0.2, -0.6, 0.3]]
+    for name, values in rows.items():
+        dataset[name] = ("claimed", np.array(values)[:, 0])
+        dataset[f"{name}_interval"] = (("claimed", "bound"), np.array(values)[:, 1:])
+    dataset["in_order"] = ("claimed", np.ones(6))
+    dataset = dataset.assign_coords(claimed=claimed)
     dataset["weak"] = dataset.decided < 0.002
     dataset["weak"][0, -1, :2] = True
     return dataset
@@ -135,28 +146,6 @@ def synthetic_pictures() -> xr.Dataset:
         coords={"coupling": COUPLINGS[[0, -1]], "label_name": ("pair", names)},
         attrs={"preview": "pixels"},
     )
-
-
-def synthetic_claims(analysis: xr.Dataset) -> list[dict]:
-    at = analysis.sel(source="network").isel(coupling=0)
-    blank = {"name": "untrained network", "value": -0.31, "interval": [-0.5, -0.1], "also_holds": False}
-    ordered = {"name": "untrained network", "value": 0.87, "interval": [0.6, 1.0], "also_holds": True}
-    theory = {"name": "theory: ideal gain", "value": 1.0, "interval": None, "also_holds": None, "statement": "Ideal."}
-    value, interval = float(at.gap), [float(bound) for bound in at.gap_interval]
-
-    def claim(number, title, verdict, measure, value, interval, *controls):
-        return {"id": number, "title": title, "verdict": verdict, "measure": measure, "value": value} | {
-            "interval": interval,
-            "statement": f"Statement {number}, with 2 < 3.",
-            "controls": list(controls),
-        }
-
-    return [
-        claim(1, "The gap is there", "holds", "gap at g = 0, nats", value, interval, {**blank, "statement": "Random."}),
-        claim(2, "The gap collapses", "undecided", "share of the gap left", 0.48, [0.3, 0.66], theory),
-        claim(3, "The gap is in the last layers", "not tested", "commitment by layer", None, None),
-        claim(4, "Low before high", "holds", "Kendall's tau-b", 1.0, [0.8, 1.0], {**ordered, "statement": "Random."}),
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -179,14 +168,14 @@ def stored_run(analysis, pictures, tmp_path_factory) -> RunFolder:
     run = RunFolder.create(tmp_path_factory.mktemp("run") / "run", SETTINGS, command=command, extra=extra)
     run.put("analysis", analysis)
     run.put("pictures", pictures)
-    run.write_json("claims.json", {"claims": synthetic_claims(analysis)})
-    run.finish({"sampling_s": 171.2, "analysis_s": 12.5})
+    run.note(sampling_s=171.2, analysis_s=12.5)
+    run.finish()
     return run
 
 
 @pytest.fixture(scope="session")
-def drawn_run(stored_run) -> RunFolder:
-    """The same run, opened for reading, with its figures."""
-    run = RunFolder.open(stored_run.path)
-    assert save_figures(run) == list(FIGURES)
+def drawn_run(stored_run, analysis) -> RunFolder:
+    """The same run with its section and figures."""
+    run = RunFolder.open(stored_run.path, writable=True)
+    store_page(run, page(Measured.of(run, CompareConfig), analysis))
     return run

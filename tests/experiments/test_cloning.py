@@ -12,23 +12,21 @@ from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.objective import posterior_tables
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments.frame.store import RunFolder
-from experiments.frame.study import untrained_model
-from experiments.studies.cloning.measure import (
-    CloningConfig,
-    analyse,
-    clone_ends,
-    cloning,
+from experiments.frame.study import run_study
+from experiments.frame.subject import untrained_model
+from experiments.studies.cloning.analysis import estimates_of, mean_square
+from experiments.studies.cloning.figures import TOLERANCE
+from experiments.studies.cloning.measure import VARIABLES, clone_ends, inner_branches, measurements
+from experiments.studies.cloning.page import deviation, odd_one, root, verdict
+from experiments.studies.cloning.settings import CONTRASTS, CloningConfig
+from experiments.studies.cloning.study import STUDY
+from experiments.studies.cloning.theory import (
     gaussian_denoiser,
     gaussian_filters,
-    inner_branches,
     matched_variance,
-    mean_square,
-    measure,
     step_maps,
     step_theory,
-    variables,
-)
-from experiments.studies.cloning.page import CONTRASTS, TOLERANCE, deviation, odd_one, root, verdict
+)  # fmt: skip
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 from ou_theory.recursion import recursion_energy
@@ -63,11 +61,11 @@ def instrument():
     def run(filters, pairs):
         denoise = gaussian_denoiser(CLOCK, BANDS, filters, jnp.asarray(noise, jnp.float32))
         labels = jnp.zeros_like(pairs)
-        return measure(denoise, CLOCK, BANDS, BRANCHES, pairs, labels, SHAPE, seed=3)
+        return measurements(denoise, CLOCK, BANDS, BRANCHES, pairs, labels, SHAPE, seed=3)
 
     def measured(gain):
         found = jax.device_get(run(gain * filters, jnp.arange(PAIRS)))
-        data = {name: (("pair", *dims), found[name]) for name, (dims, _) in variables().items()}
+        data = {name: (("pair", *dims), found[name]) for name, (dims, _) in VARIABLES.items()}
         coords = {"branch": BRANCHES, "branch_ell": ("branch", CLOCK.log_snr[BRANCHES]), "band": np.arange(len(BANDS))}
         coords |= {"step": COUNT, "ell": ("step", CLOCK.log_snr), "radius": ("band", BANDS.radius)}
         return xr.Dataset(data, coords=coords)
@@ -95,7 +93,7 @@ def weights(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "cloning"
-    cloning(CloningConfig(weights=weights, **SMALL), out, command="syncgap cloning", progress=False)
+    run_study(STUDY, CloningConfig(weights=weights, **SMALL), out, command="syncgap cloning", progress=False)
     return RunFolder.open(out)
 
 
@@ -159,7 +157,7 @@ def test_measurements_of_the_exact_denoiser_are_the_closed_forms(exact):
 
 
 def test_the_exact_denoiser_holds_and_a_scaled_one_does_not(instrument, exact):
-    analysis = analyse(CLOCK, {"exact": exact, "scaled": instrument(0.7)}, 0)
+    analysis = estimates_of(CLOCK, {"exact": exact, "scaled": instrument(0.7)}, 0)
     assert verdict(root(analysis.exact_square.values)) == "holds"
     assert verdict(root(analysis.scaled_square.values)) == "does not hold"
     assert np.sqrt(analysis.exact_square_steps[1]) > TOLERANCE  # it is the steps that are taken off
@@ -203,7 +201,9 @@ def test_a_denoiser_without_variance_has_the_posteriors_noise():
 
     @jax.jit
     def run(pairs):
-        return measure(lambda x, step, labels: 0.5 * x, clock, BANDS, np.array([3, 5]), pairs, pairs, SHAPE, seed=0)
+        return measurements(
+            lambda x, step, labels: 0.5 * x, clock, BANDS, np.array([3, 5]), pairs, pairs, SHAPE, seed=0
+        )
 
     found = run(jnp.arange(2))
     np.testing.assert_allclose(found["noise"][0, :-1], np.exp(posterior_tables(clock)[2])[:-1], rtol=1e-5)
@@ -267,8 +267,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, weights, tmp_path,
             "experiments.studies.cloning.measure.gaussian_filters", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            cloning(config, tmp_path / "run", progress=False)
-    cloning(config, tmp_path / "run", resume=True, progress=False)
+            run_study(STUDY, config, tmp_path / "run", progress=False)
+    run_study(STUDY, config, tmp_path / "run", resume=True, progress=False)
     again = RunFolder.open(tmp_path / "run")
     for group in ("network", "exact", "untrained", "analysis"):
         xr.testing.assert_identical(again.load(group).drop_attrs(), finished.load(group).drop_attrs())

@@ -11,13 +11,21 @@ import pytest
 import xarray as xr
 from flax import nnx
 
-from dit_jax.checkpoint import save_model
+from dit_jax.checkpoint import load_model, save_model
 from dit_jax.config import DiTConfig
+from dit_jax.diffusion import network_denoiser
 from dit_jax.model import DiT
+from dit_jax.replicas import run_pairs
 from experiments import cli
+from experiments.frame.bench import Bench
 from experiments.frame.store import RunFolder
-from experiments.frame.study import untrained_model
-from experiments.studies.compare.measure import CompareConfig, compare
+from experiments.frame.study import run_study
+from experiments.frame.subject import untrained_model
+from experiments.studies.compare.measure import Instrument
+from experiments.studies.compare.settings import CompareConfig
+from experiments.studies.compare.study import STUDY
+from ou_theory.clock import make_clock
+from ou_theory.modes import radial_bands
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="v")
 DATA = {"mean": [0.0, 0.1, -0.1], "std": 0.5, "class_names": ["ant", "bee", "cow"]}
@@ -65,12 +73,22 @@ def test_the_folder_holds_what_was_measured(finished):
 
 def test_energies_are_those_of_the_samples(finished, weights):
     """At the last step the denoised image is the sample; Parseval ties band energies to its pixels."""
-    network = RunFolder.open(finished).load("network")
-    end = network.energy.isel(step=-1)
-    total = (end * network["count"]).sum("band") / float(network["count"].sum())
-    model_free = network.projection.isel(step=-1)
-    np.testing.assert_allclose(model_free, end.sel(parity="difference"), rtol=1e-5)
-    assert (total > 0).all()
+    clock, bands = make_clock("8"), radial_bands(8, 8, 6)
+    model = load_model(weights)
+    sample, _ = run_pairs(
+        lambda gate: network_denoiser(model, clock, gate),
+        clock,
+        jax.numpy.asarray([0.0, 0.3, 1.0]),
+        jax.numpy.arange(6),
+        np.arange(6) % 3,
+        (8, 8, 3),
+        seed=0,
+    )
+    common, difference = (np.square((sample[0] + sign * sample[1]) / np.sqrt(2)).mean((2, 3, 4)) for sign in (1, -1))
+    end = RunFolder.open(finished).load("network").energy.isel(step=-1)
+    total = (end * end["count"]).sum("band") / bands.count.sum()
+    np.testing.assert_allclose(total.sel(parity="common"), common, rtol=1e-4)
+    np.testing.assert_allclose(total.sel(parity="difference"), difference, rtol=1e-4)
 
 
 def test_report_and_figures_are_there_and_self_contained(finished):
@@ -129,7 +147,7 @@ def test_a_finished_folder_is_not_overwritten(finished, weights, capsys):
         ({"couplings": (0.5, 1.0)}, "couplings"),
         ({"pairs": 0}, "pairs"),
         ({"pairs": 1}, "pairs"),
-        ({"gate": "both"}, "gate"),
+        ({"gate_kind": "both"}, "gate_kind"),
         ({"steps": "fifty"}, "steps"),
         ({"steps": "5000"}, "steps"),
         ({"classes": (7,)}, "classes"),
@@ -139,7 +157,7 @@ def test_a_finished_folder_is_not_overwritten(finished, weights, capsys):
 )
 def test_bad_settings_are_named(weights, tmp_path, changed, named):
     with pytest.raises(ValueError, match=named):
-        compare(CompareConfig(**{"weights": weights, **FAST, **changed}), tmp_path / "run", progress=False)
+        run_study(STUDY, CompareConfig(**{"weights": weights, **FAST, **changed}), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -154,19 +172,14 @@ def test_untrained_network_acts_in_every_layer():
     assert np.abs(DiT(MODEL, nnx.Rngs(0))(x, t, y)).max() == 0
 
 
-def test_a_sweep_is_one_compilation(weights):
+def test_a_sweep_is_one_compilation(weights, tmp_path):
     """Other pairs, other couplings and other weights of the same shapes do not compile anything again."""
-    from dit_jax.checkpoint import load_model
-    from experiments.studies.compare.measure import Instrument
-    from ou_theory.clock import make_clock
-    from ou_theory.modes import radial_bands
-
     config = CompareConfig(weights=weights, block=2, steps="4")
-    instrument = Instrument(config, MODEL, make_clock(4), radial_bands(8, 8, 6))
+    instrument = Instrument(Bench("compare", config, tmp_path / "run"))
     for first, grid in ((0, [0.0, 0.2]), (2, [0.0, 0.9])):
         for model in (load_model(weights), untrained_model(MODEL, first)):
             labels = np.array([0, 1], np.int32)
-            instrument.network(model, jax.numpy.asarray(grid), first + jax.numpy.arange(2), labels, with_gain=True)
+            instrument.network(model, grid, first + np.arange(2), labels, with_gain=True)
     assert instrument._network_run._cache_size() == 1
     assert instrument._network_gain._cache_size() == 1
 
@@ -181,9 +194,9 @@ def split(weights, tmp_path_factory):
     script = f"""
 import jax
 from experiments import cli
-from experiments.studies.compare import measure as compare
+from experiments.frame import study
 assert jax.device_count() == 2
-compare.save_figures, compare.write_report = lambda run: None, lambda run: run.path
+study.report = lambda of, run: run.path
 assert [cli.main(command) for command in {commands}] == [0, 0]
 """
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, check=True)

@@ -12,13 +12,18 @@ from hypothesis import strategies as st
 
 from dit_jax.checkpoint import load_model, save_model
 from dit_jax.config import DiTConfig
+from dit_jax.diffusion import network_denoiser
 from experiments import cli
-from experiments.frame.instrument import coupled_network, shuffled_bands, trajectories
+from experiments.frame.instrument import shuffled_bands, token_bands, trajectories
+from experiments.frame.measured import Measured
 from experiments.frame.store import RunFolder
-from experiments.frame.study import untrained_model
-from experiments.studies.depth.family import answer, depth_family, localised
-from experiments.studies.depth.measure import DepthConfig, depth, localisation, probe_readings, readings
-from experiments.studies.depth.probe import FOLDS, patch_modes, probe_bands, probe_scores, token_bands
+from experiments.frame.study import run_study
+from experiments.frame.subject import untrained_model
+from experiments.studies.depth.analysis import localisation, probe_readings, readings
+from experiments.studies.depth.family import answer, localised, together
+from experiments.studies.depth.probe import patch_modes, probe_bands, probe_scores
+from experiments.studies.depth.settings import FOLDS, DepthConfig
+from experiments.studies.depth.study import STUDY
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -48,7 +53,7 @@ def test_the_last_readout_is_the_networks_own_output(finished, weights):
     model = load_model(weights)
     found = jax.jit(
         lambda model: trajectories(
-            coupled_network(model, clock),
+            lambda gate: network_denoiser(model, clock, gate),
             clock,
             bands,
             shuffled_bands(bands, 0),
@@ -93,7 +98,7 @@ def test_a_finished_run_is_drawn_again_and_joined(finished):
     joint = (finished.path.parent / "report.html").read_text()
     assert "localised in depth" in joint
     assert 'id="depth"' in joint
-    assert 'id="depth-family"' not in joint  # one network is no family
+    assert 'id="depth-together"' not in joint  # one network is no family
 
 
 @pytest.mark.slow
@@ -105,9 +110,9 @@ def test_several_networks_are_shown_side_by_side(finished, tmp_path):
     run.write_json("manifest.json", run.manifest)
     assert cli.main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert page.index('id="depth-family"') < page.index('id="one"') < page.index('id="two"')
+    assert page.index('id="depth-together"') < page.index('id="one"') < page.index('id="two"')
     assert (tmp_path / "figures" / "family.png").stat().st_size > 10_000
-    section, _ = depth_family([RunFolder.open(tmp_path / name) for name in ("two", "one")])
+    section, _ = together([Measured.of(RunFolder.open(tmp_path / name), DepthConfig) for name in ("two", "one")])
     (table,) = section.tables
     assert [row[:4] for row in table.rows] == [["one", "tiny", "the noise", "2"], ["two", "tiny", "v", "2"]]
 
@@ -185,7 +190,7 @@ def test_settings_out_of_their_domain_are_refused(changes, message):
 
 def test_classes_that_the_model_lacks_are_refused(weights, tmp_path):
     with pytest.raises(ValueError, match=r"0\.\.2"):
-        depth(DepthConfig(weights=weights, classes=(3,)), tmp_path / "out")
+        run_study(STUDY, DepthConfig(weights=weights, classes=(3,)), tmp_path / "out")
 
 
 def test_patch_modes_are_orthonormal_and_part_means_from_details():

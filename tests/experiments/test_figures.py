@@ -1,6 +1,7 @@
 """Figures show what is stored: artists carry the stored numbers, bounds and flags."""
 
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from itertools import pairwise
 
 import matplotlib
@@ -12,13 +13,13 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from experiments.frame import drawing
-from experiments.frame.store import RunFolder, StoreError
+from experiments.frame.drawing import draw_figures
 from experiments.studies.compare import figures
 
 
 @pytest.fixture(autouse=True)
 def style():
-    """As `save_figures` draws them."""
+    """As `draw_figures` draws them."""
     with matplotlib.rc_context(drawing.STYLE):
         yield
 
@@ -236,20 +237,15 @@ def test_every_figure_is_saved_twice(drawn_run):
 
 
 @pytest.mark.slow
-def test_drawing_again_gives_the_same_files(drawn_run, monkeypatch):
+def test_drawing_again_gives_the_same_files(drawn_run, analysis):
     folder = drawn_run.path / "figures"
-    chosen = {name: figures.FIGURES[name] for name in ("gap", "noise_floor")}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(figures, "FIGURES", chosen)
-    figures.save_figures(drawn_run)
+    draw_figures(folder, {name: partial(figures.FIGURES[name][1], analysis) for name in ("gap", "noise_floor")})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_figure_that_cannot_be_written_leaves_the_old_one(stored_run, monkeypatch, tmp_path):
-    run = RunFolder(tmp_path, stored_run.manifest, writable=False)
-    (tmp_path / "data.zarr").symlink_to(stored_run.path / "data.zarr")
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures/gap.png").write_bytes(b"old")
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(analysis, monkeypatch, tmp_path):
+    (tmp_path / "gap.png").write_bytes(b"old")
 
     def fail(self, path, **_):
         path.write_bytes(b"half")
@@ -257,11 +253,5 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(stored_run, monkeypa
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
     with pytest.raises(OSError, match="no space left"):
-        figures.save_figures(run)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == {"gap.png": b"old"}
-
-
-def test_figures_need_a_finished_analysis(tmp_path):
-    with pytest.raises(StoreError, match="no group 'analysis'"):
-        figures.save_figures(RunFolder.create(tmp_path / "run", {}))
-    assert not (tmp_path / "run/figures").exists()
+        draw_figures(tmp_path, {"gap": partial(figures.figure_gap, analysis)})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"gap.png": b"old"}

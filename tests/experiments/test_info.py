@@ -10,8 +10,7 @@ from dit_jax import checkpoint
 from dit_jax.checkpoint import CheckpointError, save_model, shipped_model
 from dit_jax.config import DiTConfig, variant
 from experiments import cli
-from experiments.frame.study import untrained_model
-from experiments.frame.subject import model_folder
+from experiments.frame.subject import model_folder, untrained_model
 from experiments.tools.info import describe, verify
 
 TINY = DiTConfig(input_size=4, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=1000)

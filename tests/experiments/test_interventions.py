@@ -11,26 +11,28 @@ import xarray as xr
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from experiments.frame.instrument import coupled_network, shuffled_bands, trajectories
+from dit_jax.diffusion import network_denoiser
+from experiments.frame.bench import Bench
+from experiments.frame.draws import pair_draws
+from experiments.frame.instrument import shuffled_bands, trajectories
 from experiments.frame.store import RunFolder, StoreError
-from experiments.frame.study import Study, pair_draws, untrained_model
+from experiments.frame.study import run_study
+from experiments.frame.subject import untrained_model
 from experiments.studies.interventions import measure as module
-from experiments.studies.interventions.measure import (
-    InterventionsConfig,
-    InterventionsInstrument,
-    analyse,
+from experiments.studies.interventions.analysis import arm_readings, estimates
+from experiments.studies.interventions.arms import (
     edit_arms,
-    estimates,
     gate_arms,
-    interventions,
-    last_layers,
     layer_sets,
     log_snr_weights,
     schedules,
     spread,
     windows,
-)
-from experiments.studies.interventions.page import localised
+)  # fmt: skip
+from experiments.studies.interventions.measure import InterventionsInstrument
+from experiments.studies.interventions.page import localisation, localised
+from experiments.studies.interventions.settings import InterventionsConfig, last_layers
+from experiments.studies.interventions.study import STUDY
 from ou_theory.clock import make_clock
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=3, prediction="v")
@@ -58,7 +60,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    page = interventions(settings(weights), out, command="syncgap interventions <b>", progress=False)
+    page = run_study(STUDY, settings(weights), out, command="syncgap interventions <b>", progress=False)
     assert page == out / "report.html"
     return out
 
@@ -168,10 +170,10 @@ def test_bad_settings_are_told(change, message):
 
 def test_no_coupling_and_all_of_it_are_the_main_experiment_s(weights, stored, tmp_path):
     """Arms "none" and "all" against `trajectories` at g = 0 and g = 1, same pairs and noise."""
-    study = Study("interventions", settings(weights), tmp_path / "o", resume=False, command="", progress=False)
+    study = Bench("interventions", settings(weights), tmp_path / "o")
     found = jax.jit(
         lambda model: trajectories(
-            coupled_network(model, CLOCK),
+            lambda gate: network_denoiser(model, CLOCK, gate),
             CLOCK,
             study.bands,
             shuffled_bands(study.bands, 0),
@@ -209,7 +211,7 @@ def test_other_strengths_compile_nothing_again(weights, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "band_mean", lambda *a, real=module.band_mean: calls.append(1) or real(*a))
     config = settings(weights)
-    study = Study("interventions", config, tmp_path / "o", resume=False, command="", progress=False)
+    study = Bench("interventions", config, tmp_path / "o")
     instrument, pairs = InterventionsInstrument(study), np.arange(2)
     each = []
     for g in (0.2, 0.9):
@@ -239,7 +241,7 @@ def test_shares_of_known_gaps():
     arms = [levels, [-3.0, -1.0, 0.0], [-3.0, -2.0, 0.5]]
     energy = np.concatenate([linear_energy(arm) for arm in arms], 1)
     with jax.enable_x64(True):
-        found = estimates(energy, ELL, -6.0, pair_draws(0, 4, 20))
+        found = arm_readings(energy, ELL, -6.0, pair_draws(0, 4, 20))
     step = np.diff(ELL).max()
     np.testing.assert_allclose(found["gap"][0], [4, 1, 2.5], atol=step)
     assert found["share"][0, 2] == pytest.approx(0.5, abs=step / 3 * 2)
@@ -254,7 +256,7 @@ def test_decided_fraction_and_what_is_left():
     energy = np.concatenate([linear_energy([-3.0, -3.0, 1.0], f) for f in (1.0, 0.25, 0.5)], 1)
     energy[:, 2, -1] /= 5
     with jax.enable_x64(True):
-        found = estimates(energy, ELL, -6.0, pair_draws(0, 4, 20))
+        found = arm_readings(energy, ELL, -6.0, pair_draws(0, 4, 20))
     np.testing.assert_allclose(found["decided"][0], [[1] * 3, [0.25] * 3, [0.5] * 3])
     np.testing.assert_allclose(found["left"][0, 2], 0.1)
     np.testing.assert_allclose(found["gap_uncut"], found["gap"])
@@ -266,7 +268,7 @@ def test_a_band_that_differs_more_than_uncoupled_is_cut_off_or_not():
     ramp = np.broadcast_to(along, (50, 3))
     energy = np.stack([ramp, np.concatenate([ramp[:, :2], 2 * ramp[:, 2:]], 1)])[None].repeat(3, 0)
     with jax.enable_x64(True):
-        found = estimates(energy, ELL, -6.0, pair_draws(0, 3, 5))
+        found = arm_readings(energy, ELL, -6.0, pair_draws(0, 3, 5))
     assert found["gap"][0, 0] == pytest.approx(0)
     assert found["gap"][0, 1] == pytest.approx(-(ELL[-1] + 6) / 4, rel=0.02)
     np.testing.assert_allclose(found["gap_uncut"][0], 0, atol=1e-9)
@@ -274,7 +276,7 @@ def test_a_band_that_differs_more_than_uncoupled_is_cut_off_or_not():
 
 def test_identical_replicas_have_no_levels_and_no_verdict():
     with jax.enable_x64(True), np.errstate(invalid="ignore"):
-        found = estimates(np.zeros((3, 2, 50, 3)), ELL, -6.0, pair_draws(0, 3, 10))
+        found = arm_readings(np.zeros((3, 2, 50, 3)), ELL, -6.0, pair_draws(0, 3, 10))
     assert np.isnan(found["gap"]).all()
     assert localised([np.nan] * 3, [np.nan] * 3, [np.nan] * 3) == "undecided"
 
@@ -326,9 +328,7 @@ def synthetic(stored, shares):
     ],
 )
 def test_the_claim_and_its_controls_can_go_both_ways(stored, shares, verdict, first):
-    from experiments.studies.interventions.page import localisation
-
-    analysis = analyse(synthetic(stored, lambda name: {"none": 0, "all": 1, **shares}.get(name, 0.3)), 3, 0)
+    analysis = estimates(synthetic(stored, lambda name: {"none": 0, "all": 1, **shares}.get(name, 0.3)), 3, 0)
     claim = localisation(analysis)
     assert claim.verdict == verdict
     controls = {control.name: control for control in claim.controls}
@@ -338,9 +338,7 @@ def test_the_claim_and_its_controls_can_go_both_ways(stored, shares, verdict, fi
 
 
 def test_without_an_effect_there_is_no_share(stored):
-    from experiments.studies.interventions.page import localisation
-
-    claim = localisation(analyse(synthetic(stored, lambda name: 0.0), 3, 0))
+    claim = localisation(estimates(synthetic(stored, lambda name: 0.0), 3, 0))
     assert claim.verdict == "undecided"
     assert claim.value is None
     assert claim.interval is None
@@ -383,12 +381,12 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(weights, finished, sto
     (out / "manifest.json").write_text(json.dumps(manifest))
     run = RunFolder.open(out, writable=True)
     before = run.load("network").energy
-    interventions(settings(weights), out, resume=True, progress=False)
+    run_study(STUDY, settings(weights), out, resume=True, progress=False)
     again = RunFolder.open(out)
     np.testing.assert_array_equal(again.load("edits").energy, stored["edits"].energy)
     np.testing.assert_array_equal(again.load("network").energy, before)
     xr.testing.assert_identical(again.load("analysis"), stored["analysis"])
     with pytest.raises(StoreError, match=r"strength: 1\.0 -> 0\.5"):
-        interventions(settings(weights, strength=0.5), out, resume=True, progress=False)
+        run_study(STUDY, settings(weights, strength=0.5), out, resume=True, progress=False)
     with pytest.raises(StoreError, match="--resume goes on with it"):
-        interventions(settings(weights), out, progress=False)
+        run_study(STUDY, settings(weights), out, progress=False)

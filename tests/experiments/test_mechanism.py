@@ -14,21 +14,21 @@ from flax import nnx
 from dit_jax.attention import symmetric_gate
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from experiments.frame import study
-from experiments.frame.instrument import coupled_network, one_pass
+from dit_jax.diffusion import network_denoiser
+from experiments.frame import subject
+from experiments.frame.bench import Bench as StudyBench
+from experiments.frame.draws import pair_draws
+from experiments.frame.instrument import one_pass
+from experiments.frame.steps import spaced_steps
 from experiments.frame.store import RunFolder
-from experiments.frame.study import pair_draws, untrained_model
+from experiments.frame.study import run_study
+from experiments.frame.subject import untrained_model
 from experiments.studies.mechanism.analysis import concentration, cutoff, over_levels, pooled
-from experiments.studies.mechanism.measure import (
-    VARIABLES,
-    MechanismConfig,
-    MechanismInstrument,
-    chosen_steps,
-    mechanism,
-    open_gates,
-    split_head,
-)
+from experiments.studies.mechanism.measure import VARIABLES, MechanismInstrument, open_gates
 from experiments.studies.mechanism.page import cutoff_text, low_pass_claim
+from experiments.studies.mechanism.settings import MechanismConfig
+from experiments.studies.mechanism.split import split_head
+from experiments.studies.mechanism.study import STUDY
 from ou_theory.attention import gated_attention, rho, xi
 from ou_theory.clock import make_clock
 
@@ -46,11 +46,11 @@ pytestmark = pytest.mark.slow
 def made_once():
     """One untrained network and one instrument for all runs: making them takes longer than a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "untrained_model", lru_cache(untrained_model))
+        patch.setattr(subject, "untrained_model", lru_cache(untrained_model))
         instruments = {}
         patch.setattr(
             "experiments.studies.mechanism.measure.MechanismInstrument",
-            lambda study, config: instruments.setdefault(config, MechanismInstrument(study, config)),
+            lambda bench: instruments.setdefault(bench.config, MechanismInstrument(bench)),
         )
         yield
 
@@ -58,14 +58,14 @@ def made_once():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    model = open_gates(study.untrained_model(MODEL, 0))
+    model = open_gates(subject.untrained_model(MODEL, 0))
     nnx.update(model, jax.tree.map(lambda x: 1.2 * x, nnx.state(model)))
     save_model(model, folder)
     return str(folder)
 
 
 def run(weights, out, **more):
-    return mechanism(MechanismConfig(weights=weights, **FAST), out, progress=False, **more)
+    return run_study(STUDY, MechanismConfig(weights=weights, **FAST), out, progress=False, **more)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ class Bench:
 
     def __init__(self, folder):
         save_model(open_gates(untrained_model(LATENTS, 1)), folder / "model")
-        config = MechanismConfig(weights=str(folder / "model"), **{**FAST, "gate": "blend"})
-        self.study = study.Study("mechanism", config, folder / "run", resume=False, command="", progress=False)
-        self.instrument = MechanismInstrument(self.study, config)
+        config = MechanismConfig(weights=str(folder / "model"), **{**FAST, "gate_kind": "blend"})
+        self.study = StudyBench("mechanism", config, folder / "run")
+        self.instrument = MechanismInstrument(self.study)
         self.model = self.study.subject.model
         self.labels = np.array([0, 1], np.int32)
         self.states = self.instrument.states(self.model, np.arange(2), self.labels)
@@ -249,7 +249,7 @@ def test_the_denoised_difference_is_that_of_the_main_instrument(bench, blended):
     every = jnp.zeros((len(clock), *bench.states.shape[1:])).at[steps].set(bench.states)
     known = jax.jit(
         lambda model, states: one_pass(
-            coupled_network(model, clock, "blend"),
+            lambda gate: network_denoiser(model, clock, gate, coupling="blend"),
             clock,
             bench.study.bands,
             jnp.asarray(COUPLINGS),
@@ -338,13 +338,13 @@ def test_concentration_does_not_pick_its_own_noise():
 
 def test_steps_are_those_of_the_window():
     clock = make_clock("50")
-    steps = chosen_steps(clock, 8)
+    steps = spaced_steps(clock, 8)
     assert (clock.log_snr[steps] >= -6).all()
     assert (np.diff(steps) > 0).all()
     assert steps[-1] == 49
     assert clock.log_snr[steps[0] - 1] < -6
     with pytest.raises(ValueError, match="steps"):
-        chosen_steps(make_clock("1", np.full(10, 0.999)), 3)
+        spaced_steps(make_clock("1", np.full(10, 0.999)), 3)
 
 
 def test_the_claim_fails_where_the_interval_says_so(analysis):
@@ -403,7 +403,6 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, weights, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run(weights, out)
     monkeypatch.setattr(RunFolder, "write", written)
-    monkeypatch.setattr("experiments.studies.mechanism.page.finish", lambda run, *rest: run.path)  # figures are slow
     run(weights, out, resume=True)
     resumed = RunFolder.open(out)
     for group in (*GROUPS, "analysis"):
@@ -425,5 +424,5 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, weights, tmp_path
 )
 def test_bad_settings_are_named(weights, tmp_path, changed, named):
     with pytest.raises(ValueError, match=named):
-        mechanism(MechanismConfig(weights=weights, **{**FAST, **changed}), tmp_path / "run", progress=False)
+        run_study(STUDY, MechanismConfig(weights=weights, **{**FAST, **changed}), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

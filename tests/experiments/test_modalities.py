@@ -12,6 +12,7 @@ from experiments.studies.modalities import measure as mo
 from experiments.studies.modalities.clone_reading import SPECIATION, end_of_line, read_crossing, read_zero
 from experiments.studies.modalities.figures import gaps
 from experiments.studies.modalities.page import agree, deviations, largest, with_bounds
+from experiments.studies.modalities.settings import ModalitiesConfig
 from ou_theory.laws import sign_correlation
 from ou_theory.schedules import scheduled_noise
 
@@ -176,13 +177,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
         calls.append("dies")
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(mo.PARTS, "anisotropic", dies)
+    monkeypatch.setitem(mo.MEASURES, "anisotropic", dies)
     assert cli.main(["modalities", "--out", str(out), *FLAGS]) == 130
     monkeypatch.undo()
     for name in ("collapse", "scheduling", "filtering"):  # as stored, to save their time
-        monkeypatch.setitem(mo.PARTS, name, lambda config, name=name: finished.load(name))
+        monkeypatch.setitem(mo.MEASURES, name, lambda config, name=name: finished.load(name))
     for name in ("timescales", "speciation"):  # done before
-        monkeypatch.setitem(mo.PARTS, name, lambda config: pytest.fail("measured twice"))
+        monkeypatch.setitem(mo.MEASURES, name, lambda config: pytest.fail("measured twice"))
     assert cli.main(["modalities", "--out", str(out), "--resume", *FLAGS]) == 0
     assert calls == ["dies"]
     for name in ("timescales", "speciation", "anisotropic"):
@@ -201,4 +202,4 @@ def test_a_stored_run_is_drawn_again(finished):
 @pytest.mark.parametrize(("name", "least"), [("paths", 100), ("steps", 1), ("trials", 50)])
 def test_bad_settings_are_refused(name, least):
     with pytest.raises(ValueError, match=f"{name} must be at least {least}"):
-        mo.ModalitiesConfig(**{name: least - 1})
+        ModalitiesConfig(**{name: least - 1})

@@ -15,9 +15,10 @@ from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.images import to_pixels
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments import cli
-from experiments.frame.study import untrained_model
+from experiments.frame.subject import untrained_model
 from experiments.tools import pictures
-from experiments.tools.pictures import PicturesError, SampleConfig, draw, sample_pictures
+from experiments.tools.pictures import PicturesError, draw, sample_pictures
+from experiments.tools.settings import SampleConfig
 from ou_theory.clock import make_clock
 
 PHOTOS = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=10, prediction="v")

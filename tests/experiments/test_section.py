@@ -9,18 +9,14 @@ from matplotlib.figure import Figure
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from experiments.frame.page import Section, Table, estimate, finish, joint_page, write_page
+from experiments.frame.bench import Bench
+from experiments.frame.draws import pair_draws, resampled_mean, with_interval
+from experiments.frame.page import Page, Section, Table, formatted, store_page, stored_section
+from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder, StoreError
-from experiments.frame.study import (
-    Study,
-    StudyConfig,
-    load_subject,
-    pair_draws,
-    resampled_mean,
-    untrained_model,
-    with_interval,
-)
-from experiments.studies.compare.claims import Claim, Control
+from experiments.frame.study import Study, joint_page, report
+from experiments.frame.subject import load_subject, untrained_model
+from experiments.frame.verdict import Claim, Control
 
 TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 VARIABLES = {"level": (("step", "band"), "something")}
@@ -36,8 +32,9 @@ def section(verdict="holds", value=0.7):
 
 
 def made(path, **changes):
-    run = RunFolder.create(path, {"weights": "x"}, command="syncgap depth", extra={"subject": "x"})
-    finish(run, section(**changes), {"one": partial(Figure, (2, 2))}, {"measuring_s": 1.0})
+    run = RunFolder.create(path, {"weights": "x"}, command="syncgap depth", extra={"subject": "x", "kind": "depth"})
+    page = Page(section(**changes), {"one": partial(Figure, (2, 2))})
+    report(Study("depth", StudyConfig, lambda bench: None, lambda measured, analysis: page), run)
     return run
 
 
@@ -47,9 +44,9 @@ def weights(tmp_path):
     return str(tmp_path / "weights")
 
 
-def study(weights, out, resume=False, **changes):
+def bench(weights, out, resume=False, **changes):
     config = StudyConfig(weights=weights, steps="5", **{"pairs": 5, "block": 2, **changes})
-    return Study("depth", config, out, resume=resume, command="", progress=False)
+    return Bench("depth", config, out, resume=resume)
 
 
 def test_a_page_holds_claims_tables_figures_and_limits_escaped(tmp_path):
@@ -73,7 +70,7 @@ def test_a_page_holds_claims_tables_figures_and_limits_escaped(tmp_path):
 def test_figures_without_captions_are_refused(tmp_path):
     run = RunFolder.create(tmp_path / "run", {})
     with pytest.raises(ValueError, match="two"):
-        finish(run, section(), {"one": Figure, "two": Figure})
+        store_page(run, Page(section(), {"one": Figure, "two": Figure}))
     assert not (tmp_path / "run" / "section.json").exists()
 
 
@@ -82,7 +79,7 @@ def test_runs_of_a_folder_are_joined_by_claim(tmp_path):
     made(tmp_path / "b", verdict="does not hold", value=0.1)
     unfinished = RunFolder.create(tmp_path / "c", {})
     assert unfinished.manifest["status"] == "running"
-    text = joint_page(tmp_path).read_text()
+    text = joint_page(tmp_path, lambda kind: None).read_text()
     assert text.count('class="verdict holds"') == 2  # in the summary, and in its section
     assert text.count('class="verdict does-not-hold"') == 2
     assert "localised in depth" in text
@@ -92,16 +89,16 @@ def test_runs_of_a_folder_are_joined_by_claim(tmp_path):
 
 def test_a_folder_without_runs_has_no_page(tmp_path):
     with pytest.raises(StoreError, match="no finished run"):
-        joint_page(tmp_path)
+        joint_page(tmp_path, lambda kind: None)
     with pytest.raises(StoreError, match=r"section\.json"):
-        write_page([RunFolder.create(tmp_path / "empty", {})], tmp_path / "report.html")
+        stored_section(RunFolder.create(tmp_path / "empty", {}))
     assert not (tmp_path / "report.html").exists()
 
 
 def test_estimates_are_written_with_their_intervals():
-    assert estimate([1.234, 1.0, 1.5]) == "1.23 [1.00, 1.50]"
-    assert estimate([-0.5, -1, 0], 1) == "−0.5 [−1.0, 0.0]"
-    assert estimate([np.nan] * 3) == "–"
+    assert formatted([1.234, 1.0, 1.5]) == "1.23 [1.00, 1.50]"
+    assert formatted([-0.5, -1, 0], 1) == "−0.5 [−1.0, 0.0]"
+    assert formatted([np.nan] * 3) == "–"
 
 
 def test_blocks_are_measured_once_and_kept(weights, tmp_path):
@@ -114,8 +111,8 @@ def test_blocks_are_measured_once_and_kept(weights, tmp_path):
         return {"level": np.broadcast_to(pairs[:, None, None] + 10.0 * labels[:, None, None], (len(pairs), 5, 7))}
 
     with pytest.raises(RuntimeError):
-        study(weights, tmp_path / "run").measure("network", VARIABLES, {}, 5, partial(measure, fail_at=4))
-    found = study(weights, tmp_path / "run", resume=True).measure("network", VARIABLES, {}, 5, measure)
+        bench(weights, tmp_path / "run").measure("network", VARIABLES, {}, 5, partial(measure, fail_at=4))
+    found = bench(weights, tmp_path / "run", resume=True).measure("network", VARIABLES, {}, 5, measure)
     assert seen == [[0, 1], [2, 3], [4]]
     assert found.level.dims == ("pair", "step", "band")
     np.testing.assert_array_equal(found.level[:, 0, 0], [0, 11, 22, 3, 14])  # classes in turn

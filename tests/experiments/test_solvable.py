@@ -11,23 +11,16 @@ from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.training import TrainConfig
 from experiments import cli
+from experiments.frame.steps import spaced_steps
 from experiments.frame.store import RunFolder
-from experiments.frame.study import untrained_model
+from experiments.frame.study import run_study
+from experiments.frame.subject import untrained_model
+from experiments.studies.solvable.analysis import crossing_level, estimates, sign_shift, simultaneous
 from experiments.studies.solvable.data import NAMES, SIZE, SolvableData, law, spectrum, to_images, to_modes
-from experiments.studies.solvable.measure import (
-    SolvableConfig,
-    SolvableInstrument,
-    band_theory,
-    branch_steps,
-    clone_theory,
-    crossing_level,
-    estimates,
-    exact_denoiser,
-    sign_shift,
-    sign_theory,
-    simultaneous,
-    solvable,
-)
+from experiments.studies.solvable.measure import SolvableInstrument, exact_denoiser
+from experiments.studies.solvable.settings import SolvableConfig
+from experiments.studies.solvable.study import STUDY
+from experiments.studies.solvable.theory import band_theory, clone_theory, sign_theory
 from ou_theory import commitment as oc
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
@@ -58,7 +51,7 @@ def finished(weights, tmp_path_factory):
 def exact(stock_compiler):
     """The exact denoiser through the instrument: 250 steps, 400 pairs."""
     clock, bands = make_clock("250"), radial_bands(SIZE, SIZE, 6)
-    branches = branch_steps(clock, 5)
+    branches = spaced_steps(clock, 5, last=False)
     instrument = SolvableInstrument(clock, bands, branches, 0)
     run = jax.jit(lambda pairs: instrument.measure(exact_denoiser(clock), pairs), compiler_options=stock_compiler)
     found = run(jnp.arange(400))
@@ -151,7 +144,7 @@ def test_the_folder_holds_estimates_and_theory(finished):
 
 def test_a_run_of_other_settings_or_classes_is_refused(finished, weights):
     with pytest.raises(ValueError, match="other settings"):
-        solvable(SolvableConfig(weights=weights, pairs=6), finished.path, resume=True)
+        run_study(STUDY, SolvableConfig(weights=weights, pairs=6), finished.path, resume=True)
     with pytest.raises(ValueError, match="--classes"):
         SolvableConfig(classes=(0,))
     with pytest.raises(ValueError, match="branches"):
@@ -161,7 +154,7 @@ def test_a_run_of_other_settings_or_classes_is_refused(finished, weights):
 def test_a_model_of_other_data_is_refused(tmp_path):
     save_model(untrained_model(dataclasses.replace(TINY, in_channels=3), 0), tmp_path / "photos", extra={"data": None})
     with pytest.raises(ValueError, match="solvable"):
-        solvable(SolvableConfig(weights=str(tmp_path / "photos")), tmp_path / "out")
+        run_study(STUDY, SolvableConfig(weights=str(tmp_path / "photos")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

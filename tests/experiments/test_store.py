@@ -79,7 +79,8 @@ def test_manifest_says_what_was_run(tmp_path):
     assert manifest["versions"]["numpy"] == np.__version__
     assert manifest["versions"].keys() >= {"jax", "flax", "xarray", "zarr", "syncgap"}
     assert manifest.keys() >= {"python", "device", "platform", "git_revision", "started"}
-    run.finish({"sampling_s": 1.5})
+    run.note(sampling_s=1.5)
+    run.finish()
     manifest = json.loads((run.path / "manifest.json").read_text())
     assert (manifest["status"], manifest["timings"]) == ("complete", {"sampling_s": 1.5})
     assert manifest["finished"] >= manifest["started"]
@@ -358,7 +359,7 @@ def test_an_opened_run_is_read_only(tmp_path):
         lambda: write_block(run, 0),
         lambda: run.put("analysis", measured()),
         lambda: run.write_json("claims.json", {}),
-        lambda: run.finish({}),
+        lambda: run.finish(),
     ):
         with pytest.raises(StoreError, match="opened for reading"):
             write()
@@ -370,12 +371,12 @@ def test_missing_and_damaged_groups_say_what_to_do(tmp_path):
     with pytest.raises(StoreError, match="no group 'analysis'; its run is not finished, go on with --resume"):
         run.load("analysis")
     write_block(run, 0)
-    run.finish({})
+    run.finish()
     with pytest.raises(StoreError, match="no group 'analysis'; run it again"):
         run.load("analysis")
     chunk = next(path for path in (run.path / "data.zarr/network/energy/c").rglob("*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:10])
-    with pytest.raises(StoreError, match="pairs 0 to 1 of group 'network' are damaged or missing.*--resume"):
+    with pytest.raises(StoreError, match=r"pairs 0 to 1 of group 'network' are damaged or missing.*--resume"):
         run.load("network", partial=True)
 
 
