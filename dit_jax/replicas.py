@@ -26,7 +26,8 @@ def pair_noise(
 ) -> jax.Array:
     """Unit Gaussian noise (R, N, *shape) float32 of pairs (N,) at one step (`INITIAL` for the start), independent
     between replicas, pairs and steps. In place of a seed there may be a key, for noise of another purpose."""
-    root = seed if jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key) else jax.random.key(seed)
+    is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    root = seed if is_key else jax.random.key(seed)
 
     def draw(replica, pair):
         key = jax.random.fold_in(jax.random.fold_in(root, pair), jnp.asarray(step) + 1)

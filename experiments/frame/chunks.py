@@ -7,6 +7,7 @@ from pathlib import Path
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+ARRAYS = "arrays"  # attribute of a group: the names of its arrays, so that none is missed without a word
 CODECS = (ZstdCodec(), Crc32cCodec())  # of every chunk; the checksum is of what lies on disk
 
 
@@ -29,9 +30,10 @@ def _checked(array: zarr.Array) -> bool:
 
 
 def readable(group: Path) -> bool:
-    """Whether the descriptions of a group and of its arrays can be read."""
+    """Whether the descriptions of a group and of its arrays can be read, and no array is gone."""
     try:
-        return any(True for _ in _arrays(group))
+        found = {path.name for path, *_ in _arrays(group)}
+        return found == set(zarr.open_group(group, mode="r").attrs.get(ARRAYS, found))
     except Exception:  # zarr raises many kinds
         return False
 

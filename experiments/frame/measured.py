@@ -118,6 +118,9 @@ def described(dataset: xr.Dataset, definitions: Definitions) -> xr.Dataset:
     Args:
       definitions: of variables, by name, or by what follows the name of their source and an underscore; those of
         common coordinates are known.
+
+    Raises:
+      ValueError: a variable is without a meaning.
     """
     found = dataset.copy()
     known = {**COORDINATES, **definitions}
@@ -127,4 +130,7 @@ def described(dataset: xr.Dataset, definitions: Definitions) -> xr.Dataset:
         entry = next((known[tail] for tail in tails if tail in known), None)
         if entry is not None:
             variable.attrs = {"long_name": entry[0], "units": entry[1], **variable.attrs}
+    bare = sorted(str(name) for name, variable in found.variables.items() if "long_name" not in variable.attrs)
+    if bare:
+        raise ValueError(f"say what these are, and in which units: {', '.join(bare)}")
     return found

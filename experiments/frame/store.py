@@ -20,7 +20,7 @@ import xarray as xr
 import zarr
 
 from dit_jax.checkpoint import recover, write_json
-from experiments.frame.chunks import CODECS, blocks_of, damaged, missing_chunks, pairs_of, readable
+from experiments.frame.chunks import ARRAYS, CODECS, blocks_of, damaged, missing_chunks, pairs_of, readable
 from experiments.frame.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -262,7 +262,8 @@ class RunFolder:
 
     def _damage(self, group: str) -> str:
         """What of a group is damaged or missing, and what to do."""
-        blocks = damaged(self._group(group), self.manifest["blocks"].get(group))
+        done = self.manifest["blocks"].get(group)
+        blocks = damaged(self._group(group), done) if done and readable(self._group(group)) else []
         what = f"{pairs_of(self._group(group), blocks)} of group {group!r} are" if blocks else f"group {group!r} is"
         return f"{self.path}: {what} damaged or missing; the same command with --resume makes that again, and only that"
 
@@ -270,7 +271,7 @@ class RunFolder:
         """Forgets what cannot be read, so that it is measured again: blocks, and groups that were written whole."""
         blocks = {}
         for group, done in self.manifest["blocks"].items():
-            if recover(self._group(group)) and readable(self._group(group)):
+            if recover(self._group(group)) and readable(self._group(group)):  # else the whole group is measured again
                 bad = damaged(self._group(group), done)
                 blocks[group] = [first for first in done if first not in bad]
         if blocks != self.manifest["blocks"]:
@@ -325,6 +326,10 @@ class RunFolder:
         dataset = xr.open_zarr(
             self.path / "data.zarr", group=group, consolidated=False, chunks=None, decode_times=False
         )
+        there = set(map(str, dataset.variables))
+        lost = set(dataset.attrs.pop(ARRAYS, there)) - there
+        if lost:
+            raise StoreError(f"{', '.join(sorted(lost))} is not there")
         dataset = _with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
         single = {name: v for name, v in dataset.coords.items() if v.dtype == np.float32}  # of older runs
         return dataset.assign_coords({name: v.copy(data=_as_written(v.values)) for name, v in single.items()})
@@ -335,11 +340,11 @@ class RunFolder:
         self._require_writable()
         # Variable-length strings have a place in the zarr 3 format, NumPy's fixed-length ones have not.
         dataset = _with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
-        if "region" not in options:  # into arrays that have their codecs
-            checked = {"compressors": CODECS}
-            options["encoding"] = {
-                name: {**checked, **(encoding or {}).get(str(name), {})} for name in dataset.variables
-            }
+        if "region" not in options:  # which writes into arrays that have their codecs
+            own = {name: (encoding or {}).get(str(name), {}) for name in dataset.variables}
+            options["encoding"] = {name: {"compressors": CODECS, **each} for name, each in own.items()}
+        if options.get("mode") == "w":
+            dataset = dataset.assign_attrs({ARRAYS: sorted(map(str, dataset.variables))})
         dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
 
     def _update(self, **entries: Any) -> None:

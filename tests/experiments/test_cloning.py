@@ -276,8 +276,19 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, weights, tmp_path,
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"branches": 2}, "branches"), ({"pairs": 1}, "pairs"), ({"block": 0}, "block"), ({"steps": "2"}, "steps '2'")],
+    [
+        ({"branches": 2}, "branches"),
+        ({"pairs": 1}, "pairs"),
+        ({"block": 0}, "block"),
+        ({"sampler": "ddim"}, "sampler 'ddim'"),
+    ],
 )
 def test_settings_out_of_their_domain_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         CloningConfig(**changes)
+
+
+def test_too_few_steps_are_refused(weights, tmp_path):
+    with pytest.raises(ValueError, match="steps '2'"):
+        run_study(STUDY, CloningConfig(weights=weights, steps="2"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

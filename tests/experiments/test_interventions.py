@@ -128,11 +128,12 @@ def test_schedules_have_the_same_total_inside_the_window(steps):
     assert np.all(np.diff(found["falling"][first:]) < 0)
 
 
-def test_a_window_of_one_step_is_refused():
+def test_a_window_of_one_step_is_refused(weights, tmp_path):
     with pytest.raises(ValueError, match="fewer than two steps"):
         log_snr_weights(np.array([-9.0, -7.0, 1.0]))
     with pytest.raises(ValueError, match="fewer than two steps"):
-        InterventionsConfig(steps="2")
+        run_study(STUDY, settings(weights, steps="2"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_gates_of_the_arms():

@@ -185,10 +185,7 @@ def test_what_was_run_and_how_to_run_it_again(written, stored_run):
     assert "50 steps of DDIM, gate joint, guidance 1, seed 0" in text
     assert "0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1" in text
     assert "sampling 2 min 51 s" in text
-    facts = {
-        row[0].strip(): row[1].strip()
-        for row in page.tables[next(name for name in page.tables if name.startswith("table "))]
-    }
+    facts = {row[0].strip(): row[1].strip() for row in page.tables["run-settings"]}
     assert facts["weights digest"] == "ab12" * 16
     assert facts["seed"] == "0"
     assert f"numpy {np.__version__}" in facts["packages"]

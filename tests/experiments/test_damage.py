@@ -1,0 +1,305 @@
+"""What is stored is what was measured: flipped bits, lost chunks, lost groups, leftovers, malformed manifests."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.figure import Figure
+
+from dit_jax.checkpoint import save_model
+from dit_jax.config import DiTConfig
+from experiments import cli
+from experiments.frame.measured import Measured
+from experiments.frame.page import Page, Section
+from experiments.frame.settings import StudyConfig
+from experiments.frame.store import RunFolder, StoreError, open_run
+from experiments.frame.study import Study, report, run_study
+from experiments.frame.subject import untrained_model
+
+TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+GROUP = "data.zarr/network"
+
+
+class Counting:
+    """A study whose measurements are numbers that follow from pair and step, and are counted."""
+
+    def __init__(self):
+        self.measured: list[list[int]] = []
+        self.study = Study("counting", StudyConfig, self.measure, self.page, self.analyse, {"mean": ("mean", "1")})
+
+    def measure(self, bench):
+        def block(pairs, labels):
+            self.measured.append(list(pairs))
+            return {"level": np.add.outer(pairs, np.arange(5.0)), "blank": np.full((len(pairs), 5), np.nan)}
+
+        variables = {"level": (("step",), "a number", "nat"), "blank": (("step",), "nothing")}
+        bench.measure("network", variables, {}, bench.config.pairs, block)
+        bench.whole("more", lambda: xr.Dataset({"name": ("k", ["one", "two"]), "value": ("k", [1.5, 2.5])}))
+
+    @staticmethod
+    def analyse(measured):
+        assert measured.load("more").value.sum() == 4
+        return xr.Dataset({"mean": measured.load("network").level.mean("pair")})
+
+    @staticmethod
+    def page(measured: Measured, analysis: xr.Dataset) -> Page:
+        return Page(Section("Counting", "How many?", f"{float(analysis['mean'][0]):.2f}", captions={"one": "One."}),
+                    {"one": lambda: Figure((1, 1))})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    save_model(untrained_model(TINY, 5), folder, extra={"data": None})
+    return str(folder)
+
+
+def settings(weights):
+    return StudyConfig(weights=weights, pairs=5, block=2, steps="5")
+
+
+@pytest.fixture(scope="module")
+def whole(weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run_study(Counting().study, settings(weights), out, progress=False)
+    return out
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def mended(weights, out, whole) -> list[list[int]]:
+    """Resumes a run, checks that it is as good as new, and says which pairs were measured for that."""
+    counting = Counting()
+    run_study(counting.study, settings(weights), out, resume=True, progress=False)
+    for group in ("network", "more", "analysis"):
+        xr.testing.assert_identical(RunFolder.open(out).load(group), RunFolder.open(whole).load(group))
+    assert RunFolder.open(out).manifest["status"] == "complete"
+    return counting.measured
+
+
+def chunks(out, group):
+    return sorted(path for path in (out / "data.zarr" / group).rglob("*") if path.is_file() and "/c" in str(path))
+
+
+def test_every_flipped_bit_of_every_chunk_is_found_and_mended(weights, whole, tmp_path):
+    """Measurements, coordinates, what was written whole, and the analysis."""
+    rng = np.random.default_rng(0)
+    files = [path.relative_to(whole) for group in ("network", "more", "analysis") for path in chunks(whole, group)]
+    assert len(files) > 15
+    blocks = {"0": [[0, 1]], "1": [[2, 3]], "2": [[4]]}
+    for number, file in enumerate(files):
+        out = shutil.copytree(whole, tmp_path / str(number))
+        data = bytearray((out / file).read_bytes())
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        (out / file).write_bytes(data)
+        group = file.parts[1]
+        with pytest.raises(StoreError, match=f"group '{group}' (is|are) damaged or missing.*--resume"):
+            RunFolder.open(out).load(group)
+        if group != "analysis":  # which report makes again
+            with pytest.raises(StoreError, match="damaged or missing"):
+                report(Counting().study, RunFolder.open(out, writable=True))
+        variable = file.parts[2]
+        expected = blocks[file.parts[4]] if variable in ("level", "blank") else []
+        assert mended(weights, out, whole) == expected, file
+
+
+@pytest.mark.parametrize("variable", ["level", "blank"])
+def test_a_lost_chunk_is_named_and_measured_again_and_only_it(weights, whole, copy, variable):
+    """Of missing values, too, which would read as what they are."""
+    (copy / GROUP / variable / "c/1/0").unlink()
+    with pytest.raises(StoreError, match=r"pairs 2 to 3 of group 'network' are damaged or missing.*--resume"):
+        report(Counting().study, RunFolder.open(copy, writable=True))
+    assert mended(weights, copy, whole) == [[2, 3]]
+
+
+@pytest.mark.parametrize(("lost", "again"), [("network", [[0, 1], [2, 3], [4]]), ("more", []), ("analysis", [])])
+def test_a_lost_group_is_an_error_and_is_made_again(weights, whole, copy, lost, again):
+    shutil.rmtree(copy / "data.zarr" / lost)
+    if lost == "analysis":
+        report(Counting().study, RunFolder.open(copy, writable=True))  # it follows from the others
+    else:
+        with pytest.raises(StoreError, match=f"no group '{lost}'"):
+            report(Counting().study, RunFolder.open(copy, writable=True))
+    assert mended(weights, copy, whole) == again
+
+
+@pytest.mark.parametrize("lost", ["network/zarr.json", "network/level/zarr.json", "network/level"])
+def test_a_lost_description_costs_its_group(weights, whole, copy, lost):
+    path = copy / "data.zarr" / lost
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.write_text("{")
+    with pytest.raises(StoreError):
+        report(Counting().study, RunFolder.open(copy, writable=True))
+    assert mended(weights, copy, whole) == [[0, 1], [2, 3], [4]]
+
+
+def test_a_block_that_the_manifest_does_not_know_is_measured_again(weights, whole, copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["blocks"]["network"] = [0, 4]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="pairs 2 to 3 of group 'network' are not measured yet; go on with --resume"):
+        report(Counting().study, RunFolder.open(copy, writable=True))
+    assert mended(weights, copy, whole) == [[2, 3]]
+
+
+def test_leftovers_of_a_kill_are_swept(weights, whole, copy):
+    left = [copy / GROUP / "level/c/0/0.3f2a.partial", copy / ".analysis.partial", copy / "figures/.one.svg.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    RunFolder.open(copy)  # a reader changes nothing
+    assert all(path.exists() for path in left)
+    RunFolder.open(copy, writable=True)
+    assert not any(path.exists() for path in left)
+    left[0].write_bytes(b"half")
+    assert mended(weights, copy, whole) == []
+    assert not list(copy.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("blocks", "network"),
+        ("blocks", ["network"]),
+        ("blocks", {"network": "0"}),
+        ("blocks", {"network": [0, -2]}),
+        ("blocks", {"network": [True]}),
+        ("settings", []),
+        ("timings", None),
+        ("versions", "1.0"),
+        ("resumed", {}),
+        ("resumed", ["yesterday"]),
+        ("status", 1),
+    ],
+)
+def test_a_malformed_manifest_is_one_clear_error(copy, capsys, entry, value):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, entry: value}))
+    with pytest.raises(StoreError, match=rf"manifest\.json is malformed in {entry}"):
+        RunFolder.open(copy)
+    assert cli.main(["report", str(copy)]) == 2
+    assert "malformed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"claims": {}}', '{"claims": [1]}', "{"])
+def test_malformed_claims_and_sections_are_one_clear_error(copy, capsys, text):
+    (copy / "claims.json").write_text(text)
+    assert cli.main(["report", str(copy.parent)]) == 2
+    assert "claims.json" in capsys.readouterr().err
+    (copy / "section.json").write_text(text)
+    assert cli.main(["report", str(copy.parent)]) == 2
+    assert "syncgap: " in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_used_are_one_clear_error(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["settings"]["pairs"] = 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"settings that cannot be used .*pairs must be at least 2"):
+        report(Counting().study, RunFolder.open(copy, writable=True))
+
+
+@pytest.mark.parametrize("stage", ["analyse", "page", "store_page", "write_page"])
+def test_what_fails_after_measuring_is_finished_by_report_and_by_resume(weights, whole, tmp_path, monkeypatch, stage):
+    counting = Counting()
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        if stage in ("analyse", "page"):
+            study = Study(
+                "counting",
+                StudyConfig,
+                counting.measure,
+                **{"page": counting.page, "analyse": counting.analyse, stage: fail},
+            )
+        else:
+            study = counting.study
+            patched.setattr(f"experiments.frame.study.{stage}", fail)
+        with pytest.raises(OSError, match="no space left"):
+            run_study(study, settings(weights), tmp_path / "run", progress=False)
+    assert RunFolder.open(tmp_path / "run").manifest["status"] == "running"
+    other = shutil.copytree(tmp_path / "run", tmp_path / "other")
+    report(Counting().study, RunFolder.open(tmp_path / "run", writable=True))
+    run = RunFolder.open(tmp_path / "run")
+    assert run.manifest["status"] == "complete"
+    assert {"measuring_s", "analysis_s"} <= set(run.manifest["timings"])
+    assert "not finished" not in (run.path / "report.html").read_text()
+    assert mended(weights, other, whole) == []
+
+
+def test_report_recomputes_the_analysis_from_what_was_measured(copy):
+    run = RunFolder.open(copy, writable=True)
+    analysis = run.load("analysis")
+    run.put("analysis", analysis + 1)
+    report(Counting().study, run)
+    xr.testing.assert_identical(run.load("analysis"), analysis)
+
+
+def test_all_of_a_run_is_read_by_name(whole):
+    tree = open_run(whole)
+    assert set(tree.children) == {"network", "more", "analysis"}
+    assert tree.attrs["kind"] == "counting"
+    assert float(tree["network"]["level"].sel(pair=3, step=2)) == 5
+    for group in tree.children.values():
+        for name, variable in group.dataset.variables.items():
+            if name not in ("k", "name", "value"):
+                assert {"long_name", "units"} <= set(variable.attrs), name
+
+
+def test_couplings_of_older_runs_are_found_by_what_was_asked_for(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    run.put("old", xr.Dataset({"x": ("coupling", [1.0, 2.0])}, {"coupling": np.float32([0.2, 0.35])}))
+    assert float(open_run(tmp_path / "run")["old"].x.sel(coupling=0.35)) == 2
+
+
+SLOW = """
+import sys, time
+import experiments.frame.store as store
+from experiments import cli
+write = store.RunFolder.write
+def slow(run, group, dataset, first):
+    write(run, group, dataset, first)
+    print("written", first, flush=True)
+    time.sleep(60 if first else 0)
+store.RunFolder.write = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_scheduler_s_signal_ends_like_an_interrupt(weights, tmp_path, number, code, word):
+    command = ["depth", "--weights", weights, "--pairs", "4", "--block", "2", "--untrained-pairs", "2", "--steps", "8"]
+    command += ["--couplings", "0", "1", "--probe-pairs", "0", "--quiet", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
+    assert process.stdout is not None
+    while "written 2" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert f"syncgap: {word}; the same command with --resume goes on" in errors
+    assert "Traceback" not in errors
+    assert RunFolder.open(tmp_path / "run").finished("network") == {0, 2}
