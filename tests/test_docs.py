@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from experiments.cli import main
+
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/inside.md")
+PAGES = ("README.md", "docs/inside.md", "docs/studies.md")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run(page):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs are written under it
+    if "runs/compare" in (text := (ROOT / page).read_text()):  # which the first command of the README leaves
+        small = ["--couplings", "0", "0.2", "--pairs", "2", "--gain-pairs", "2", "--untrained-pairs", "2"]
+        assert main(["compare", *small, "--block", "2", "--steps", "8", "--quiet"]) == 0
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert blocks
     namespace = {}
     for block in blocks:
@@ -49,6 +55,12 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     theory, api = (tmp_path / "theory.html").read_text(), (tmp_path / "api/ou_theory.html").read_text()
     assert "\\tag{5.11}" in theory
     assert 'id="ou_theory.recursion.recursion_energy"' in api
+
+
+def test_a_study_is_short():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/studies.md").read_text(), re.MULTILINE | re.DOTALL)
+    (example,) = [block for block in blocks if "Study(" in block]
+    assert len(example.splitlines()) < 60
 
 
 @pytest.mark.parametrize("package", ["ou_theory", "dit_jax"])

@@ -16,7 +16,7 @@ from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from dit_jax.sharding import make_mesh, place_model, place_pairs, split
 from experiments.frame.instrument import own_half
-from experiments.frame.measured import NUM_BANDS, Measured, described
+from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import Subject, load_subject
@@ -49,6 +49,7 @@ class Bench(Measured[C]):
         out: str | Path,
         *,
         subject: str | None = None,
+        definitions: Definitions | None = None,
         check: Callable[[C, Subject], None] | None = None,
         resume: bool = False,
         command: str = "",
@@ -58,12 +59,13 @@ class Bench(Measured[C]):
 
         Args:
           subject: what the study is about, where that is no network.
+          definitions: meaning and units of coordinates, beside those that are common.
           check: raises ValueError for settings that do not fit the network, before there is a folder.
 
         Raises:
           ValueError: settings that do not fit the weights or the devices; an output folder that holds another run.
         """
-        self.kind, self.progress, self.mesh = kind, progress, None
+        self.kind, self.progress, self.mesh, self.definitions = kind, progress, None, definitions or {}
         settings, extra = asdict(cast(Any, config)), {"kind": kind, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
@@ -180,7 +182,7 @@ class Bench(Measured[C]):
                     for name, (_, about, *units) in variables.items()
                 }
             ),
-            {},
+            self.definitions,
         )
         block = cast(StudyConfig, self.config).block
         self.run.declare(group, template, chunk=block)
@@ -197,7 +199,7 @@ class Bench(Measured[C]):
     def whole(self, group: str, make: Callable[[], xr.Dataset]) -> xr.Dataset:
         """A group that is made at once: from the store if it is there."""
         if not self.run.holds(group):
-            self.run.put(group, described(make(), {}))
+            self.run.put(group, described(make(), self.definitions))
         return self.run.load(group)
 
     def _coords(self, used: set[str]) -> dict[str, Any]:

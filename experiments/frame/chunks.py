@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -33,7 +34,8 @@ def readable(group: Path) -> bool:
     """Whether the descriptions of a group and of its arrays can be read, and no array is gone."""
     try:
         found = {path.name for path, *_ in _arrays(group)}
-        return found == set(zarr.open_group(group, mode="r").attrs.get(ARRAYS, found))
+        named: Any = zarr.open_group(group, mode="r").attrs.get(ARRAYS, found)
+        return found == set(named)
     except Exception:  # zarr raises many kinds
         return False
 

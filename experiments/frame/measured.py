@@ -109,6 +109,7 @@ COORDINATES: Definitions = {
     "other": ("the other channel of a product", "1"),
     "replica": ("replica of the pair", "1"),
     "part": ("part of a whole", "1"),
+    "label_name": ("name of the pair's class", "1"),
 }
 
 

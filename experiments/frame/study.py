@@ -33,7 +33,7 @@ class Study(Generic[C]):
     measure: Callable[[Bench[C]], None]  # fills the groups of the run
     page: Callable[[Measured[C], xr.Dataset], Page]  # from what is stored, and the analysis
     analyse: Callable[[Measured[C]], xr.Dataset] = lambda measured: xr.Dataset()  # estimates from what is stored
-    definitions: Definitions = field(default_factory=dict)  # of the analysis' variables: meaning and units by name
+    definitions: Definitions = field(default_factory=dict)  # meaning and units of what is stored, by name
     check: Callable[[C, Subject], None] | None = None  # raises ValueError for settings that do not fit the network
     together: Callable[[Sequence[Measured[C]]], Page] | None = None  # several runs side by side
     subject: str | None = None  # what is studied, where that is no network
@@ -68,6 +68,7 @@ def run_study(
         config,
         out,
         subject=study.subject,
+        definitions=study.definitions,
         check=study.check,
         resume=resume,
         command=command,

@@ -17,7 +17,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from experiments.frame.bench import Bench
-from experiments.frame.measured import Definitions, described
+from experiments.frame.measured import Definitions
 from experiments.studies.modalities import cases as cases
 from experiments.studies.modalities.clone_reading import (
     SPECIATION,
@@ -312,4 +312,4 @@ MEASURES: dict[str, Callable[[ModalitiesConfig], xr.Dataset]] = {
 def measure(bench: Bench[ModalitiesConfig]) -> None:
     """Fills a group for every part; each draws its own random numbers."""
     for name in tqdm(PARTS, desc="modalities", disable=not bench.progress):
-        bench.whole(name, lambda name=name: described(MEASURES[name](bench.config), DEFINITIONS))
+        bench.whole(name, lambda name=name: MEASURES[name](bench.config))

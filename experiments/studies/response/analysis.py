@@ -36,6 +36,9 @@ DEFINITIONS: Definitions = {
     "growing": ("share of trajectories with a step in which a direction grows", "1"),
     "rated": ("sampler step of a rate", "1"),
     "rated_ell": ("log-SNR of that step", "nat"),
+    "place": ("where derivatives are taken: along the flow, or at noised ends", "1"),
+    "to": ("band of the response", "1"),
+    "window": ("sampler step of the window", "1"),
     "vector": ("leading direction", "1"),
     "point": ("sampler step before which a direction is looked at; the last is the end", "1"),
 }
