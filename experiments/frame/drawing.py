@@ -67,6 +67,14 @@ def band_colors(analysis: xr.Dataset) -> list:
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, analysis.sizes["band"])))
 
 
+def curve(
+    ax: Axes, x: Any, values: np.ndarray, color: Any, label: str | None = None, *, shade: float = 0.16, **style: Any
+) -> None:
+    """A curve of (estimate, low, high), in the last axis of `values` (n, 3), its intervals as a band."""
+    ax.fill_between(x, values[:, 1], values[:, 2], color=color, alpha=shade, linewidth=0)
+    ax.plot(x, values[:, 0], **{"color": color, "label": label, **style})
+
+
 def coupling_axis(ax: Axes, couplings: np.ndarray, *, name: bool = True, room: float = 0.055) -> None:
     """An x axis on which 0 and couplings of every size can be told apart: linear near 0, logarithmic beyond.
 

@@ -86,6 +86,12 @@ def formatted(values: ArrayLike, digits: int = 2) -> str:
     return number(point, digits) + (f" {ends}" if ends != NOTHING else "")
 
 
+def percent(values: ArrayLike) -> str:
+    """``12 % [10, 14]`` of shares (estimate, low, high); a dash where there is nothing."""
+    share = 100 * np.asarray(values, np.float64)
+    return formatted(share, 0).replace(" [", " % [", 1) if "[" in formatted(share, 0) else number(share[0], 0)
+
+
 def power(value: float) -> str:
     """A size to one digit: ``3e-7``."""
     return f"{value:.0e}".replace("e-0", "e-")

@@ -4,7 +4,17 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
+from experiments.frame.drawing import (
+    FAINT,
+    INK,
+    LEVEL_LABEL,
+    QUIET,
+    band_colors,
+    band_legend,
+    band_names,
+    curve,
+    new_figure,
+)
 from experiments.studies.cloning.settings import CONTRASTS, MEASURES
 
 COLORS = {"q": "#0072B2", "clones": "#D55E00", "mmse": "#009E73"}
@@ -25,12 +35,12 @@ def figure_curves(analysis: xr.Dataset) -> Figure:
     shown = analysis.ell.values >= first
     ell = analysis.ell.values[shown]
     for band, (ax, name) in enumerate(zip(panels, band_names(analysis), strict=False)):
-        for curve, style in (("q", "--"), ("mmse", ":")):
-            values = analysis[f"network_{curve}"].values[shown, band]
-            ax.fill_between(ell, values[:, 1], values[:, 2], color=COLORS[curve], alpha=0.2, linewidth=0)
-            ax.plot(ell, values[:, 0], color=COLORS[curve], label=MEASURES[curve])
-            theory = analysis[f"network_steps_{curve}"].values[shown, band]
-            ax.plot(ell, theory, color=INK, linestyle=style, linewidth=0.9, label=f"{MEASURES[curve]}, exact Gaussian")
+        for which, style in (("q", "--"), ("mmse", ":")):
+            values = analysis[f"network_{which}"].values[shown, band]
+            ax.fill_between(ell, values[:, 1], values[:, 2], color=COLORS[which], alpha=0.2, linewidth=0)
+            ax.plot(ell, values[:, 0], color=COLORS[which], label=MEASURES[which])
+            theory = analysis[f"network_steps_{which}"].values[shown, band]
+            ax.plot(ell, theory, color=INK, linestyle=style, linewidth=0.9, label=f"{MEASURES[which]}, exact Gaussian")
         values = analysis.network_clones.values[:, band]
         ax.vlines(analysis.branch_ell, values[:, 1], values[:, 2], color=COLORS["clones"], linewidth=1.2)
         ax.plot(analysis.branch_ell, values[:, 0], "o", ms=3.5, color=COLORS["clones"], label=MEASURES["clones"])
@@ -74,14 +84,12 @@ def figure_reasons(analysis: xr.Dataset) -> Figure:
     level = analysis.branch_ell.values
     for index, (label, color) in enumerate(PARTS.values()):
         values = analysis.network_parts.values[index]
-        left.fill_between(level, values[:, 1], values[:, 2], color=color, alpha=0.2, linewidth=0)
-        left.plot(level, values[:, 0], color=color, marker="o", markersize=3.5, label=label)
+        curve(left, level, values, color, label, shade=0.2, marker="o", markersize=3.5)
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8)
     left.set_ylabel("part of 1 − mmse/Var minus Q")
     for band, (name, color) in enumerate(zip(band_names(analysis), band_colors(analysis), strict=True)):
         values = analysis.network_excess.values[1, :, band]
-        right.fill_between(level, values[:, 1], values[:, 2], color=color, alpha=0.15, linewidth=0)
-        right.plot(level, values[:, 0], color=color, marker="o", markersize=3.5, label=name)
+        curve(right, level, values, color, name, marker="o", markersize=3.5)
     right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
     right.set_ylabel("1 − mmse/Var above linear filter")
     for ax in (left, right):

@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from dit_jax.config import DiTConfig
-from experiments.frame.drawing import FAINT, QUIET, new_figure
+from experiments.frame.drawing import FAINT, QUIET, curve, new_figure
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted
 from experiments.studies.depth.page import READINGS, grid_of
@@ -126,8 +126,7 @@ def figure_family(found: dict[str, tuple[DiTConfig, xr.Dataset]]) -> Figure:
             where = np.linspace(0, 1, len(gap))
             color = PREDICTIONS[model.prediction][1]
             width = 0.9 + 0.9 * depths.index(model.depth)
-            ax.fill_between(where, gap[:, 1], gap[:, 2], color=color, alpha=0.1, linewidth=0)
-            ax.plot(where, gap[:, 0], color=color, linewidth=width)
+            curve(ax, where, gap, color, shade=0.1, linewidth=width)
         ax.set_title(READINGS[reading][0])
         ax.set_xlabel("depth")
     axes[0].set_ylabel("gap  $\\tau_{high} - \\tau_{low}$  (nats)")

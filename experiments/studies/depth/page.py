@@ -7,9 +7,19 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
+from experiments.frame.drawing import (
+    FAINT,
+    INK,
+    LEVEL_LABEL,
+    QUIET,
+    band_colors,
+    band_legend,
+    band_names,
+    curve,
+    new_figure,
+)
 from experiments.frame.measured import Measured
-from experiments.frame.page import Page, Section, Table, formatted
+from experiments.frame.page import Page, Section, Table, formatted, percent
 from experiments.frame.settings import SAMPLER_NAMES
 from experiments.frame.verdict import Claim, Control, above
 from experiments.studies.depth.settings import CLAIMED, LAST, DepthConfig
@@ -41,7 +51,7 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
     parts = []
     for name in known:
         final = analysis[f"network_{name}_gap"].isel({grid_of(name): 0, "layer": -1}).values
-        share = _percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "(no gap)"
+        share = percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "(no gap)"
         parts.append(f"{READINGS[name][0]} {share}")
     captions = {
         "gap_by_layer": "The gap after every block without coupling, in three readings; layer 0 is the embedding. "
@@ -80,10 +90,6 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
             "A probe that fails shows that nothing is linearly there, not that nothing is there.",
         ],
     )
-
-
-def _percent(values) -> str:
-    return formatted(100 * np.asarray(values), 0).replace("[", "% [", 1) if np.isfinite(values[0]) else "–"
 
 
 def _claim(analysis: xr.Dataset, reading: str) -> Claim:
@@ -185,8 +191,7 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     for variable, grid, label, color in curves:
         if variable in analysis:
             at = analysis[variable].isel({grid: 0}).values
-            ax.fill_between(layers, at[:, 1], at[:, 2], color=color, alpha=0.18, linewidth=0)
-            ax.plot(layers, at[:, 0], color=color, marker="o", markersize=4, label=label)
+            curve(ax, layers, at, color, label, shade=0.18, marker="o", markersize=4)
     ax.set_xlabel("after block")
     ax.set_ylabel("gap  $\\tau_{high} - \\tau_{low}$  (nats)")
     ax.set_title("Where in depth the gap is made, $g = 0$")
@@ -203,8 +208,7 @@ def figure_coupled(analysis: xr.Dataset) -> Figure:
     for index, g in enumerate(analysis.coupling.values):
         at = analysis.network_readout_gap.isel(coupling=index).values
         color = (shades[index] * 0.9, shades[index] * 0.9, 0.55 + 0.35 * shades[index])
-        ax.fill_between(layers, at[:, 1], at[:, 2], color=color, alpha=0.2, linewidth=0)
-        ax.plot(layers, at[:, 0], color=color, marker="o", markersize=3.5, label=f"$g$ = {g:g}")
+        curve(ax, layers, at, color, f"$g$ = {g:g}", shade=0.2, marker="o", markersize=3.5)
     ax.set_xlabel("after block")
     ax.set_ylabel("gap, readout (nats)")
     ax.legend()
@@ -222,13 +226,7 @@ def figure_levels(analysis: xr.Dataset) -> Figure:
         for band in range(bands):
             values = tau[:, band].values
             color = colors[min(band, len(colors) - 1)] if band < len(colors) else INK
-            ax.fill_between(analysis.layer, values[:, 1], values[:, 2], color=color, alpha=0.15, linewidth=0)
-            ax.plot(
-                analysis.layer,
-                values[:, 0],
-                color=color,
-                label=band_names(analysis)[band] if name == "readout" else None,
-            )
+            curve(ax, analysis.layer, values, color, band_names(analysis)[band] if name == "readout" else None)
         ax.set_title(READINGS[name][0])
         ax.set_xlabel("after block")
     axes[0][0].set_ylabel("commitment level  $\\tau$  (nats)")

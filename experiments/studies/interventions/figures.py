@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_names, new_figure
+from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_names, curve, new_figure
 from experiments.frame.estimator import HIGH, LOW, WEAK
 from experiments.frame.steps import WINDOW_START
 from experiments.studies.interventions.settings import ALL, CONSTANT, NONE
@@ -76,8 +76,7 @@ def figure_bands(analysis: xr.Dataset) -> Figure:
             values = analysis[name].sel(arm=arm).values
             if name == "tau":  # no level rests on less
                 values = np.where((analysis.decided.sel(arm=arm)[:, :1] < WEAK).values, np.nan, values)
-            ax.fill_between(analysis.radius, values[:, 1], values[:, 2], color=color, alpha=0.15, linewidth=0)
-            ax.plot(analysis.radius, values[:, 0], color=color, marker="o", markersize=3.5, label=arm)
+            curve(ax, analysis.radius, values, color, arm, marker="o", markersize=3.5)
             if name == "tau":
                 uncut = np.where(np.isfinite(values[:, 0]), analysis.tau_uncut.sel(arm=arm)[:, 0].values, np.nan)
                 ax.plot(analysis.radius, uncut, color=color, linestyle=":", linewidth=1.2)

@@ -1,6 +1,6 @@
 """Figures of the mechanism study."""
 
-from typing import Any
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -8,6 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments.frame import drawing
 from experiments.frame.drawing import (
     COUPLING_LABEL,
     FAINT,
@@ -21,17 +22,13 @@ from experiments.frame.drawing import (
 )
 from ou_theory.attention import rho
 
+curve = partial(drawing.curve, marker="o", markersize=3.5)
+
 PART_COLORS = {"routing": "#0072B2", "key": "#009E73", "query": "#D55E00"}
 ORIGIN_COLORS = {"embedding": "#8a8f99", "attention": "#0072B2", "mlp": "#E69F00"}
 SOURCES = {"network": "network", "untrained": "untrained network", "random": "untrained, gates open"}
 PANELS = 4  # couplings that are drawn side by side, at most
 TOKEN_RADIUS = "radial frequency of the token grid"
-
-
-def _curve(ax: Any, x: Any, values: np.ndarray, color: Any, label: str | None = None, **options: Any) -> None:
-    """A curve of estimates (..., 3) with its band."""
-    ax.fill_between(x, values[:, 1], values[:, 2], color=color, alpha=0.16, linewidth=0)
-    ax.plot(x, values[:, 0], **{"color": color, "marker": "o", "markersize": 3.5, "label": label, **options})
 
 
 def _coupling_colors(analysis: xr.Dataset) -> list:
@@ -43,10 +40,10 @@ def figure_gain(analysis: xr.Dataset, patch: int) -> Figure:
     figure, (left, right) = new_figure(7.2, 3.5, 1, 2, sharey=True)
     for i, (g, color) in enumerate(zip(analysis.coupling.values, _coupling_colors(analysis), strict=True)):
         if g > 0:
-            _curve(left, analysis.radius, analysis.network_gain[i].values, color, f"$g$ = {g:g}")
+            curve(left, analysis.radius, analysis.network_gain[i].values, color, f"$g$ = {g:g}")
     for source, style in (("untrained", "-"), ("random", "-.")):
         values, name = analysis[f"{source}_gain"][-1].values, SOURCES[source]
-        _curve(left, analysis.radius, values, QUIET, name, marker=None, linestyle=style)
+        curve(left, analysis.radius, values, QUIET, name, marker=None, linestyle=style)
     left.axvline(1 / patch, ymax=0.66, color=INK, linestyle="--", linewidth=0.9)  # below the legend
     left.set_xlabel("radial frequency, fraction of Nyquist")
     left.set_ylabel("one-pass gain")
@@ -54,7 +51,7 @@ def figure_gain(analysis: xr.Dataset, patch: int) -> Figure:
     left.legend(loc="upper left", fontsize=7.5)
     for band, (name, color) in enumerate(zip(band_names(analysis), band_colors(analysis), strict=True)):
         values = analysis.network_gain_level[-1, :, band].values
-        _curve(right, analysis.level_ell, values, color, name)
+        curve(right, analysis.level_ell, values, color, name)
     right.set_xlabel(LEVEL_LABEL)
     right.set_title(f"By level, $g$ = {float(analysis.coupling[-1]):g}")
     right.legend(loc="upper right", fontsize=7.5)
@@ -70,7 +67,7 @@ def figure_parts(analysis: xr.Dataset) -> Figure:
     figure, axes = new_figure(7.2, 2.9, 1, len(chosen), sharey=True, squeeze=False)
     for ax, i in zip(axes[0], chosen, strict=True):
         for part, color in PART_COLORS.items():
-            _curve(ax, analysis.token_radius, analysis.network_share[i].sel(part=part).values, color, part)
+            curve(ax, analysis.token_radius, analysis.network_share[i].sel(part=part).values, color, part)
         ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
         ax.set_title(f"$g$ = {float(analysis.coupling[i]):g}")
     axes[0][0].set_ylabel("share of the difference")
@@ -97,7 +94,7 @@ def figure_first_order(analysis: xr.Dataset) -> Figure:
     left.legend(fontsize=7.5)
     coupling_axis(left, grid)
     for i, (g, color) in enumerate(zip(grid, _coupling_colors(analysis), strict=True)):
-        _curve(right, analysis.level_ell, analysis.network_first_order_level[i].values, color, f"$g$ = {g:g}")
+        curve(right, analysis.level_ell, analysis.network_first_order_level[i].values, color, f"$g$ = {g:g}")
     right.set_ylim(0, 1.35 * right.get_ylim()[1])
     right.set_xlabel(LEVEL_LABEL)
     right.set_ylabel("relative error")
@@ -111,7 +108,7 @@ def figure_layers(analysis: xr.Dataset) -> Figure:
     figure, axes = new_figure(7.2, 2.9, 1, 2, sharey=True)
     for ax, i in zip(axes, (0, -1), strict=True):
         for part, color in PART_COLORS.items():
-            _curve(ax, analysis.layer, analysis.network_share_layer[i].sel(part=part).values, color, part)
+            curve(ax, analysis.layer, analysis.network_share_layer[i].sel(part=part).values, color, part)
         ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
         ax.set_title(f"$g$ = {float(analysis.coupling[i]):g}")
         ax.set_xlabel("layer")
@@ -128,7 +125,7 @@ def figure_stream(analysis: xr.Dataset) -> Figure:
     for band, color in enumerate(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, bands))):
         radius = float(analysis.token_radius[band])
         name = "DC" if radius == 0 else f"r = {radius:.2f}"
-        _curve(left, analysis.stage, analysis.network_stream_gain[-1, :, band].values, color, name, marker=None)
+        curve(left, analysis.stage, analysis.network_stream_gain[-1, :, band].values, color, name, marker=None)
     left.axhline(1, color=FAINT, linewidth=0.8, zorder=0)
     left.set_xlabel("after block")
     left.set_ylabel("gain of the stream's difference")
@@ -136,8 +133,8 @@ def figure_stream(analysis: xr.Dataset) -> Figure:
     left.legend(fontsize=7.5, ncols=2)
     for origin, color in ORIGIN_COLORS.items():
         at = analysis.network_origin_share.sel(origin=origin)
-        _curve(right, analysis.token_radius, at[-1].values, color, "MLPs" if origin == "mlp" else origin)
-        _curve(right, analysis.token_radius, at[0].values, color, markerfacecolor="white", linewidth=0.9)
+        curve(right, analysis.token_radius, at[-1].values, color, "MLPs" if origin == "mlp" else origin)
+        curve(right, analysis.token_radius, at[0].values, color, markerfacecolor="white", linewidth=0.9)
     right.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     right.set_ylim(top=right.get_ylim()[1] + 0.25 * np.ptp(right.get_ylim()))  # room for the legend
     right.set_xlabel(TOKEN_RADIUS)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.frame.drawing import band_names
 from experiments.frame.measured import Measured
-from experiments.frame.page import Page, Section, Table, formatted, number
+from experiments.frame.page import Page, Section, Table, formatted, number, percent
 from experiments.frame.settings import SAMPLER_NAMES
 from experiments.frame.verdict import Claim, Control, above
 from experiments.studies.mechanism import figures as draw
@@ -53,8 +53,8 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
         "layers and heads, and at which spatial scales?",
         answer=f"At g = {g:g} the denoised difference keeps {formatted(kept[0])} of its amplitude in the lowest band "
         f"({names[LOW_BAND]}) and {formatted(kept[1])} in the highest ({names[HIGH_BAND]}); half way between the "
-        f"lowest and 1: {scale}. Of what is left of the attention difference, {_percent(left['routing'])} is routing, "
-        f"{_percent(left['key'])} key pattern, {_percent(left['query'])} query pattern.",
+        f"lowest and 1: {scale}. Of what is left of the attention difference, {percent(left['routing'])} is routing, "
+        f"{percent(left['key'])} key pattern, {percent(left['query'])} query pattern.",
         claims=[claim],
         tables=[
             _gain_table(analysis),
@@ -162,10 +162,6 @@ def cutoff_text(values: np.ndarray, top: float) -> str:
     return f"r = {formatted(values)}"
 
 
-def _percent(values: np.ndarray) -> str:
-    return formatted(100 * np.asarray(values), 0) + " %"
-
-
 def _table(
     title: str, analysis: xr.Dataset, head: list[str], cells: Callable[[xr.Dataset], list[str]], note: str
 ) -> Table:
@@ -203,7 +199,7 @@ def _gain_table(analysis: xr.Dataset) -> Table:
 
 def _share_table(analysis: xr.Dataset) -> Table:
     def cells(at):
-        return [_percent(at.share_all.sel(part=part).values) for part in PART_COLORS]
+        return [percent(at.share_all.sel(part=part).values) for part in PART_COLORS]
 
     note = "Of what is left under that coupling; all heads, layers, levels and bands."
     return _table("Exact shares of the attention difference", analysis, list(PART_COLORS), cells, note)
@@ -222,11 +218,11 @@ def _size_table(analysis: xr.Dataset) -> Table:
 
 def _neglect_table(analysis: xr.Dataset) -> Table:
     def cells(at):
-        error = _percent(at.first_order_all.values)
+        error = percent(at.first_order_all.values)
         if at.coupling == 0:  # where there is no cross part
             return [error, "0", "0", "0"]
-        missed = [_percent(at.missed_all.sel(reading=reading).values) for reading in ("pattern", "weights")]
-        return [error, _percent(at.missed_error.sel(reading="pattern").values), *missed]
+        missed = [percent(at.missed_all.sel(reading=reading).values) for reading in ("pattern", "weights")]
+        return [error, percent(at.missed_error.sel(reading="pattern").values), *missed]
 
     head = ["error, first order", "error, ξ", "missed by ξ, rows normalised", "missed by ξ, as is"]
     note = (
@@ -239,7 +235,7 @@ def _neglect_table(analysis: xr.Dataset) -> Table:
 def _growth_table(analysis: xr.Dataset) -> Table:
     def cells(at):
         growth = at.part_growth.isel(token_band=LOW_BAND)
-        return [_percent(growth.sel(part=part).values) for part in (*PART_COLORS, "total")]
+        return [percent(growth.sel(part=part).values) for part in (*PART_COLORS, "total")]
 
     note = (
         "Lowest band of the token grid above DC: what attention adds to the square of the stream's difference, in % of "
@@ -252,7 +248,7 @@ def _bypass_table(analysis: xr.Dataset) -> Table:
     def cells(at):
         low = at.isel(token_band=LOW_BAND)
         logs = [formatted(low.contraction.sel(sublayer=name).values) for name in ("attention", "mlp")]
-        return [*logs, _percent(low.bypass.values), _percent(at.bypass_all.values)]
+        return [*logs, percent(low.bypass.values), percent(at.bypass_all.values)]
 
     head = ["ln gain, attention", "ln gain, MLPs", "bypass, lowest band", "bypass, all bands"]
     note = (
@@ -274,7 +270,7 @@ def _heads_table(analysis: xr.Dataset) -> Table:
     note = (
         "Layers and heads count from 0; lowest band of the token grid above DC. The strongest "
         f"{100 * TOP:.0f} % of all heads, chosen on other pairs than they are measured on, carry "
-        f"{_percent(last.network_concentration.values)} of the whole change."
+        f"{percent(last.network_concentration.values)} of the whole change."
     )
     head = ["layer", "head", "change of the square by coupling, %", "pull, %", "output difference that is left"]
     return Table(f"Heads that synchronise most, g = {float(analysis.coupling[-1]):g}", head, rows, note)

@@ -6,16 +6,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_colors, band_legend, band_names, new_figure
+from experiments.frame.drawing import (
+    FAINT,
+    INK,
+    LEVEL_LABEL,
+    QUIET,
+    band_colors,
+    band_legend,
+    band_names,
+    curve,
+    new_figure,
+)
 
 VECTOR_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RATE = "growth rate per nat of $\\ln(1/\\sigma)$"
-
-
-def _curve(ax: Axes, x: np.ndarray, values: np.ndarray, color, label: str | None = None, **style) -> None:
-    """An estimate (X, 3) with its interval."""
-    ax.fill_between(x, values[:, 1], values[:, 2], color=color, alpha=0.16, linewidth=0)
-    ax.plot(x, values[:, 0], color=color, label=label, **style)
 
 
 def figure_rates(network: xr.Dataset) -> Figure:
@@ -30,7 +34,7 @@ def figure_rates(network: xr.Dataset) -> Figure:
         ax.axvline(-np.log(float(at.variance[0])), color=FAINT, linewidth=0.8, zorder=0)
         ax.plot(ell, at.rate_gaussian[:, 0], color=QUIET, linestyle="--", linewidth=1.2, label="Gaussian law")
         ax.plot(ell, at.rate_channels[:, 0], color=INK, linestyle=":", linewidth=1.4, label="same, channels")
-        _curve(ax, ell, at.rate.values, colors[band], "network, flow")
+        curve(ax, ell, at.rate.values, colors[band], "network, flow")
         error = at.rate_error.values
         bars = np.abs(error[:, 1:] - error[:, :1]).T
         style = {"color": INK, "linestyle": "none", "marker": "o", "markersize": 2.6, "elinewidth": 0.8}
@@ -51,7 +55,7 @@ def _by_band(ax: Axes, network: xr.Dataset, name: str) -> None:
     """A quantity (level, band, 3) against log-SNR, one curve per band."""
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     for band, (color, label) in enumerate(zip(band_colors(network), band_names(network), strict=True)):
-        _curve(ax, network.level_ell.values, network[name][:, band].values, color, label)
+        curve(ax, network.level_ell.values, network[name][:, band].values, color, label)
     ax.set_xlabel(LEVEL_LABEL)
 
 
@@ -75,7 +79,7 @@ def figure_between(network: xr.Dataset) -> Figure:
     figure, (left, right) = new_figure(7.2, 3.5, 1, 2)
     _by_band(left, network, "leaves")
     _by_band(right, network, "asymmetry")
-    _curve(right, network.level_ell.values, network.asymmetry.sel(part="all").values, INK, linewidth=2)
+    curve(right, network.level_ell.values, network.asymmetry.sel(part="all").values, INK, linewidth=2)
     left.set_ylim(0, 1)
     right.set_ylim(0, 1)
     left.set_title("share of the response outside the band")
@@ -92,7 +96,7 @@ def figure_directions(analysis: xr.Dataset) -> Figure:
     ell = analysis.rated_ell.values
     for vector in vectors:
         color = VECTOR_COLORS[vector % len(VECTOR_COLORS)]
-        _curve(left, ell, analysis.local.sel(source="network", vector=vector).values, color, f"direction {vector + 1}")
+        curve(left, ell, analysis.local.sel(source="network", vector=vector).values, color, f"direction {vector + 1}")
         theory = analysis.local_gaussian.sel(source="network", vector=vector)
         left.plot(ell, theory[:, 0], color=color, linestyle="--", linewidth=1, alpha=0.8)
     left.set_xlabel(LEVEL_LABEL)

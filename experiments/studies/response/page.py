@@ -6,11 +6,10 @@ from functools import partial
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import band_names
 from experiments.frame.measured import Measured
-from experiments.frame.page import Page, Section, Table, formatted, number, power
+from experiments.frame.page import Page, Section, Table, formatted, number, percent, power
 from experiments.frame.verdict import Claim, Control, at_most, bounds
 from experiments.studies.response import figures as draw
 from experiments.studies.response.settings import ResponseConfig
@@ -115,7 +114,7 @@ def never_grows(analysis: xr.Dataset) -> Claim:
         float(values["network"][0]),
         bounds(values["network"]),
         f"It is reached at a log-SNR of {formatted(network.largest_level)} nats on average; "
-        f"{_percent(network.growing)} of the trajectories have a step in which a direction grows.",
+        f"{percent(network.growing)} of the trajectories have a step in which a direction grows.",
         [
             Control(
                 SOURCES[name],
@@ -127,10 +126,6 @@ def never_grows(analysis: xr.Dataset) -> Claim:
             for name, text in texts.items()
         ],
     )
-
-
-def _percent(values: ArrayLike) -> str:
-    return formatted(100 * np.asarray(values), 0).replace(" [", " % [", 1)
 
 
 def _half(network: xr.Dataset) -> np.ndarray:
