@@ -1,6 +1,6 @@
 """Intervals by resampling pairs: one draw of pairs serves everything that is measured on them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,18 @@ def mean_and_draws(values: Any, weights: np.ndarray, axis: int = 0) -> np.ndarra
     return np.concatenate([values.mean(axis)[None], resampled_mean(values, weights, axis)])
 
 
+def in_chunks(rows: np.ndarray, numbers: int, ceiling: int = CEILING) -> Iterator[np.ndarray]:
+    """Rows (n, ...), one for each draw, in parts of as many as may be worked on at once.
+
+    Args:
+      numbers: float64 ones that the largest array holds for one draw.
+      ceiling: in bytes.
+    """
+    size = max(1, ceiling // max(8 * numbers * WORKING, 1))
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
+
+
 def bootstrap(
     estimator: Callable[..., Mapping[str, np.ndarray]],
     values: Any,
@@ -60,11 +72,10 @@ def bootstrap(
     """
     parts = [np.asarray(x, np.float64) for x in (values if isinstance(values, tuple) else (values,))]
     point = {name: np.asarray(x)[0] for name, x in estimator(*(part.mean(axis)[None] for part in parts)).items()}
-    each = max(8 * numbers, sum(part.nbytes // part.shape[axis] for part in parts)) * WORKING
-    size = max(1, min(len(weights), ceiling // max(each, 1)))
+    numbers = max(numbers, sum(part.size // part.shape[axis] for part in parts))
     chunks = [
-        estimator(*(resampled_mean(part, weights[first : first + size], axis) for part in parts))
-        for first in range(0, len(weights), size)
+        estimator(*(resampled_mean(part, rows, axis) for part in parts))
+        for rows in in_chunks(weights, numbers, ceiling)
     ]
     return point, {name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks]) for name in point}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from experiments.frame.draws import mean_and_draws, packed, pair_draws, with_interval
+from experiments.frame.draws import in_chunks, mean_and_draws, packed, pair_draws, with_interval
 from experiments.frame.estimator import LOW, guarded_start
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.cloning.settings import CONTRASTS, MEASURES, CloningConfig
@@ -79,7 +79,8 @@ def estimates(dataset: xr.Dataset, clock: Clock, seed: int) -> dict[str, tuple[t
     covariance = drawn("covariance")
     variance = np.trace(covariance, axis1=-2, axis2=-1) / covariance.shape[-1]
     step_noise = np.asarray(dataset.noise.values, np.float64).mean(0)  # its own spread does not matter
-    theory = step_theory(clock, step_noise, covariance)
+    each = [step_theory(clock, step_noise, some) for some in in_chunks(covariance, len(clock) * covariance[0].size)]
+    theory = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
     q, error, spread, aligned = (drawn(name) / variance[:, None] for name in ("energy", "error", "spread", "aligned"))
     clones = 2 * drawn("clone_product") / (variance[:, None] + drawn("clone_square"))
     at = {"q": q[:, branches], "clones": clones, "mmse": 1 - error[:, branches]}

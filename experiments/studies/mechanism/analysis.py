@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from experiments.frame.draws import mean_and_draws, packed, pair_draws
+from experiments.frame.draws import in_chunks, mean_and_draws, packed, pair_draws, resampled_mean
 from experiments.frame.instrument import token_bands
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.mechanism.settings import MechanismConfig
@@ -105,11 +105,16 @@ def concentration(sync: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 class Estimates:
-    """Collects the estimates of one source by name, with dimensions and intervals."""
+    """Collects estimates of one source by name, with their dimensions, on resampled pairs.
 
-    def __init__(self, dataset: xr.Dataset, token_count: np.ndarray, seed: int):
-        self.dataset = dataset
-        self.weights = pair_draws(seed, dataset.sizes["pair"])
+    Args:
+      dataset: its stored measurements.
+      token_count: (B,) coefficients of each token band.
+      weights: (S, P) of the pairs, rows sum to 1.
+    """
+
+    def __init__(self, dataset: xr.Dataset, token_count: np.ndarray, weights: np.ndarray):
+        self.dataset, self.weights = dataset, weights
         self.share_of_band = token_count / token_count.sum()
         self.found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
 
@@ -119,14 +124,14 @@ class Estimates:
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Means over pairs of what is given by pair (P, ...): (S, ...)."""
-        return mean_and_draws(values, self.weights)
+        return resampled_mean(values, self.weights)
 
     def over_bands(self, values: np.ndarray) -> np.ndarray:
         """Means over all token coefficients of what is given by token band (..., B)."""
         return values @ self.share_of_band
 
     def put(self, name: str, dims: tuple[str, ...], values: np.ndarray) -> None:
-        self.found[name] = ((*dims, "bound"), packed(values))
+        self.found[name] = (dims, values)
 
 
 def split_estimates(e: Estimates) -> None:
@@ -189,8 +194,6 @@ def head_estimates(e: Estimates) -> None:
     pull, change = (e.mean(values) for values in (_lowest(e.dataset.head_pull), _change(e.dataset)))
     e.put("head_pull", ("coupling", "layer", "head"), (pull / there).mean(2))
     e.put("head_sync", ("coupling", "layer", "head"), (change / there).mean(2))
-    sync = (_change(e.dataset)[:, -1] / there[0, -1]).mean(1)  # (P, L, H) at the strongest coupling
-    e.put("concentration", (), concentration(sync.reshape(len(sync), -1), e.weights))
 
 
 def _lowest(values: xr.DataArray) -> np.ndarray:
@@ -200,6 +203,13 @@ def _lowest(values: xr.DataArray) -> np.ndarray:
 def _change(dataset: xr.Dataset) -> np.ndarray:
     """What coupling changes, (P, C, K, L, H), in what heads add to the square of the difference of the lowest band."""
     return _lowest(dataset.head_growth) - _lowest(dataset.head_growth_alone)
+
+
+def synchronisation(dataset: xr.Dataset) -> np.ndarray:
+    """What every head does for synchronisation at the strongest coupling, by pair: (P, L * H)."""
+    there = _lowest(dataset.stream_energy.sel(place="pre")).mean(0)[-1, ..., None]
+    sync = (_change(dataset)[:, -1] / there).mean(1)
+    return sync.reshape(len(sync), -1)
 
 
 def gain_estimates(e: Estimates) -> None:
@@ -239,13 +249,21 @@ def estimates(sources: dict[str, xr.Dataset], token_count: np.ndarray, seed: int
     """
     data: dict[str, Any] = {}
     for source, dataset in sources.items():
-        e = Estimates(dataset, token_count, seed)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            for add in ESTIMATES:
-                add(e)
-        data |= {f"{source}_{name}": value for name, value in e.found.items()}
+        pairs = dataset.sizes["pair"]
+        weights = pair_draws(seed, pairs)
+        rows = np.concatenate([np.full((1, pairs), 1 / pairs), weights])  # the estimate first
+        numbers = sum(variable.size for variable in dataset.data_vars.values()) // pairs
+        parts = [Estimates(dataset, token_count, some) for some in in_chunks(rows, numbers)]
+        for e in parts:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                for add in ESTIMATES:
+                    add(e)
+        for name, (dims, _) in parts[0].found.items():
+            values = np.concatenate([e.found[name][1] for e in parts])
+            data[f"{source}_{name}"] = ((*dims, "bound"), packed(values))
+        data[f"{source}_concentration"] = ("bound", packed(concentration(synchronisation(dataset), weights)))
         closure = np.asarray(dataset.closure, np.float64).mean((0, 1, 2))
-        total = e.over_bands(np.asarray(dataset.split_energy.sel(part="total"), np.float64)).mean((0, 1, 2))
+        total = parts[0].over_bands(np.asarray(dataset.split_energy.sel(part="total"), np.float64)).mean((0, 1, 2))
         data[f"{source}_closure"] = ("layer", np.sqrt(closure / total))
     network = next(iter(sources.values()))
     coords: dict[Any, Any] = {name: network[name] for name in network.coords if name not in ("pair", "label")}
