@@ -9,7 +9,7 @@ from ou_theory.bootstrap import basic_interval, resample
 
 DRAWS = 1000
 CEILING = 2**30  # bytes of resampled measurements and what is computed from them, held at once
-WORKING = 8  # arrays of the size of the resampled measurements that an estimator makes on its way, about
+WORKING = 24  # arrays of that size that an estimator and the library under it hold on their way, measured
 
 Drawn = dict[str, np.ndarray]
 

@@ -1,6 +1,9 @@
 """The depth study: its readings against exact cases and against each other, and a run end to end."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +173,44 @@ def test_an_interrupted_run_ends_with_the_same_numbers(finished, weights, tmp_pa
     xr.testing.assert_identical(
         RunFolder.open(tmp_path / "run").load("analysis").drop_attrs(), finished.load("analysis").drop_attrs()
     )
+
+
+GUIDED = ["--guidance", "2", "--guided-coupling", "conditional", "--sampler", "ancestral", "--dtype", "float32"]
+
+
+@pytest.mark.slow
+def test_guidance_sampler_and_two_devices_are_those_of_the_frame(weights, tmp_path):
+    """Guided runs on one device, and on two with sharded parameters, in a process of their own: the number of host
+    devices is fixed at its start. The last readout is the guided network's own output."""
+    command = ["depth", "--weights", weights, *FLAGS, *GUIDED, "--probe-pairs", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
+    split = [*command, "--parameters", "sharded", "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    subprocess.run([sys.executable, "-m", "experiments", *split], env=environment, check=True)
+    one, two = (RunFolder.open(tmp_path / name).load("network") for name in ("one", "two"))
+    for name in one.data_vars:
+        scale = np.abs(one[name].values).max()
+        np.testing.assert_allclose(two[name].values, one[name].values, atol=1e-5 * scale, err_msg=name)
+
+    clock, bands, model = make_clock("10"), radial_bands(8, 8, 6), load_model(weights)
+    found = jax.jit(
+        lambda model: trajectories(
+            lambda gate: network_denoiser(model, clock, gate, guidance=2.0, guided_coupling="conditional"),
+            clock,
+            bands,
+            shuffled_bands(bands, 0),
+            jnp.asarray([0.0, 1.0]),
+            jnp.arange(4),
+            jnp.asarray([0, 1, 2, 0]),
+            (8, 8, 3),
+            seed=0,
+            sampler="ancestral",
+        )["energy"][..., 1]
+    )(model)
+    last = one.readout.isel(layer=-1).transpose("coupling", "pair", "step", "band")
+    before = one.readout.isel(layer=-2).transpose("coupling", "pair", "step", "band")
+    np.testing.assert_allclose(last, found, rtol=2e-3, atol=1e-5)
+    assert np.abs(before / found - 1).max() > 0.01  # the block before it says something else
 
 
 @pytest.mark.parametrize(
