@@ -52,10 +52,18 @@ DEFINITIONS: Definitions = {
 
 
 def mean_square(values: np.ndarray, pairs: int) -> np.ndarray:
-    """Mean square (3,) of differences (1 + draws, ...) over all points, with interval, free of their noise.
+    """The mean square of differences over all points, freed of sampling noise, with its interval.
 
-    The square of an estimate is too large by its variance, that of a resampled one by twice as much; the draws tell the
-    variance. Negative values are noise around 0.
+    The square of an estimate is too large by the estimate's variance; the square of a resampled estimate is too large
+    by twice as much. The spread of the draws tells that variance, and it is taken off. A negative result is noise
+    around 0.
+
+    Args:
+      values: (1 + draws, ...) differences, the estimate first.
+      pairs: how many pairs were resampled.
+
+    Returns:
+      (3,): the mean square and the ends of its interval.
     """
     noise = float(values[1:].var(0).mean()) * pairs / (pairs - 1)
     squares = np.square(values).reshape(len(values), -1).mean(1)

@@ -39,7 +39,16 @@ def inner_branches(clock: Clock, count: int) -> np.ndarray:
 
 
 def clone_ends(denoise: Denoiser, clock: Clock, states, branch, labels, noise) -> jax.Array:
-    """Ends (2, P, H, W, C) of states of the step `branch`, which may be traced, under ``noise(step)`` from there on."""
+    """Where clones end: the ancestral sampler from a step on, with noise of its own.
+
+    Args:
+      states: (2, P, H, W, C) at the step `branch`, which may be traced.
+      labels: (P,).
+      noise: ``noise(step)`` of the shape of the states.
+
+    Returns:
+      the ends (2, P, H, W, C).
+    """
     update = ancestral_step(clock)
 
     def body(step, x):

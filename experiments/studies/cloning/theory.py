@@ -12,8 +12,15 @@ from ou_theory.modes import Bands, dct2, idct2
 
 
 def step_maps(clock: Clock, noise: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Wiener gains (K, ...), factors of the steps (K, ...) and variances of the states (K + 1, ...), rescaled frame, of
-    Gaussian modes (...) under an ancestral sampler that adds noise of the variances `noise` (K,)."""
+    """Gaussian modes under an ancestral sampler with a given step noise, in the rescaled frame.
+
+    Args:
+      noise: (K,) variance of the noise that each step adds, before rescaling.
+      variance: (...) of the modes.
+
+    Returns:
+      Wiener gains (K, ...), what each step multiplies a mode by (K, ...), and variances of the states (K + 1, ...).
+    """
     added = noise / clock.alpha_bar_next
     added[-1] = 0
     factors, _ = ancestral_steps(variance, clock)
@@ -24,8 +31,8 @@ def step_maps(clock: Clock, noise: np.ndarray, variance: np.ndarray) -> tuple[np
 
 
 def matched_variance(clock: Clock, noise: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Variances of Gaussian modes whose exact denoiser, under this sampler, ends with the variances `end` (...): finite
-    steps do not keep them."""
+    """Variances (...) of the Gaussian modes for which the sampler ends with the variances `end` (...). The two differ,
+    because finite steps do not keep a law's variance."""
     grid = np.geomspace(1e-8, 1e8, 6401)
     ends = step_maps(clock, noise, grid)[2][-1]
     return np.exp(np.interp(np.log(np.maximum(end, 1e-12)), np.log(ends), np.log(grid)))

@@ -50,11 +50,15 @@ def levels_of(q: np.ndarray, ell: np.ndarray, start: float | None) -> dict[str, 
 
 
 def localisation(gap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How late in depth a gap (..., layer) is made; layer 0 is the embedding.
+    """How late in depth a gap is made.
+
+    Args:
+      gap: (..., layer) after every layer; layer 0 is the embedding.
 
     Returns:
-      share: of the final gap, made in the last fifth of the layers.
-      half: depth in [0, 1] beyond which it stays above half of its final value. NaN, both, where that is 0.
+      share: (...) of the final gap that is made in the last fifth of the layers.
+      half: (...) relative depth, in [0, 1], from which on the gap stays above half of its final value.
+      Both are NaN where the final gap is 0.
     """
     layers = gap.shape[-1] - 1
     depth = np.arange(layers + 1) / layers

@@ -28,9 +28,17 @@ def spread(count: int, most: int) -> np.ndarray:
 
 
 def layer_sets(depth: int, singles: int) -> dict[str, tuple[str, np.ndarray]]:
-    """Name -> kind and the layers (depth,) bool: one by one, and the first and the last k for several k.
+    """Sets of layers that are coupled together: single layers, and the first and the last k of them.
 
-    k is the last fifth, quarters, and all but the last fifth; of a fifth there is a middle one too.
+    The numbers k are a fifth of the layers, one to three quarters, and all but a fifth. A fifth in the middle is there
+    too.
+
+    Args:
+      depth: layers of the network.
+      singles: single layers, at most.
+
+    Returns:
+      name -> kind of the set, and which layers are in it, (depth,) bool.
     """
     layers = np.arange(depth)
     sets = {f"layer {i}": ("layer", layers == i) for i in spread(depth, singles)}
@@ -45,7 +53,8 @@ def layer_sets(depth: int, singles: int) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def windows(ell: np.ndarray) -> dict[str, np.ndarray]:
-    """Thirds of the estimator's window in log-SNR, as steps (n,) bool; what lies before it belongs to the first."""
+    """The early, middle and late third of the estimator's window, by log-SNR, as steps (n,) bool. Steps before the
+    window belong to the early third."""
     edges = np.linspace(WINDOW_START, ell[-1], len(WINDOWS) + 1)[1:-1]
     third = np.searchsorted(edges, ell, side="right")
     return {name: third == i for i, name in enumerate(WINDOWS)}
@@ -65,7 +74,8 @@ def log_snr_weights(ell: np.ndarray) -> np.ndarray:
 
 
 def schedules(ell: np.ndarray, strength: float) -> dict[str, np.ndarray]:
-    """Couplings (n,) by step whose integral over log-SNR is that of `strength` all along; 0 before the window."""
+    """Couplings (n,) by sampler step. All have the same integral over log-SNR, that of a constant coupling of
+    `strength`, and none acts before the estimator's window."""
     weights = log_snr_weights(ell)
     inside = ell[weights > 0]
     along = np.clip((ell - inside[0]) / np.ptp(inside), 0, 1)  # 0 at the window's first step, 1 at the last
@@ -97,14 +107,15 @@ def gate_arms(clock: Clock, model: DiTConfig, config: InterventionsConfig) -> di
 
 
 def control_arms(clock: Clock, model: DiTConfig, config: InterventionsConfig) -> dict[str, Arm]:
-    """Those of them that the claim rests on, for the untrained network."""
+    """Those of the `gate_arms` that the claim rests on, for the untrained network."""
     fifth = last_layers(model.depth)
     names = (NONE, ALL, *(f"{part} {fifth}" for part in ("first", "middle", "last")))
     return {name: arm for name, arm in gate_arms(clock, model, config).items() if name in names}
 
 
 def edit_arms(clock: Clock, model: DiTConfig, config: InterventionsConfig) -> dict[str, Arm]:
-    """Arms that edit the inside: all heads but one uncoupled, or all of them; queries, keys or values shared."""
+    """Arms that change what happens inside attention: all heads but one are uncoupled, or all of them, or replicas
+    share their queries, keys or values instead of being coupled by a gate."""
     everywhere, heads = np.full((len(clock), model.depth), config.strength), np.arange(model.num_heads)
     arms = {NO_HEAD: Arm("head", everywhere, heads >= 0, np.zeros(3))}
     arms |= {f"head {h}": Arm("head", everywhere, heads != h, np.zeros(3)) for h in spread(heads.size, config.singles)}

@@ -61,9 +61,17 @@ DEFINITIONS: Definitions = {
 
 
 def cutoff(gain: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Frequency (...) at which a gain (..., B) first passes half way between its lowest band above DC and 1.
+    """The frequency up to which coupling acts: where the gain first rises half way from its lowest band to 1.
 
-    Linear between band centres; the highest one if it is not passed; NaN if the lowest band's gain is not below 1.
+    The gain is interpolated linearly between the centres of bands.
+
+    Args:
+      gain: (..., B) one-pass gain by band.
+      radius: (B,) radial frequency of the bands.
+
+    Returns:
+      the frequency (...). Where the gain never rises that far it is that of the highest band. Where the gain of the
+      lowest band above DC is not below 1, nothing is synchronised and it is NaN.
     """
     gain, radius = gain[..., LOW_BAND:], radius[LOW_BAND:]
     low = gain[..., :1]
@@ -77,22 +85,39 @@ def cutoff(gain: np.ndarray, radius: np.ndarray) -> np.ndarray:
 
 
 def pooled(part: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Shares of a total over levels and layers, (S, C, K, L, ...) each -> (S, C, ...): every level and layer has the
-    weight with which coupling left it, ``total(g) / total(0)``."""
+    """Shares of a total, pooled over levels and layers.
+
+    Both arguments are divided by the total without coupling. A level or layer therefore counts by how much of its total
+    coupling has left, ``total(g) / total(0)``, and not by how large it is.
+
+    Args:
+      part, total: (S, C, K, L, ...).
+
+    Returns:
+      (S, C, ...).
+    """
     part, total = part / total[:, :1], total / total[:, :1]
     return part.sum((2, 3)) / total.sum((2, 3))
 
 
 def over_levels(ratio: np.ndarray) -> np.ndarray:
-    """Gains of amplitude from ratios of energies (S, C, K, ...): the geometric mean over levels, since contractions
-    multiply."""
+    """Gains of amplitude (S, C, ...) from ratios of energies (S, C, K, ...). Over levels the geometric mean is taken,
+    because contractions multiply along a trajectory."""
     return np.exp(np.log(ratio).mean(2) / 2)
 
 
 def concentration(sync: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share (1 + draws,) of the heads' synchronisation (P, heads) that the strongest tenth carries.
+    """The share of the heads' synchronisation that the strongest tenth of the heads carries.
 
-    The heads are chosen on every other pair and the share is taken on the rest, both ways round.
+    Every other pair chooses the heads, and the remaining pairs measure their share; then the two halves change places.
+    Heads that were chosen by the pairs that measure them would look stronger than they are.
+
+    Args:
+      sync: (P, heads) what each head does for synchronisation, by pair.
+      weights: (draws, P) of the bootstrap.
+
+    Returns:
+      (1 + draws,), the estimate first.
     """
     count = max(1, round(TOP * sync.shape[1]))
     top = np.empty(len(sync))

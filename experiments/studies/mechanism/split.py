@@ -10,7 +10,7 @@ from ou_theory.attention import exact_difference, first_order_difference, pair_w
 
 
 class HeadSplit(NamedTuple):
-    """What `split_head` finds; the first axis holds `PARTS` or `READINGS`."""
+    """What `split_head` finds. The first axis holds `settings.PARTS`, of `cross` `settings.READINGS`."""
 
     exact: jax.Array  # (4, T, d)
     alone: jax.Array  # (4, T, d) the same without coupling
@@ -19,12 +19,17 @@ class HeadSplit(NamedTuple):
 
 
 def split_head(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, kind: GateKind) -> HeadSplit:
-    """The split of ``O_A - O_B`` of one head, for q, k, v (2, T, d).
+    """Splits the difference ``O_A - O_B`` of one head's outputs.
 
-    ``cross`` is what is neglected where the replicas' readings of each other are taken to have the same pattern:
-    ``(a_AB - a_BA) V`` with the weights as they are, or with rows normalised, times their mean mass. Under `blend` the
-    two are the same; under `joint` the first also counts the mass that moves between own and other keys, which the
-    self part takes back.
+    The self-only reading assumes that the two replicas read each other with the same pattern. ``cross`` is what it
+    leaves out: ``(a_AB - a_BA) V``. It is taken twice: with the weights as they are, and with rows normalised and
+    multiplied by their mean mass. Under the `blend` gate the two are the same. Under `joint` the first one also counts
+    mass that moves between a replica's own keys and the other's, which the self part takes back.
+
+    Args:
+      q, k, v: (2, T, d) of both replicas.
+      g: coupling, a scalar.
+      kind: of the gate.
     """
 
     def rows(parts):

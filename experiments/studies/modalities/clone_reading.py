@@ -28,14 +28,21 @@ class Reading(NamedTuple):
 
 
 def read_crossing(times: np.ndarray, values: np.ndarray, errors: np.ndarray, level: float) -> Reading:
-    """By a weighted cubic through the points at which the curve lies within `WINDOW` of the level; NaN if they do not
-    lie on both sides of it.
+    """The time at which a curve falls through a level.
 
-    Which points these are is told by a first fit, not by their own values, whose errors would then be cut off; and the
-    weights come from errors smoothed over time, as that of a correlation by itself is the smaller the larger it is.
+    A weighted cubic is fitted to the points at which the curve lies within `WINDOW` of the level. A first fit chooses
+    these points; if their own values chose them, points with large errors would be left out on one side only. The
+    weights are errors that have been smoothed over time: the error of a single correlation is smaller where the
+    correlation happens to come out larger, and such weights would pull the curve up.
 
     Args:
-      times, values, errors: (T,), standard errors of the values.
+      times: (T,) increasing.
+      values: (T,) the curve at these times.
+      errors: (T,) standard errors of the values.
+      level: the value that is looked for.
+
+    Returns:
+      the time and its standard error; NaN if the chosen points do not lie on both sides of the level.
     """
     near = np.abs(values - level) < WINDOW
     found = Reading(np.nan, np.nan)
@@ -59,8 +66,17 @@ def read_crossing(times: np.ndarray, values: np.ndarray, errors: np.ndarray, lev
 
 
 def read_zero(times: np.ndarray, odds: np.ndarray) -> Reading:
-    """Time at which the mean over trials (R, T) of log-odds falls through 0, by a cubic in log t; error by the spread
-    of the trials. NaN if they do not lie on both sides of it."""
+    """The time at which the mean of log-odds over trials falls through 0.
+
+    A cubic in log t is fitted to the mean. The standard error follows from the spread of the trials.
+
+    Args:
+      times: (T,) increasing, above 0.
+      odds: (R, T) log-odds of every trial at these times.
+
+    Returns:
+      the time and its standard error; NaN if the mean does not change sign within the times.
+    """
     mean = odds.mean(0)
     near = np.abs(mean) < 4
     if near.sum() < 5 or not mean[near].min() < 0 < mean[near].max():
@@ -79,7 +95,15 @@ def read_zero(times: np.ndarray, odds: np.ndarray) -> Reading:
 
 
 def end_of_line(sizes: np.ndarray, readings: np.ndarray) -> Reading:
-    """Value at 1 / d = 0 of the weighted line through readings (D, 2) at the sizes d; NaN if fewer than 3 are there."""
+    """The value at infinite size: where the weighted line through readings ends, at 1 / d = 0.
+
+    Args:
+      sizes: (D,) the sizes d.
+      readings: (D, 2) value and standard error at each size; NaN where nothing could be read.
+
+    Returns:
+      the value and its standard error; NaN if there are fewer than three readings.
+    """
     there = np.isfinite(readings).all(-1)
     if there.sum() < 3:
         return Reading(np.nan, np.nan)
@@ -100,7 +124,8 @@ class Draws:
 
 
 def correlation(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over paths (P, ...) and its standard error, not below that of one disagreement in all."""
+    """Mean over paths (P, ...) and its standard error. The error is at least what a single disagreement among the paths
+    would make, because no disagreement at all does not mean that there is no error."""
     return product.mean(0), np.maximum(product.std(0), 2 * len(product) ** -0.5) / len(product) ** 0.5
 
 

@@ -45,11 +45,15 @@ DEFINITIONS: Definitions = {
 
 
 def gaussian_stretches(spectrum: np.ndarray, bands: Bands, clock: Clock, count: int) -> np.ndarray:
-    """Logs (..., count, W) of what the DDIM steps of the window multiply Gaussian modes by, of the `count` modes that
-    are stretched most in all.
+    """How much each DDIM step of the window stretches the Gaussian modes that are stretched most.
 
     Args:
-      spectrum: (..., B, C) variances of the modes of each band, each of which it has as often as it has coefficients.
+      spectrum: (..., B, C) variances of the modes, by band and eigenvector of the band's covariance of channels. A band
+        has each of its modes once for every one of its coefficients.
+      count: how many modes are returned.
+
+    Returns:
+      logs of the factors (..., count, W), the mode with the largest product of factors first.
     """
     with np.errstate(divide="ignore"):  # the last step takes a mode without variance to 0
         each = np.log(np.moveaxis(ddim_factors(spectrum, clock)[window(clock)], 0, -1))
@@ -120,8 +124,12 @@ def estimates(dataset: xr.Dataset, clock: Clock, bands: Bands, seed: int) -> xr.
 
 
 def exactness(dataset: xr.Dataset, variance: np.ndarray, clock: Clock) -> dict[str, float]:
-    """Largest deviations of the Wiener control from its closed forms: of all rates, and of the log of what the window
-    stretches the first direction by, which follows from its content at the start of the window."""
+    """Largest deviations of the Wiener control from its closed forms.
+
+    Returns:
+      ``rate_deviation``: of all growth rates. ``stretch_deviation``: of the log of the first direction's stretch over
+      the window. That stretch follows from the share of each band in the direction at the start of the window.
+    """
     rate = growth_rate(variance, clock.sigma[dataset.level.values][:, None])
     factor = ddim_factors(variance, clock)[window(clock)].prod(0)
     content = np.asarray(dataset.content.values[:, :, 0, 0], np.float64)

@@ -105,14 +105,18 @@ class ResponseInstrument:
         return states * scale.reshape(-1, *(1,) * (states.ndim - 1)), ends[:, 0]
 
     def directions(self, denoise: Denoiser, states: jax.Array, labels: jax.Array, first: jax.Array):
-        """The directions at the start of the window that are stretched most up to the end, by one round of power
-        iteration on the `first` ones, and what becomes of them: see `carried`."""
+        """The directions that are stretched most from the start of the window to its end, and what becomes of them.
+
+        One round of power iteration finds them: the `first` directions are carried to the end, taken back to the start
+        by the transposed derivative, and carried to the end again. See `carried` for what is returned.
+        """
         last, *_ = self.carried(denoise, states, labels, first)
         _, stretch, content = self.carried(denoise, states, labels, self.pulled(denoise, states, labels, last))
         return stretch, content
 
     def carried(self, denoise: Denoiser, states: jax.Array, labels: jax.Array, first: jax.Array):
-        """Small differences carried along through the steps of the window, made orthonormal before and after each.
+        """Carries small differences through the steps of the window. They are made orthonormal before and after each
+        step, so that each follows a direction of its own.
 
         Args:
           first: (V, 2, P, H, W, C) at its first step.
@@ -159,8 +163,15 @@ class ResponseInstrument:
         return band_mean(jnp.square(dct2(directions)), self.bands) * (self.bands.count * self.shape[-1])
 
     def respond(self, denoise: Denoiser, step: jax.Array, y: jax.Array, white: jax.Array, labels: jax.Array):
-        """The denoised images of states (2, P, H, W, C), and of their derivative what is in `VARIABLES`, (P, ...) each:
-        means over replicas and probes, which are the coefficients `white` (PROBES, 2, P, H, W, C) of each band."""
+        """The denoised images of states, and what `VARIABLES` has of the derivative there.
+
+        Args:
+          y: (2, P, H, W, C) rescaled states of both replicas.
+          white: (PROBES, 2, P, H, W, C) white coefficients; the probes of a band are those that lie in it.
+
+        Returns:
+          the denoised images, and means over replicas and probes by name, (P, ...) each.
+        """
         masks = jnp.asarray(self.masks, white.dtype)[:, None, None, None, :, :, None]
         probes = (masks * white).reshape(-1, *y.shape)  # band outer, probe inner; DCT coefficients
         into = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[step]

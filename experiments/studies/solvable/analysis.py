@@ -43,7 +43,10 @@ def crossing_level(growth: np.ndarray, ell: np.ndarray) -> np.ndarray:
 
 
 def simultaneous(values: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Estimates with a band (..., 3) that holds the truth at all points at once with this probability.
+    """Estimates with a band that holds the truth at all points at once.
+
+    The band is as many standard errors wide as the largest deviation of a resampled curve from the estimate is, in all
+    but the given share of the draws.
 
     Args:
       values: (1 + draws, ...), the estimate first.

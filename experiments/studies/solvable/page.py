@@ -48,7 +48,7 @@ def deviations(analysis: xr.Dataset, source: str) -> np.ndarray:
 
 
 def floors(analysis: xr.Dataset, source: str, start: float = WINDOW_START) -> np.ndarray:
-    """Relative energy (B,) that the Gaussian law has no right to at the opening of the window."""
+    """Noise floor (B,): relative energy at the opening of the window beyond what the exact recursion has there."""
     first = int(np.searchsorted(analysis.ell.values, start))
     return analysis[f"{source}_q"].values[0, first, :, 0] - analysis.theory_q.values[first]
 
