@@ -1,10 +1,12 @@
-"""Chunks of a zarr group on disk: which of them should be there, and whether they can be read."""
+"""Arrays of a zarr group on disk: which chunks should be there, whether they can be read, and the form of values."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -99,3 +101,18 @@ def pairs_of(group: Path, blocks: Sequence[int]) -> str:
             size, end = array.chunks[axis], array.shape[axis]
             return "pairs " + ", ".join(f"{first} to {min(first + size, end) - 1}" for first in blocks)
     return "pairs of blocks " + ", ".join(map(str, blocks))
+
+
+def with_strings(dataset: xr.Dataset, kind: str, convert: Callable[[np.ndarray], np.ndarray]) -> xr.Dataset:
+    """`dataset` with its string variables of one NumPy kind converted."""
+
+    def converted(variables: Mapping) -> dict:
+        found = {name: v for name, v in variables.items() if v.dtype.kind == kind}
+        return {name: (v.dims, convert(v.values), v.attrs) for name, v in found.items()}
+
+    return dataset.assign(converted(dataset.data_vars)).assign_coords(converted(dataset.coords))
+
+
+def as_written(values: np.ndarray) -> np.ndarray:
+    """Single-precision numbers as the double-precision ones that they were written as: 0.2, not 0.20000000298."""
+    return np.array([float(str(value)) for value in values.ravel()]).reshape(values.shape)

@@ -20,7 +20,17 @@ import xarray as xr
 import zarr
 
 from dit_jax.checkpoint import recover, write_json
-from experiments.frame.chunks import ARRAYS, CODECS, blocks_of, damaged, missing_chunks, pairs_of, readable
+from experiments.frame.chunks import (
+    ARRAYS,
+    CODECS,
+    as_written,
+    blocks_of,
+    damaged,
+    missing_chunks,
+    pairs_of,
+    readable,
+    with_strings,
+)
 from experiments.frame.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -330,16 +340,16 @@ class RunFolder:
         lost = set(dataset.attrs.pop(ARRAYS, there)) - there
         if lost:
             raise StoreError(f"{', '.join(sorted(lost))} is not there")
-        dataset = _with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
+        dataset = with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
         single = {name: v for name, v in dataset.coords.items() if v.dtype == np.float32}  # of older runs
-        return dataset.assign_coords({name: v.copy(data=_as_written(v.values)) for name, v in single.items()})
+        return dataset.assign_coords({name: v.copy(data=as_written(v.values)) for name, v in single.items()})
 
     def _write_zarr(
         self, dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping] | None = None, **options: Any
     ) -> None:
         self._require_writable()
         # Variable-length strings have a place in the zarr 3 format, NumPy's fixed-length ones have not.
-        dataset = _with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
+        dataset = with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
         if "region" not in options:  # which writes into arrays that have their codecs
             own = {name: (encoding or {}).get(str(name), {}) for name in dataset.variables}
             options["encoding"] = {name: {"compressors": CODECS, **each} for name, each in own.items()}
@@ -378,11 +388,6 @@ def open_run(path: str | Path) -> xr.DataTree:
     return tree
 
 
-def _as_written(values: np.ndarray) -> np.ndarray:
-    """Single-precision numbers as the double-precision ones that they were written as: 0.2, not 0.20000000298."""
-    return np.array([float(str(value)) for value in values.ravel()]).reshape(values.shape)
-
-
 def _layout(dataset: xr.Dataset) -> dict[str, dict]:
     return {str(name): {"dims": variable.dims, "shape": variable.shape} for name, variable in dataset.data_vars.items()}
 
@@ -393,16 +398,6 @@ def _coords(dataset: xr.Dataset) -> xr.Dataset:
 
 def _fill(dtype: np.dtype) -> float | int:
     return np.nan if np.issubdtype(dtype, np.floating) else 0
-
-
-def _with_strings(dataset: xr.Dataset, kind: str, convert: Callable[[np.ndarray], np.ndarray]) -> xr.Dataset:
-    """`dataset` with its string variables of one NumPy kind converted."""
-
-    def converted(variables: Mapping) -> dict:
-        found = {name: v for name, v in variables.items() if v.dtype.kind == kind}
-        return {name: (v.dims, convert(v.values), v.attrs) for name, v in found.items()}
-
-    return dataset.assign(converted(dataset.data_vars)).assign_coords(converted(dataset.coords))
 
 
 def _without_nan(entries: Any) -> Any:

@@ -1,6 +1,8 @@
 """The way of imports: down only, no measurement imports a page, no circles."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,20 @@ def test_a_study_is_one_folder_and_one_name(name):
 def test_files_are_short():
     for name, path in MODULES.items():
         assert len(path.read_text().splitlines()) <= 410, name
+
+
+def test_the_command_line_imports_nothing_heavy_until_a_command_runs():
+    """Help and errors of arguments answer at once."""
+    script = """
+import sys
+from experiments import cli
+for arguments in (["--help"], ["compare", "--help"], ["depth", "--pairs", "x"], ["nothing"]):
+    try:
+        cli.main(arguments)
+    except SystemExit:
+        pass
+print([name for name in ("jax", "flax", "xarray", "matplotlib", "torch", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "synchronization gap" in done.stdout
