@@ -32,7 +32,13 @@ class Counting:
 
     def __init__(self):
         self.measured: list[list[int]] = []
-        self.study = Study("counting", StudyConfig, self.measure, self.page, self.analyse, {"mean": ("mean", "1")})
+        meaning = {
+            "mean": ("mean over pairs", "nat"),
+            "name": ("a name", "1"),
+            "value": ("a value", "1"),
+            "k": ("which", "1"),
+        }
+        self.study = Study("counting", StudyConfig, self.measure, self.page, self.analyse, meaning)
 
     def measure(self, bench):
         def block(pairs, labels):
@@ -223,6 +229,7 @@ def test_what_fails_after_measuring_is_finished_by_report_and_by_resume(weights,
                 "counting",
                 StudyConfig,
                 counting.measure,
+                definitions=counting.study.definitions,
                 **{"page": counting.page, "analyse": counting.analyse, stage: fail},
             )
         else:
@@ -255,8 +262,7 @@ def test_all_of_a_run_is_read_by_name(whole):
     assert float(tree["network"]["level"].sel(pair=3, step=2)) == 5
     for group in tree.children.values():
         for name, variable in group.dataset.variables.items():
-            if name not in ("k", "name", "value"):
-                assert {"long_name", "units"} <= set(variable.attrs), name
+            assert {"long_name", "units"} <= set(variable.attrs), name
 
 
 def test_couplings_of_older_runs_are_found_by_what_was_asked_for(tmp_path):
@@ -303,3 +309,10 @@ def test_a_scheduler_s_signal_ends_like_an_interrupt(weights, tmp_path, number, 
     assert f"syncgap: {word}; the same command with --resume goes on" in errors
     assert "Traceback" not in errors
     assert RunFolder.open(tmp_path / "run").finished("network") == {0, 2}
+
+
+def test_what_is_stored_without_a_meaning_is_refused(weights, tmp_path):
+    counting = Counting()
+    study = Study("counting", StudyConfig, counting.measure, counting.page, counting.analyse)
+    with pytest.raises(ValueError, match="say what these are, and in which units: name, value"):
+        run_study(study, settings(weights), tmp_path / "run", progress=False)
