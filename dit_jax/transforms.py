@@ -225,7 +225,7 @@ def _chunks(count: int) -> Iterator[slice]:
 
 def _dct(x: np.ndarray) -> np.ndarray:
     """As `ou_theory.modes.dct2`, but in double precision whatever the setting of jax and the device."""
-    return dctn(x, type=2, norm="ortho", axes=(1, 2))
+    return np.asarray(dctn(x, type=2, norm="ortho", axes=(1, 2)))
 
 
 def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
