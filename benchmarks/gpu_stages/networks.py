@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gpu_stages.box import Box, markdown
 
+BENCHMARKS = Path(__file__).parents[1]
 PART = 15_000_000  # bytes of a part
 TRIAL, MOST = 100, 60_000  # steps of the trial, and at most
 STARTING, ENDING = 60.0, 25.0  # seconds: images and compiling again; pictures, saving and packing
@@ -55,14 +56,16 @@ NETWORKS = {
 
 
 def run(box: Box) -> None:
-    names = [name for name in NETWORKS if name in (box.networks or NETWORKS)]
+    wanted = box.networks or (("deep-epsilon", "reversed-v") if box.rehearse else tuple(NETWORKS))
+    names = [name for name in NETWORKS if name in wanted]
     seconds = box.left() - ENDING
     running = {}
     for name in names:
-        command = [sys.executable, "-m", "gpu_stages.networks", name, str(box.out), str(box.images), str(seconds)]
-        log = (box.out / f"train-{name}.log").open("w")
+        where = str(box.out.resolve()), str(box.images.resolve())
+        command = [sys.executable, "-m", "gpu_stages.networks", name, *where, str(seconds)]
         command += ["--rehearse"] if box.rehearse else []
-        running[name] = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=log, stderr=subprocess.STDOUT)
+        with (box.out / f"train-{name}.log").open("w") as log:
+            running[name] = subprocess.Popen(command, cwd=BENCHMARKS, stdout=log, stderr=subprocess.STDOUT)
     while running and box.left() > 5:
         for name, process in list(running.items()):
             if process.poll() is not None:
@@ -87,16 +90,18 @@ def report(box: Box, name: str, code: int | str) -> None:
 def train_one(name: str, out: Path, images: Path, seconds: float, rehearse: bool) -> None:
     """Trains one network within so many seconds and leaves ``models/NAME`` in bfloat16."""
     began = time.monotonic()
-    import carry
+    import gpu_carry
+
     from dit_jax.checkpoint import load_manifest, load_model, save_model
     from dit_jax.config import DiTConfig
-    from dit_jax.training import TrainConfig, training_data, train
+    from dit_jax.training import TrainConfig, train
+    from dit_jax.transforms import training_data
 
     network = NETWORKS[name]
-    found = carry.unpack(images)
-    data, flip = training_data(found, network.transform)
+    found = gpu_carry.unpack(images)
+    data = training_data(found, network.transform)
     config = DiTConfig(
-        input_size=carry.SIZE,
+        input_size=gpu_carry.SIZE,
         in_channels=3,
         num_classes=len(found.class_names),
         depth=2 if rehearse else network.depth,
@@ -114,7 +119,7 @@ def train_one(name: str, out: Path, images: Path, seconds: float, rehearse: bool
             learning_rate=network.learning_rate,
             seed=network.seed,
             weight_cap=network.weight_cap,
-            flip=flip,
+            flip=data.may_mirror,
         )
 
     folder = out / "training" / name
@@ -124,7 +129,10 @@ def train_one(name: str, out: Path, images: Path, seconds: float, rehearse: bool
     tried = time.monotonic() - began
     left = seconds - tried - min(STARTING, tried)  # the program is compiled again: its schedule has changed
     steps = 2 * trial if rehearse else min(MOST, trial + int(0.9 * left / last["seconds_per_step"]))
-    print(f"{name}: {last['seconds_per_step']:.4f} s a step, {steps} steps, {left:.0f} s left after {tried:.0f}", flush=True)
+    print(
+        f"{name}: {last['seconds_per_step']:.4f} s a step, {steps} steps, {left:.0f} s left after {tried:.0f}",
+        flush=True,
+    )
     options |= {"log_every": max(1, steps // 40)}
     command = f"python benchmarks/gpu.py OUT --only networks --networks {name}"
     model = train(data, config, settings(steps), folder, resume=True, command=command, **options)
