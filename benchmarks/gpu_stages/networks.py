@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -136,31 +137,51 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
             flip=data[network.transform].may_mirror,
         )
 
-    def train(steps: int) -> tuple[list[Any], dict, float]:
-        """Models, their last losses, and seconds a step once all is compiled."""
-        return side_by_side(
-            config, [settings(steps, n) for n in networks.values()], [data[n.transform] for n in networks.values()]
-        )
+    def train(steps: int, **options) -> tuple[list[Any], dict]:
+        each = [settings(steps, network) for network in networks.values()]
+        return side_by_side(config, each, [data[network.transform] for network in networks.values()], **options)
 
-    trial = time.monotonic()
-    *_, each = train(2 * CHUNK if rehearse else 6 * CHUNK)
-    setting_up = time.monotonic() - trial - each * 6 * CHUNK  # once more for the long run: its schedule is another
-    left = seconds - (time.monotonic() - began) - setting_up
-    steps = 2 * CHUNK if rehearse else max(CHUNK, int(0.93 * left / each) // CHUNK * CHUNK)
-    print(f"{name}: {each:.4f} s a step, setting up {setting_up:.0f} s, {steps} steps, {left:.0f} s left", flush=True)
-    models, last, each = train(steps)
+    trial, few, ready = time.monotonic(), (2 if rehearse else 8) * CHUNK, []
+
+    def compiled() -> None:
+        ready.append(time.monotonic())
+        wait_for_others(out, name)
+
+    _, last = train(few, compiled=compiled)
+    setting_up = ready[0] - trial  # comes once more: the long run has another schedule, compiled in
+    left = seconds - (time.monotonic() - began)
+    steps = int(0.93 * (left - setting_up) / last["seconds_per_step"]) // CHUNK * CHUNK
+    steps = few if rehearse else max(CHUNK, steps)
+    print(f"{name}: {last}, setting up {setting_up:.0f} s, {steps} steps, {left:.0f} s left", flush=True)
+    models, last = train(steps, seconds=left)
     for i, (label, network) in enumerate(networks.items()):
         extra = {
             "data": data[network.transform].preparation(),
             "training": asdict(settings(steps, network)),
-            "final_loss": {"step": steps, "seconds_per_step": each, **{k: float(v[i]) for k, v in last.items()}},
+            "final_loss": {k: v[i] if isinstance(v, list) else v for k, v in last.items()},
             "command": "python benchmarks/gpu.py OUT --only networks",
         }
         save_model(models[i], out / "models" / label, dtype="bfloat16", extra=extra, overwrite=True)
-    print(f"{name}: {time.monotonic() - began:.0f} s in all, {each:.4f} s a step", flush=True)
+    print(f"{name}: {time.monotonic() - began:.0f} s in all, {last}", flush=True)
 
 
-def side_by_side(config, settings: list, data: list) -> tuple[list[Any], dict, float]:
+def wait_for_others(out: Path, name: str) -> None:
+    """Until all groups that were started are compiled, so that what a step takes is measured with all of them at work;
+    for a minute at most."""
+    (out / f"train-{name}.ready").touch()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and len(list(out.glob("train-*.ready"))) < len(list(out.glob("train-*.log"))):
+        time.sleep(0.05)
+
+
+def side_by_side(
+    config,
+    settings: list,
+    data: list,
+    *,
+    compiled: Callable[[], None] = lambda: None,
+    seconds: float = float("inf"),
+) -> tuple[list[Any], dict]:
     """Trains networks of one shape, which differ in seed and data, as one program on one device.
 
     Every network sees the batches, noise and levels that `dit_jax.training.train` gives it alone.
@@ -169,9 +190,12 @@ def side_by_side(config, settings: list, data: list) -> tuple[list[Any], dict, f
       config: of all networks.
       settings: of each; all but ``seed`` and ``flip`` are the first one's.
       data: what each is trained on, `Photographs` or `TransformedImages`; held on the device.
+      compiled: called when the first steps are done.
+      seconds: training ends after so long even if steps are left.
 
     Returns:
-      the models with averaged weights, the mean loss and squared error of each over the last steps, and seconds a step.
+      the models with averaged weights; and the steps that were done, seconds a step, and for each network the mean loss
+      and squared error over the last steps.
     """
     import jax
     import jax.numpy as jnp
@@ -206,24 +230,27 @@ def side_by_side(config, settings: list, data: list) -> tuple[list[Any], dict, f
         state, metrics = jax.lax.scan(body, state, indices)
         return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
-    started, metrics, done = 0.0, {}, 0
-    for begin in range(0, first.steps, CHUNK):
-        rows = range(begin, min(begin + CHUNK, first.steps))
+    began, done, metrics = time.monotonic(), 0, None
+    started = began
+    while done < first.steps and time.monotonic() - began < seconds:
+        rows = range(done, min(done + CHUNK, first.steps))
         chosen = [[batch_indices(s, len(whole[i][1]), k) for s, i in zip(settings, of, strict=True)] for k in rows]
-        state, metrics = advance(state, arrays, jnp.asarray(np.asarray(chosen, np.int32)))
-        if begin == 0:
+        state, ahead = advance(state, arrays, jnp.asarray(np.asarray(chosen, np.int32)))
+        jax.block_until_ready(metrics)  # the device has one call to work on, and no more in line
+        metrics = ahead
+        done = rows.stop
+        if done == CHUNK:
             jax.block_until_ready(metrics)
+            compiled()
             started = time.monotonic()
-        elif begin % (10 * CHUNK) == 0:
-            jax.block_until_ready(metrics)
-            print(begin, {k: np.round(np.asarray(v), 4).tolist() for k, v in metrics.items()}, flush=True)
-        done = begin
-    last = jax.device_get(metrics)
-    each = (time.monotonic() - started) / max(done, 1)
+        if done % (20 * CHUNK) == 0:
+            print(done, jax.tree.map(lambda x: np.round(x, 4).tolist(), jax.device_get(metrics)), flush=True)
+    losses = {name: values.tolist() for name, values in jax.device_get(metrics).items()}
+    each = (time.monotonic() - started) / max(done - CHUNK, 1)
     models = [
         nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state["ema"]), constants) for i in range(len(settings))
     ]
-    return models, last, each
+    return models, {"step": done, "seconds_per_step": each, **losses}
 
 
 def everything(data):
