@@ -6,6 +6,7 @@ nested dict of arrays). A folder is written under another name beside its place 
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -389,7 +390,9 @@ def _write_orbax(directory: Path, arrays: Arrays) -> None:
     """Without Orbax's usual copy of all arrays, its database of one file, and chunks as large as the arrays: each of
     these takes the memory of the parameters once more."""
     tree = unflatten_dict(arrays, sep=".")
-    uncopied = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    handler_type = ocp.type_handlers.NumpyHandler
+    can_spare_copy = "deepcopy_host_arrays" in inspect.signature(handler_type).parameters  # Orbax before 0.12.5 cannot
+    uncopied = handler_type(**({"deepcopy_host_arrays": False} if can_spare_copy else {}))
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with _quiet_orbax():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.extend.backend import get_default_device
 
 from dit_jax.attention import Coupling, Implementation, attend, check_gate, read_pattern
 from dit_jax.config import DiTConfig
@@ -121,12 +122,17 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         dtype = self.compute_dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        assert self.bias is not None
+        kernel, bias = self.kernel[...].astype(dtype), self.bias
+        assert bias is not None
+        if dtype == jnp.bfloat16 and get_default_device().platform == "gpu":
+            # the product sums in float32 all the same, and a float32 result would be written and read once more; as
+            # matrices, so that the bias can be added before the result is rounded
+            rows = inputs.astype(dtype).reshape(-1, inputs.shape[-1])
+            out = jnp.dot(rows, kernel) + bias[...].astype(dtype)
+            return out.reshape(*inputs.shape[:-1], -1)
         # a bfloat16 result would cost the bias its last digits, and XLA on CPUs its matrix units
-        out = jnp.dot(
-            inputs.astype(dtype), self.kernel[...].astype(dtype), precision=self.precision, preferred_element_type=wide
-        )
-        return (out + self.bias[...].astype(wide)).astype(dtype)
+        out = jnp.dot(inputs.astype(dtype), kernel, precision=self.precision, preferred_element_type=wide)
+        return (out + bias[...].astype(wide)).astype(dtype)
 
 
 def param_dtype(config: DiTConfig):

@@ -264,9 +264,14 @@ def _load(torch: Any, path: Path) -> Mapping:
             if packed:  # never written by PyTorch, and the way to make a small file fill the memory
                 raise WeightsError(f"{refused}its archive is compressed ({packed[0][:100]!r}); save it with torch.save")
             reader = torch._C.PyTorchFileReader(str(path))  # which may see another archive than Python does
-            if reader.get_record_size("data.pkl") > path.stat().st_size:
-                raise WeightsError(f"{refused}its archive is compressed; save it with torch.save")
-            _check_pickle(io.BytesIO(reader.get_record("data.pkl")), refused)
+            if hasattr(reader, "get_record_size"):
+                if reader.get_record_size("data.pkl") > path.stat().st_size:
+                    raise WeightsError(f"{refused}its archive is compressed; save it with torch.save")
+                _check_pickle(io.BytesIO(reader.get_record("data.pkl")), refused)
+            else:  # PyTorch before 2.12 cannot tell a size: the record is read where it lies, as it is not compressed
+                with path.open("rb") as file:
+                    file.seek(reader.get_record_offset("data.pkl"))
+                    _check_pickle(file, refused)
         else:
             with path.open("rb") as file:
                 for _ in range(LEGACY_PICKLES):

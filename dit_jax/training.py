@@ -168,10 +168,11 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
 
 
 def make_update(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
-    """The pure function of one training step, ``update(state, x0, labels, seed, mirrored) -> state, metrics``.
+    """The pure function of one training step, ``update(state, x0, labels, seed, mirrored, rate) -> state, metrics``.
 
     The seed and the share of images that are mirrored are arguments, in place of the config's, so that networks of one
-    shape can be trained side by side under `jax.vmap`.
+    shape can be trained side by side under `jax.vmap`. `rate`, if given, multiplies the scheduled learning rate: for
+    training that ends by the clock.
     """
     tx = optimizer(config)
     weight = np.ones(len(clock))
@@ -188,7 +189,7 @@ def make_update(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDe
         terms = losses(out.astype(x0.dtype), x0, noise, t, clock, model_config.prediction)
         return (jnp.asarray(weight, x0.dtype)[t] * terms.mse + terms.vb).mean(), terms
 
-    def update(state, x0, labels, seed, mirrored):
+    def update(state, x0, labels, seed, mirrored, rate=None):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state["step"]), 5)
         size = x0.shape[0]
         flipped = jax.random.bernoulli(keys[0], mirrored, (size,))[:, None, None, None]
@@ -201,6 +202,8 @@ def make_update(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDe
         noise = jax.random.normal(keys[4], x0.shape, x0.dtype)
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], x0, labels, noise, t)
         updates, opt = tx.update(grads, state["opt"], state["params"])
+        if rate is not None:  # AdamW's step is proportional to its rate, decay of the weights included
+            updates = jax.tree.map(lambda u: rate * u, updates)
         params = optax.apply_updates(state["params"], updates)
         step = state["step"] + 1
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))

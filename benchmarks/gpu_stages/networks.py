@@ -2,8 +2,8 @@
 
 The 28-layer pair, and further seeds and spectra of the shipped 12-layer architecture, on 16 x 16 photographs in
 bfloat16. Small networks leave a GPU idle between kernels, so those of one shape are trained as one program (a group),
-and each group runs in a process of its own. A group first trains for a moment to see how long a step takes beside the
-others, and then starts over with as many steps as its time holds.
+and each group runs in a process of its own. Training ends by the clock: the learning rate falls over the last quarter
+of the time, and the manifest says how many steps there were.
 """
 
 import json
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ class Shape:
     learning_rate: float = 1.5e-3
 
 
-DEEP = Shape(depth=28, hidden_size=128, num_heads=4, learning_rate=1e-3)
+DEEP = Shape(depth=28, hidden_size=128, num_heads=4, batch_size=256, learning_rate=1e-3)
 GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
     "deep-epsilon": (DEEP, {"deep-epsilon": Network("epsilon")}),
     "deep-v": (DEEP, {"deep-v": Network("v")}),
@@ -127,37 +126,25 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
         **look,
     )
 
-    def settings(steps: int, network: Network) -> TrainConfig:
-        return TrainConfig(
-            steps=steps,
+    settings = {
+        label: TrainConfig(
+            steps=2 * CHUNK if rehearse else 10**6,  # no network gets there: the clock ends it
             batch_size=8 if rehearse else shape.batch_size,
             learning_rate=shape.learning_rate,
             seed=network.seed,
             weight_cap=20.0 if prediction == "epsilon" else 1.0,  # as the shipped ones
             flip=data[network.transform].may_mirror,
         )
-
-    def train(steps: int, **options) -> tuple[list[Any], dict]:
-        each = [settings(steps, network) for network in networks.values()]
-        return side_by_side(config, each, [data[network.transform] for network in networks.values()], **options)
-
-    trial, few, ready = time.monotonic(), (2 if rehearse else 8) * CHUNK, []
-
-    def compiled() -> None:
-        ready.append(time.monotonic())
-        wait_for_others(out, name)
-
-    _, last = train(few, compiled=compiled)
-    setting_up = ready[0] - trial  # comes once more: the long run has another schedule, compiled in
+        for label, network in networks.items()
+    }
+    sources = [data[network.transform] for network in networks.values()]
     left = seconds - (time.monotonic() - began)
-    steps = int(0.93 * (left - setting_up) / last["seconds_per_step"]) // CHUNK * CHUNK
-    steps = few if rehearse else max(CHUNK, steps)
-    print(f"{name}: {last}, setting up {setting_up:.0f} s, {steps} steps, {left:.0f} s left", flush=True)
-    models, last = train(steps, seconds=left)
+    print(f"{name}: {left:.0f} s left", flush=True)
+    models, last = side_by_side(config, list(settings.values()), sources, left)
     for i, (label, network) in enumerate(networks.items()):
         extra = {
             "data": data[network.transform].preparation(),
-            "training": asdict(settings(steps, network)),
+            "training": asdict(settings[label]) | {"steps": last["step"], "ended": "by the clock"},
             "final_loss": {k: v[i] if isinstance(v, list) else v for k, v in last.items()},
             "command": "python benchmarks/gpu.py OUT --only networks",
         }
@@ -165,23 +152,7 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
     print(f"{name}: {time.monotonic() - began:.0f} s in all, {last}", flush=True)
 
 
-def wait_for_others(out: Path, name: str) -> None:
-    """Until all groups that were started are compiled, so that what a step takes is measured with all of them at work;
-    for a minute at most."""
-    (out / f"train-{name}.ready").touch()
-    end = time.monotonic() + 60
-    while time.monotonic() < end and len(list(out.glob("train-*.ready"))) < len(list(out.glob("train-*.log"))):
-        time.sleep(0.05)
-
-
-def side_by_side(
-    config,
-    settings: list,
-    data: list,
-    *,
-    compiled: Callable[[], None] = lambda: None,
-    seconds: float = float("inf"),
-) -> tuple[list[Any], dict]:
+def side_by_side(config, settings: list, data: list, seconds: float) -> tuple[list[Any], dict]:
     """Trains networks of one shape, which differ in seed and data, as one program on one device.
 
     Every network sees the batches, noise and levels that `dit_jax.training.train` gives it alone.
@@ -190,8 +161,8 @@ def side_by_side(
       config: of all networks.
       settings: of each; all but ``seed`` and ``flip`` are the first one's.
       data: what each is trained on, `Photographs` or `TransformedImages`; held on the device.
-      compiled: called when the first steps are done.
-      seconds: training ends after so long even if steps are left.
+      seconds: time from now; after compiling, the learning rate falls to zero over the last part of it. Training
+        that has done all its steps ends earlier, at the full rate.
 
     Returns:
       the models with averaged weights; and the steps that were done, seconds a step, and for each network the mean loss
@@ -220,11 +191,11 @@ def side_by_side(
     mirrored = jnp.asarray([0.5 if each.flip else 0.0 for each in settings])
 
     @partial(jax.jit, donate_argnums=0)
-    def advance(state, arrays, indices):
+    def advance(state, arrays, indices, rate):
         def body(state, chosen):
             x0 = jnp.stack([arrays[of[i]][0][index] for i, index in enumerate(chosen)])
             labels = jnp.stack([arrays[of[i]][1][index] for i, index in enumerate(chosen)])
-            state, metrics = update(state, x0, labels, seeds, mirrored)
+            state, metrics = update(state, x0, labels, seeds, mirrored, jnp.full(len(of), rate))
             return state, {"loss": metrics["loss"], "mse": metrics["mse"].mean(-1)}
 
         state, metrics = jax.lax.scan(body, state, indices)
@@ -232,19 +203,23 @@ def side_by_side(
 
     began, done, metrics = time.monotonic(), 0, None
     started = began
-    while done < first.steps and time.monotonic() - began < seconds:
+    while done < first.steps and (now := time.monotonic()) < began + seconds:
+        share_left = (began + seconds - now) / (began + seconds - started)
+        rate = min(1.0, share_left / first.decay_fraction)
         rows = range(done, min(done + CHUNK, first.steps))
         chosen = [[batch_indices(s, len(whole[i][1]), k) for s, i in zip(settings, of, strict=True)] for k in rows]
-        state, ahead = advance(state, arrays, jnp.asarray(np.asarray(chosen, np.int32)))
+        state, ahead = advance(state, arrays, jnp.asarray(np.asarray(chosen, np.int32)), rate)
         jax.block_until_ready(metrics)  # the device has one call to work on, and no more in line
-        metrics = ahead
-        done = rows.stop
+        metrics, done = ahead, rows.stop
         if done == CHUNK:
             jax.block_until_ready(metrics)
-            compiled()
             started = time.monotonic()
-        if done % (20 * CHUNK) == 0:
-            print(done, jax.tree.map(lambda x: np.round(x, 4).tolist(), jax.device_get(metrics)), flush=True)
+            print(f"compiled after {started - began:.0f} s", flush=True)
+        elif done % (10 * CHUNK) == 0:
+            shown = jax.tree.map(lambda x: np.round(x, 4).tolist(), jax.device_get(metrics))
+            print(f"{time.monotonic() - began:.0f} s, {done} steps, rate {rate:.2f}, {shown}", flush=True)
+    if metrics is None:
+        raise ValueError("no time to train")
     losses = {name: values.tolist() for name, values in jax.device_get(metrics).items()}
     each = (time.monotonic() - started) / max(done - CHUNK, 1)
     models = [
