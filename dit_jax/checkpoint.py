@@ -390,7 +390,7 @@ def _write_orbax(directory: Path, arrays: Arrays) -> None:
     """Without Orbax's usual copy of all arrays, its database of one file, and chunks as large as the arrays: each of
     these takes the memory of the parameters once more."""
     tree = unflatten_dict(arrays, sep=".")
-    handler_type = ocp.type_handlers.NumpyHandler
+    handler_type: Any = ocp.type_handlers.NumpyHandler
     can_spare_copy = "deepcopy_host_arrays" in inspect.signature(handler_type).parameters  # Orbax before 0.12.5 cannot
     uncopied = handler_type(**({"deepcopy_host_arrays": False} if can_spare_copy else {}))
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))

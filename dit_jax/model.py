@@ -106,7 +106,7 @@ class LayerNorm(nnx.Module):
 
 class Linear(nnx.Linear):
     """`nnx.Linear` in the config's compute dtype: full float32 precision on any device (no TF32), and sums in float32
-    where that dtype is narrower."""
+    where that dtype is narrower. In bfloat16 on a GPU the result is rounded before the bias is added and once after."""
 
     def __init__(self, fan_in: int, fan_out: int, config: DiTConfig, rngs: nnx.Rngs, init=_xavier):
         self.compute_dtype = jnp.dtype(config.dtype)
@@ -125,11 +125,8 @@ class Linear(nnx.Linear):
         kernel, bias = self.kernel[...].astype(dtype), self.bias
         assert bias is not None
         if dtype == jnp.bfloat16 and get_default_device().platform == "gpu":
-            # the product sums in float32 all the same, and a float32 result would be written and read once more; as
-            # matrices, so that the bias can be added before the result is rounded
-            rows = inputs.astype(dtype).reshape(-1, inputs.shape[-1])
-            out = jnp.dot(rows, kernel) + bias[...].astype(dtype)
-            return out.reshape(*inputs.shape[:-1], -1)
+            # the product sums in float32 all the same; a result in float32 would be written and read once more
+            return jnp.dot(inputs.astype(dtype), kernel) + bias[...].astype(dtype)
         # a bfloat16 result would cost the bias its last digits, and XLA on CPUs its matrix units
         out = jnp.dot(inputs.astype(dtype), kernel, precision=self.precision, preferred_element_type=wide)
         return (out + bias[...].astype(wide)).astype(dtype)

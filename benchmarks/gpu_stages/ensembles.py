@@ -1,15 +1,12 @@
 """The analytic model's ensembles at size: 10^6 paths of 64 modes through 1000 reverse steps, beside diffrax."""
 
-import sys
-from pathlib import Path
+from importlib import import_module
 
 from gpu_stages.box import Box, markdown
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import ensembles  # the benchmark of the same name, one folder up
-
 
 def run(box: Box) -> None:
+    ensembles = import_module("ensembles")  # the benchmark of that name, one folder up
     sizes = (
         {"paths": 500, "modes": 8, "steps": 20} if box.rehearse else {"paths": 1_000_000, "modes": 64, "steps": 1000}
     )

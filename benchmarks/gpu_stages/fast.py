@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flops import flops
 
 from dit_jax.attention import symmetric_gate
 from dit_jax.config import DiTConfig
@@ -44,16 +45,6 @@ CASES = (
 )
 
 
-def flops(config: DiTConfig, images: int, replicas: int) -> float:
-    """Floating point operations of the matrix products of one call on `images` times `replicas`, two per
-    multiply-add; replicas read each other's keys."""
-    d, t, m = config.hidden_size, config.num_tokens, config.mlp_size
-    token = config.depth * (4 * d * d + 2 * d * m + 2 * replicas * t * d)
-    token += config.patch_size**2 * config.in_channels * d + d * config.patch_features
-    conditioning = config.depth * 6 * d * d + 256 * d + 3 * d * d
-    return 2.0 * images * (replicas * t * token + conditioning)
-
-
 def inputs(config: DiTConfig, case: Case) -> list[np.ndarray]:
     lead = (case.batch,) if case.replicas is None else (case.replicas, case.batch)
     shape = (*lead, config.input_size, config.input_size, config.in_channels)
@@ -75,7 +66,7 @@ def ours(model: DiT, case: Case) -> tuple[Callable[[], Any], dict]:
     began = time.perf_counter()
     compiled = jax.jit(call).lower(model, *given).compile()
     memory = compiled.memory_analysis()
-    planned = {"compile_s": round(time.perf_counter() - began, 1)}
+    planned: dict[str, Any] = {"compile_s": round(time.perf_counter() - began, 1)}
     planned["temp_bytes"] = getattr(memory, "temp_size_in_bytes", None)
     planned["argument_bytes"] = getattr(memory, "argument_size_in_bytes", None)
     return lambda: jax.block_until_ready(compiled(model, *given)), planned

@@ -114,22 +114,24 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
     shape, networks = GROUPS[name]
     found = gpu_carry.unpack(images)
     data = {network.transform: training_data(found, network.transform) for network in networks.values()}
-    (prediction,) = {network.prediction for network in networks.values()}
-    small = {"depth": 2, "hidden_size": 32, "num_heads": 2}
-    look = small if rehearse else {field: getattr(shape, field) for field in small}
+    prediction = next(iter(networks.values())).prediction  # one kind a group, as a program has one loss
+    if rehearse:
+        shape = Shape(depth=2, hidden_size=32, num_heads=2, batch_size=8)
     config = DiTConfig(
         input_size=gpu_carry.SIZE,
         in_channels=3,
         num_classes=len(found.class_names),
         prediction=prediction,
+        depth=shape.depth,
+        hidden_size=shape.hidden_size,
+        num_heads=shape.num_heads,
         dtype="bfloat16",
-        **look,
     )
 
     settings = {
         label: TrainConfig(
             steps=2 * CHUNK if rehearse else 10**6,  # no network gets there: the clock ends it
-            batch_size=8 if rehearse else shape.batch_size,
+            batch_size=shape.batch_size,
             learning_rate=shape.learning_rate,
             seed=network.seed,
             weight_cap=20.0 if prediction == "epsilon" else 1.0,  # as the shipped ones

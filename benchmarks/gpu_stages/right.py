@@ -7,13 +7,14 @@ have it.
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.attention import anisotropic_gate, attend, symmetric_gate
+from dit_jax.attention import Implementation, anisotropic_gate, attend, symmetric_gate
 from dit_jax.diffusion import network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import run_pairs
@@ -47,8 +48,7 @@ def run(box: Box) -> None:
 def official(box: Box) -> None:
     """The recorded official network in float32: after every block and at the output."""
     sys.path.insert(0, str(TESTS))
-    import official as recorded
-
+    recorded = import_module("official")
     refs, model = recorded.load("refs_tiny"), recorded.tiny_model()
     x, t, y = jnp.asarray(recorded.nhwc(refs["x"])), jnp.asarray(refs["t"]), jnp.asarray(refs["y"])
     tapped = jax.jit(lambda model, x, t, y: model(x, t, y, tap=lambda _, named: named["resid_post"]))
@@ -93,15 +93,15 @@ def attention(box: Box) -> None:
             references = {name: exact(by("explicit", kind), values, gate) for name, gate in gated.items()}
             for how in ("explicit", "fused"):
                 compiled = jax.jit(by(how, kind)).lower(values, gated["0"]).compile()
-                engine = "cuDNN" if "cudnn$fmha" in compiled.as_text() else "XLA"
+                engine = "cuDNN" if "cudnn$fmha" in str(compiled.as_text()) else "XLA"
                 for name, gate in gated.items():
                     error = deviation(compiled(values, gate), references[name])
                     what = f"{dtype}, {kind}, gate {name}, {how} by {engine}"
                     box.row(check="attention", what=what, error=error, limit={"bfloat16": 6e-3, "float32": 5e-6}[dtype])
 
 
-def by(how, kind) -> Callable:
-    return lambda values, gate: attend(*values, gate, kind, how)[0]
+def by(how: Implementation, kind) -> Callable:
+    return lambda values, gate: attend(values[0], values[1], values[2], gate, kind, how)[0]
 
 
 def gradients(box: Box) -> None:
@@ -109,7 +109,11 @@ def gradients(box: Box) -> None:
     values = qkv(box, "bfloat16")
 
     def slope(how):
-        return jax.grad(lambda values: jnp.sum(jnp.sin(attend(*values, None, "joint", how)[0].astype(values.dtype))))
+        return jax.grad(
+            lambda values: jnp.sum(
+                jnp.sin(attend(values[0], values[1], values[2], None, "joint", how)[0].astype(values.dtype))
+            )
+        )
 
     reference = exact(slope("explicit"), values)
     for how in ("explicit", "fused"):

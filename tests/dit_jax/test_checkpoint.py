@@ -86,6 +86,20 @@ def test_same_bits_back(tmp_path):
     assert manifest["versions"]["jax"] == jax.__version__
 
 
+def test_orbax_that_cannot_spare_its_copy_writes_the_same(tmp_path, monkeypatch):
+    """Before 0.12.5 its handler of NumPy arrays has no such option."""
+    newer = checkpoint.ocp.type_handlers.NumpyHandler
+
+    class Older(newer):
+        def __init__(self, metadata_key=None, ocdbt_process_id=None):
+            super().__init__(metadata_key, ocdbt_process_id)
+
+    save_weights(CONFIG, random_weights(), tmp_path / "newer")
+    monkeypatch.setattr(checkpoint.ocp.type_handlers, "NumpyHandler", Older)
+    save_weights(CONFIG, random_weights(), tmp_path / "older")
+    assert equal(arrays_of(load_model(tmp_path / "older")), arrays_of(load_model(tmp_path / "newer")))
+
+
 def test_saved_model_computes_the_same_function(folder):
     inputs = jnp.ones((2, 4, 4, 3)), jnp.array([5, 900]), jnp.array([0, 3])
     call = nnx.jit(lambda model, *args: model(*args))
