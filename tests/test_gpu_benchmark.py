@@ -1,5 +1,5 @@
-"""benchmarks/gpu.py: its rehearsal goes through every stage, what is carried arrives, networks side by side are the same
-as alone."""
+"""benchmarks/gpu.py: its rehearsal goes through every stage, what is carried arrives, networks side by side are those
+trained alone."""
 
 import json
 import subprocess
