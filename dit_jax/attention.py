@@ -20,8 +20,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.backend import get_default_device
 
-Coupling = Literal["joint", "blend"]
-COUPLINGS: tuple[Coupling, ...] = ("joint", "blend")
+GateKind = Literal["joint", "blend"]
+GATE_KINDS: tuple[GateKind, ...] = ("joint", "blend")
 Implementation = Literal["auto", "explicit", "fused"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "explicit", "fused")
 
@@ -74,7 +74,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     gate: jax.Array | None = None,
-    coupling: Coupling = "joint",
+    kind: GateKind = "joint",
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of R replicas that may read each other's keys and values.
@@ -82,7 +82,7 @@ def attend(
     Args:
       q, k, v: (R, N, T, H, d).
       gate: (N, R, R) or (1, R, R), non-negative, unit diagonal; None leaves the replicas uncoupled.
-      coupling: ``"joint"`` is one softmax over all replicas' keys, the log of the gate added to the logits; with
+      kind: ``"joint"`` is one softmax over all replicas' keys, the log of the gate added to the logits; with
         ``"blend"`` there is a softmax per replica of keys, averaged with the gate's rows as weights.
       implementation: ``"explicit"``, ``"fused"``, or ``"auto"``: fused in bfloat16 on a GPU, else explicit. The fused
         path has no derivative with respect to a gate entry that is 0, and takes a zero gate for closed as long as no
@@ -95,19 +95,19 @@ def attend(
       under jit.
 
     Raises:
-      ValueError: unknown `coupling` or `implementation`.
+      ValueError: unknown `kind` or `implementation`.
     """
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
+    if kind not in GATE_KINDS:
+        raise ValueError(f"gate kind {kind!r} is not one of {', '.join(GATE_KINDS)}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "auto":
         on_gpu = get_default_device().platform == "gpu"
         implementation = "fused" if q.dtype == jnp.bfloat16 and on_gpu else "explicit"
-    weights, mass = _weights(q, k, gate, coupling)
+    weights, mass = _weights(q, k, gate, kind)
     pattern = weights / mass
     if implementation == "fused":
-        return _fused(q, k, v, gate, coupling), pattern
+        return _fused(q, k, v, gate, kind), pattern
     # normalised after the product with v, where there are fewer numbers
     out = _read(weights, v) / jnp.moveaxis(mass[..., 0], 1, 3).swapaxes(0, 1)
     return out.astype(v.dtype), pattern
@@ -118,7 +118,7 @@ def read_pattern(pattern: jax.Array, v: jax.Array) -> jax.Array:
     return _read(pattern, v).astype(v.dtype)
 
 
-def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, coupling: Coupling) -> tuple[jax.Array, jax.Array]:
+def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, kind: GateKind) -> tuple[jax.Array, jax.Array]:
     """Weights (N, H, R, T, B, T) before normalisation, at least float32, and their row sums (N, H, R, T, 1, 1).
 
     B is 1 without a gate, else R. All replicas' tokens go into one product per pair and head, of contiguous matrices.
@@ -133,7 +133,7 @@ def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, coupling: Coupl
         logits = _product("...qd,...kd->...qk", _joined(q), _joined(k))
         logits = logits.reshape(batch, heads, replicas, tokens, replicas, tokens)
         gate = gate.astype(logits.dtype)[:, None, :, None, :]  # (N, 1, a, 1, b)
-        weights = (_joint_weights if coupling == "joint" else _blend_weights)(logits, gate)
+        weights = (_joint_weights if kind == "joint" else _blend_weights)(logits, gate)
     return weights, weights.sum((-2, -1), keepdims=True)
 
 
@@ -166,7 +166,7 @@ def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
     return _parted(out.swapaxes(1, 2), replicas)
 
 
-def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, coupling: Coupling) -> jax.Array:
+def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, kind: GateKind) -> jax.Array:
     replicas, batch, tokens, heads, dim = q.shape
     device = get_default_device()
 
@@ -184,7 +184,7 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, cou
         out = attention(*(flat(x.swapaxes(0, 1)) for x in (q, k, v)))
         return out.reshape(batch, replicas, *out.shape[1:]).swapaxes(0, 1)
     gate = jnp.broadcast_to(gate, (batch, replicas, replicas))
-    if coupling == "blend":
+    if kind == "blend":
         pairs = (batch, replicas, replicas, tokens, heads, dim)  # (N, a, b, T, H, d)
         queries = jnp.broadcast_to(q.swapaxes(0, 1)[:, :, None], pairs)
         keys, values = (jnp.broadcast_to(x.swapaxes(0, 1)[:, None], pairs) for x in (k, v))

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from dit_jax.attention import Coupling, Implementation, attend, check_gate, read_pattern
+from dit_jax.attention import GateKind, Implementation, attend, check_gate, read_pattern
 from dit_jax.config import DiTConfig
 
 Tap = Callable[[jax.Array, dict[str, jax.Array]], Any]
@@ -154,7 +154,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, gate: jax.Array | None, options: "Options", at: "Point") -> jax.Array:
         qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
         q, k, v = (at(name, qkv[..., i, :, :]) for i, name in enumerate("qkv"))
-        out, pattern = attend(q, k, v, gate, options.coupling, options.attention)
+        out, pattern = attend(q, k, v, gate, options.kind, options.attention)
         edited = at("pattern", pattern)
         if edited is not pattern:
             out = read_pattern(edited, v)
@@ -174,7 +174,7 @@ class Mlp(nnx.Module):
 class Options(NamedTuple):
     """How blocks are run; nothing of it is traced."""
 
-    coupling: Coupling
+    kind: GateKind
     attention: Implementation
     edit: Edit | None
 
@@ -314,7 +314,7 @@ class DiT(nnx.Module):
         y: jax.Array,
         gate: jax.Array | None = None,
         *,
-        coupling: Coupling = "joint",
+        kind: GateKind = "joint",
         attention: Implementation = "auto",
         tap: Tap | None = None,
         edit: Edit | None = None,
@@ -328,7 +328,7 @@ class DiT(nnx.Module):
           y: (N,) int labels; `config.num_classes` is the null label.
           gate: coupling of the replicas, broadcast to (depth, N, R, R): per layer, per pair, or both. None runs them
             uncoupled.
-          coupling, attention: see `dit_jax.attention.attend`.
+          kind, attention: see `dit_jax.attention.attend`.
           tap: called as ``tap(layer, activations)`` in every block, `layer` a traced int, `activations` a dict with
             the names and shapes of `ACTIVATIONS` and with ``"conditioning"`` (N, D), the same in all blocks; whatever
             pytree it returns comes back stacked over layers. What it does not return is not kept.
@@ -357,7 +357,7 @@ class DiT(nnx.Module):
         h = self.embed(x.astype(config.dtype))
         c = self.condition(t, y)
         gates = None if gate is None else _gates(gate, config.depth, *x.shape[:2])
-        options = Options(coupling, attention, edit)
+        options = Options(kind, attention, edit)
 
         def run(block: Block, h, index, gate):
             h, activations = block(index, h, c, gate, options)

@@ -115,7 +115,7 @@ class FinalLayer(nn.Module):
 class TorchDiT(nn.Module):
     """``model(x, t, y)``: x (N, C, H, W), t and y (N,) -> (N, C_out, H, W).
 
-    With `gate`, x is (R, N, C, H, W): replicas coupled by one softmax over all their keys, as ``coupling="joint"``.
+    With `gate`, x is (R, N, C, H, W): replicas coupled by one softmax over all their keys, as ``kind="joint"``.
     """
 
     def __init__(self, config: DiTConfig):

@@ -6,17 +6,15 @@ they are independent draws of the posterior. Of a Gaussian mode the correlation 
 `gain_model.q_uncoupled`. Functions broadcast, and work under jit, vmap and grad, unless they say otherwise.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from ou_theory.clock import BETA_MAX, BETA_MIN, NUM_TRAIN_STEPS, Clock
-from ou_theory.commitment import latch, relative_energy, threshold_step
-from ou_theory.gain_model import commitment_log_snr
-from ou_theory.laws import Clusters, mmse, sign_correlation, wiener_gain
+from ou_theory.cluster_laws import Clusters, mmse, sign_correlation
+from ou_theory.estimator import latch, relative_energy, threshold_step
+from ou_theory.gain_model import commitment_log_snr, wiener_gain
 from ou_theory.process import transition_time
 from ou_theory.recursion import recursion_energy
 from ou_theory.roots import falling_root, require
@@ -128,30 +126,7 @@ def coupled_energy_growth(x: ArrayLike, rho: ArrayLike) -> jax.Array:
     return (1 - (1 - rho) * x) / (1 + x)
 
 
-# --- one step of a discrete sampler, and what its size costs
-
-
-class Step(NamedTuple):
-    """``y' = factor y + sqrt(noise) xi`` in the rescaled frame."""
-
-    factor: jax.Array
-    noise: jax.Array
-
-
-def ddim_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> Step:
-    """Of DDIM with the linear denoiser ``gain y``: ``y' = [G + (1 - G) sigma' / sigma] y``."""
-    gain = jnp.asarray(gain, float)
-    factor = gain + (1 - gain) * jnp.asarray(sigma_next, float) / jnp.asarray(sigma, float)
-    return Step(factor, jnp.zeros_like(factor))
-
-
-def ancestral_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> Step:
-    """Of the ancestral sampler with the posterior variance: ``y' = [q + (1 - q) G] y + sigma' sqrt(1 - q) xi`` with
-    ``q = sigma'^2 / sigma^2``."""
-    gain, sigma, sigma_next = (jnp.asarray(v, float) for v in (gain, sigma, sigma_next))
-    q = (sigma_next / sigma) ** 2
-    factor = q + (1 - q) * gain
-    return Step(factor, jnp.broadcast_to(sigma_next**2 * (1 - q), factor.shape))
+# --- what the finite steps of a sampler cost
 
 
 def half_energy_bias(clock: Clock, variances: ArrayLike, eta: float = 0.0) -> np.ndarray:
@@ -177,18 +152,6 @@ def half_energy_bias(clock: Clock, variances: ArrayLike, eta: float = 0.0) -> np
 
 
 # --- bands and spectra
-
-
-def effective_variance_bounds(variances: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The mean of S and ``sum S^2 / sum S`` over the last axis, between which `gain_model.effective_variance` lies."""
-    s = jnp.asarray(variances, float)
-    return s.mean(-1), (s**2).sum(-1) / s.sum(-1)
-
-
-def power_law_level_gap(exponent: ArrayLike, num: ArrayLike) -> jax.Array:
-    """Log-SNR between the commitments of the first and the last of the modes ``S_1 k^-a``, k = 1..num:
-    ``a log(num)``, without bound where the gap in time (`gain_model.power_law_time_gap`) saturates."""
-    return jnp.asarray(exponent, float) * jnp.log(jnp.asarray(num, float))
 
 
 def power_law_step_gap(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 
-from ou_theory.laws import field_average, sign_doubt
+from ou_theory.cluster_laws import field_average, sign_doubt
 from ou_theory.process import Process, mode_noise, transition_time
 from ou_theory.roots import falling_root, require
 from ou_theory.speciation import observation, whitener
@@ -59,7 +59,7 @@ def _(primals, tangents):
 def class_information(kappa: ArrayLike) -> jax.Array:
     """What the state tells about which of two equally likely clusters it comes from, in [0, log 2] nats:
     ``I_c(kappa) = log 2 - E log(1 + exp[-2 (kappa + sqrt(kappa) z)])``, any shape. Its slope is ``(1 - T(kappa)) / 2``,
-    with the `laws.sign_correlation` T."""
+    with the `cluster_laws.sign_correlation` T."""
     kappa = jnp.asarray(kappa, float)
     return jnp.where(kappa == jnp.inf, np.log(2), _class_information(jnp.where(kappa == jnp.inf, 1.0, kappa)))
 
@@ -261,13 +261,6 @@ def pair_collapse_times(
         collapse_time_modes(rates_u, common, log_count, noise),
         collapse_time_modes(rates_v, difference, log_count, noise),
     )
-
-
-def collapse_precedes_speciation(log_count_per_mode: ArrayLike, variance: ArrayLike, spread: ArrayLike) -> jax.Array:
-    """Whether, in generation, isotropic data of variance S collapse before clusters of the `spread` ``m^2 - s^2``
-    speciate: ``S / (n^(2 / d) - 1) > spread``, whatever the rate and the noise strength."""
-    excess = jnp.expm1(2 * jnp.asarray(log_count_per_mode, float))
-    return jnp.asarray(variance, float) > jnp.asarray(spread, float) * excess
 
 
 # --- one draw of a stored data set

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 from ou_theory.mixture import Mixture, flow_drift, gaussian_root
 from ou_theory.process import Process, Transition
 from ou_theory.roots import require
@@ -107,7 +107,7 @@ class NoiseStep(NamedTuple):
     after: jax.Array
 
 
-def falling(noise: ArrayLike) -> NoiseStep:
+def noise_steps(noise: ArrayLike) -> NoiseStep:
     """Levels for `simulate` of noise variances (T,) or (T, n) in the order of generation, T - 1 steps.
 
     Raises:
@@ -190,7 +190,7 @@ class Bridge(NamedTuple):
     root: jax.Array  # (c, n, n) of the covariance that is left
 
 
-def passed(law: Mixture, steps: Transition) -> Mixture:
+def state_laws(law: Mixture, steps: Transition) -> Mixture:
     """Laws of the state at all times of a grid, by components with the times (T,) as leading axis.
 
     Args:
@@ -218,8 +218,8 @@ def passed(law: Mixture, steps: Transition) -> Mixture:
 
 
 def bridges(law: Mixture, steps: Transition) -> Bridge:
-    """Levels for `simulate` of `mixture_sde`, (T - 1, ...) in the order of generation; arguments as of `passed`."""
-    laws = passed(law, steps)
+    """Levels for `simulate` of `mixture_sde`, (T - 1, ...) in the order of generation; arguments as of `state_laws`."""
+    laws = state_laws(law, steps)
     before, after = (jax.tree.map(lambda v, part=part: v[part], laws) for part in (slice(1, None), slice(None, -1)))
 
     def bridge(weight, mean, covariance, mean_after, covariance_after, factor, noise):
@@ -264,7 +264,7 @@ class TimeStep(NamedTuple):
     after: jax.Array
 
 
-def backwards(times: ArrayLike) -> TimeStep:
+def time_steps(times: ArrayLike) -> TimeStep:
     """Levels for `simulate` of increasing times (T,), T - 1 steps in the order of generation.
 
     Raises:

@@ -30,6 +30,16 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 # --- one mode, uncoupled
 
 
+def wiener_gain(variance: jax.Array, sigma2: jax.Array) -> jax.Array:
+    """Gain of the posterior mean of a centred Gaussian mode in the rescaled frame: ``S / (S + sigma^2)``, in [0, 1].
+
+    Args:
+      variance: data variance S >= 0 of the mode.
+      sigma2: noise variance > 0, broadcast against it.
+    """
+    return variance / (variance + sigma2)
+
+
 def q_uncoupled(x: ArrayLike) -> jax.Array:
     """Q of a Gaussian mode without coupling, ``X / (1 + X)``."""
     x = jnp.asarray(x, float)

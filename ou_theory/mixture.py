@@ -15,7 +15,6 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from ou_theory.gain_model import power_law
 from ou_theory.process import Process, transition
 from ou_theory.roots import require
 
@@ -28,6 +27,13 @@ class Mixture(NamedTuple):
     weights: jax.Array  # (c,) >= 0, of sum 1
     means: jax.Array  # (c, n)
     covariances: jax.Array  # (c, n, n), positive semidefinite
+
+    def draw(self, key: jax.Array, count: int) -> jax.Array:
+        """Independent samples (count, n)."""
+        for_labels, for_noise = jax.random.split(key)
+        labels = jax.random.categorical(for_labels, _log_weights(self), shape=(count,))
+        noise = jax.random.normal(for_noise, (count, self.means.shape[1]), self.means.dtype)
+        return self.means[labels] + _einsum("kij,kj->ki", gaussian_root(self.covariances)[labels], noise)
 
 
 # --- laws
@@ -60,11 +66,6 @@ def mixture(weights: ArrayLike, means: ArrayLike, covariances: ArrayLike) -> Mix
 def gaussian(mean: ArrayLike, covariance: ArrayLike) -> Mixture:
     """One component: mean (n,), covariance (n, n)."""
     return mixture(jnp.ones(1), jnp.asarray(mean, float)[None], jnp.asarray(covariance, float)[None])
-
-
-def power_law_gaussian(first: ArrayLike, exponent: ArrayLike, num: int) -> Mixture:
-    """Independent centred modes of the variances ``S_1 k^-a``, k = 1..num."""
-    return gaussian(jnp.zeros(num), jnp.diag(power_law(first, exponent, num)))
 
 
 def two_clusters(centre: ArrayLike, covariance: ArrayLike) -> Mixture:
@@ -116,14 +117,6 @@ def gaussian_root(covariance: jax.Array) -> jax.Array:
     """R (..., n, n) with ``R R^T`` the covariance; it exists, unlike Cholesky's, where a direction has no width."""
     values, vectors = jnp.linalg.eigh(covariance)
     return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
-
-
-def sample(law: Mixture, key: jax.Array, count: int) -> jax.Array:
-    """Independent draws (count, n)."""
-    for_labels, for_noise = jax.random.split(key)
-    labels = jax.random.categorical(for_labels, _log_weights(law), shape=(count,))
-    noise = jax.random.normal(for_noise, (count, law.means.shape[1]), law.means.dtype)
-    return law.means[labels] + _einsum("kij,kj->ki", gaussian_root(law.covariances)[labels], noise)
 
 
 # --- the law of the state

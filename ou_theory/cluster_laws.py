@@ -12,17 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ou_theory.gain_model import wiener_gain
 from ou_theory.roots import require
-
-
-def wiener_gain(variance: jax.Array, sigma2: jax.Array) -> jax.Array:
-    """Gain of the posterior mean of a centred Gaussian mode in the rescaled frame: ``S / (S + sigma^2)``, in [0, 1].
-
-    Args:
-      variance: data variance S >= 0 of the mode.
-      sigma2: noise variance > 0, broadcast against it.
-    """
-    return variance / (variance + sigma2)
 
 
 class Clusters(NamedTuple):
