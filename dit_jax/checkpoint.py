@@ -106,7 +106,8 @@ def load_model(
     """Reads a model folder. ``model(x, t, y)`` is then the network function, see `DiT.__call__`.
 
     Args:
-      directory: written by `save_model`, by training or by ``convert_weights.py``.
+      directory: folder written by `save_model`, by training or by a conversion; or the name of a shipped model, for
+        example ``"photos16-v"``, where there is no folder of that name.
       dtype: compute dtype ``"float32"``, ``"bfloat16"`` or ``"float64"`` in place of the stored config's.
         A float64 model needs JAX's x64 mode.
       params: dtype in which parameters are kept: ``"bfloat16"`` halves the memory of a bfloat16 model and spares it
@@ -119,7 +120,7 @@ def load_model(
     """
     if params is not None and params not in STORED_DTYPES:
         raise ValueError(f"params {params!r} is not one of {', '.join(STORED_DTYPES)}")
-    config, weights, _ = load_weights(directory)
+    config, weights, _ = load_weights(_folder(directory))
     changes: dict[str, Any] = {"dtype": dtype, "timestep_convention": timestep_convention}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if "float64" in (config.dtype, params) and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
@@ -194,10 +195,21 @@ def shipped_model(name: str) -> Path:
     Raises:
       CheckpointError: there is none of that name.
     """
-    known = sorted(path.parent.name for path in SHIPPED.glob("*/manifest.json"))
+    known = _shipped_names()
     if name not in known:
         raise CheckpointError(f"no shipped model {name!r}; known: {', '.join(known) or 'none'}")
     return SHIPPED / name
+
+
+def _shipped_names() -> list[str]:
+    return sorted(path.parent.name for path in SHIPPED.glob("*/manifest.json"))
+
+
+def _folder(model: str | Path) -> Path:
+    """The folder itself if it exists, else that of the shipped model of this name, if there is one."""
+    if not recover(model) and str(model) in _shipped_names():
+        return SHIPPED / str(model)
+    return Path(model)
 
 
 def save_arrays(directory: str | Path, tree: Any) -> None:
