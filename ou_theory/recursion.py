@@ -1,8 +1,8 @@
 """Samplers with a linear denoiser: one step of a mode, and its exact energy after every step (docs/theory.md,
 sections 5.3 and 13.8).
 
-A network whose one-pass gain has been measured is followed by these recursions without any fitted parameter; the
-continuum formulas of `ou_theory.gain_model` are their limit of many steps.
+The recursion follows a network from its measured one-pass gain, with no fitted parameter. In the limit of many steps it
+tends to the continuum formulas of `ou_theory.gain_model`.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ def mode_ancestral_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike
 
 
 def recursion_energy(gain: jax.Array, sigma: jax.Array, start_variance: jax.Array, eta: float = 0.0) -> jax.Array:
-    """Variance of the denoised mode at every step.
+    """Variance of the denoised mode at every step (theory, eq. 5.11).
 
     In the rescaled frame one step multiplies the mode by ``G + (1 - G) c / sigma`` and adds noise of variance
     ``n^2 = eta^2 sigma'^2 (1 - sigma'^2 / sigma^2)``, with ``c^2 = sigma'^2 - n^2`` and ``sigma'`` the next level
