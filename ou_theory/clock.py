@@ -21,7 +21,7 @@ BETA_MAX = 0.02
 
 
 def linear_betas(num: int = NUM_TRAIN_STEPS, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> FloatArray:
-    """The linear DDPM schedule: `num` noise increments from `beta_min` to `beta_max`, (num,) float64 (theory, eq. 2.2)."""
+    """The linear DDPM schedule (theory, eq. 2.2): `num` increments from `beta_min` to `beta_max`, (num,) float64."""
     return np.linspace(beta_min, beta_max, num, dtype=np.float64)
 
 

@@ -136,7 +136,7 @@ def aligned_share(a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
 
 
 def noise_floor(q: ArrayLike, a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
-    """The part of Q beyond its aligned share, an estimate of the energy of the denoiser's error (theory, section 7.3)."""
+    """The part of Q beyond its aligned share, which estimates the denoiser's error energy (theory, section 7.3)."""
     return jnp.asarray(q) - aligned_share(a, stochastic=stochastic)
 
 
