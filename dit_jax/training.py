@@ -58,7 +58,7 @@ class TrainConfig:
 
 
 class TrainingData(Protocol):
-    """What a model is trained on: `Photographs`, or a law that draws."""
+    """What a model is trained on: `Photographs`, what a transformation makes of them, or a law that draws."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -66,6 +66,11 @@ class TrainingData(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """(H, W, C) of an image."""
+        ...
+
+    @property
+    def may_mirror(self) -> bool:
+        """Whether training may mirror the images at random (`TrainConfig.flip`): whether their law allows it."""
         ...
 
     def batch(self, config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,6 +99,10 @@ class Photographs:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.images.pixels.shape[1:]
+
+    @property
+    def may_mirror(self) -> bool:
+        return True
 
     def batch(self, config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = batch_indices(config, len(self.images.pixels), step)
@@ -150,10 +159,13 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
     if model_config.prediction == "epsilon":
         weight = np.minimum(1 + np.exp(-clock.log_snr), max(1.0, config.weight_cap))
 
+    # one program for all layers makes training faster on a CPU; a GPU gains nothing and compiles it for minutes
+    unroll = model_config.depth if jax.default_backend() == "cpu" else 1
+
     def loss_fn(params, x0, labels, noise, t):
         model = nnx.merge(graph, params, constants)
         timesteps = jnp.asarray(clock.timesteps)[t]
-        out = model(add_noise(x0, noise, t, clock), timesteps, labels, unroll=model_config.depth)
+        out = model(add_noise(x0, noise, t, clock), timesteps, labels, unroll=unroll)
         terms = losses(out.astype(x0.dtype), x0, noise, t, clock, model_config.prediction)
         return (jnp.asarray(weight, x0.dtype)[t] * terms.mse + terms.vb).mean(), terms
 
@@ -248,12 +260,13 @@ def train(
       the folder of the trained model, which `load_model` reads.
 
     Raises:
-      ValueError: the data do not fit the model, `out` holds another run, or the settings of a resumed run differ.
+      ValueError: the data do not fit the model, or may not be mirrored and `config.flip` asks for it; `out` holds
+        another run, or the settings of a resumed run differ.
     """
     out = Path(out)
     data = Photographs(data) if isinstance(data, ImageSet) else data
     clock = make_clock(1000)
-    _check_fit(data, model_config)
+    _check_fit(data, model_config, config)
     record = {
         "model": model_config.to_dict(),
         "training": dataclasses.asdict(config),
@@ -300,12 +313,14 @@ def train(
     return out / "model"
 
 
-def _check_fit(data: TrainingData, config: DiTConfig) -> None:
+def _check_fit(data: TrainingData, config: DiTConfig, training: TrainConfig) -> None:
     shape = (config.input_size, config.input_size, config.in_channels)
     if data.shape != shape:
         raise ValueError(f"images are {data.shape}, the model takes {shape}")
     if len(data.class_names) != config.num_classes:
         raise ValueError(f"the data has {len(data.class_names)} classes, the model {config.num_classes}")
+    if training.flip and not data.may_mirror:
+        raise ValueError("flip mirrors images at random, which these data must not be; train on them with flip=False")
 
 
 def _open_run(out: Path, record: dict, resume: bool) -> None:
@@ -321,10 +336,10 @@ def _open_run(out: Path, record: dict, resume: bool) -> None:
         raise ValueError(f"{out} holds a training run; give --resume to go on with it, or choose another folder")
     before = json.loads(path.read_text())
     changed = [
-        f"{part}.{name}: {before.get(part, {}).get(name)!r} -> {value!r}"
+        f"{part}.{name}: {before.get(part, {}).get(name)!r} -> {entries.get(name)!r}"
         for part, entries in record.items()
-        for name, value in entries.items()
-        if before.get(part, {}).get(name) != value and (part, name) != ("training", "steps")
+        for name in entries | before.get(part, {})  # an entry that only the run has is a difference, too
+        if before.get(part, {}).get(name) != entries.get(name) and (part, name) != ("training", "steps")
     ]
     if changed:
         raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")

@@ -39,6 +39,7 @@ class Train:
 
     data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable (--size 8)
     out: tyro.conf.Positional[Path]  # folder of the training run
+    transform: str = "natural"  # of the images: natural, whitened, reversed, power:A, permuted or gaussian
     size: int = 16  # images are cropped and resized to size x size
     prediction: Prediction = "v"
     depth: int = 12
@@ -220,11 +221,18 @@ def _info(command: Info) -> int:
 def _train(command: Train, line: str) -> Path:
     from dit_jax.config import DiTConfig
     from dit_jax.images import load_images
-    from dit_jax.training import Photographs, TrainConfig, train
+    from dit_jax.training import TrainConfig, train
+    from dit_jax.transforms import training_data, transformation_name
     from experiments.solvable_data import SolvableData
 
     solvable = command.data == Path("solvable")
-    data = SolvableData() if solvable else Photographs(load_images(command.data, command.size, not command.quiet))
+    transform = transformation_name(command.transform)  # before the images are read, which takes a while
+    if solvable and transform != "natural":
+        raise ValueError("solvable data have a law of their own; --transform is for folders and zip files of images")
+    if solvable:
+        data = SolvableData()
+    else:
+        data = training_data(load_images(command.data, command.size, not command.quiet), transform)
     model = DiTConfig(
         input_size=command.size,
         patch_size=command.patch_size,
@@ -243,7 +251,7 @@ def _train(command: Train, line: str) -> Path:
         learning_rate=command.learning_rate,
         decay_fraction=command.decay_fraction,
         weight_cap=command.weight_cap,
-        flip=not solvable,
+        flip=data.may_mirror,
         label_dropout=0.0 if solvable else 0.1,
         seed=command.seed,
     )

@@ -75,6 +75,10 @@ class SolvableData:
     def shape(self) -> tuple[int, int, int]:
         return (SIZE, SIZE, CHANNELS)
 
+    @property
+    def may_mirror(self) -> bool:
+        return False  # a mirror turns the signs of some of the modes that carry a cluster, and not those of the others
+
     @cached_property
     def _draw(self):
         laws = [law(name) for name in NAMES]
