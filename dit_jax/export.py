@@ -1,4 +1,4 @@
-"""Writes a model folder as a single file with the official keys, for PyTorch users. Stored values are kept bit for bit."""
+"""Writes a model folder as one file with the official keys, for PyTorch users. Stored values are kept bit for bit."""
 
 import os
 from pathlib import Path

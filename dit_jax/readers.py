@@ -181,7 +181,7 @@ def _safetensors_entries(path: Path) -> dict[str, Entry | None]:
 
 
 class _Mapped:
-    """A memory-mapped file. It is opened anew now and then, so that pages already read no longer count as our memory."""
+    """A memory-mapped file. It is opened anew now and then, so that pages already read do not count as our memory."""
 
     def __init__(self, opened: Callable[[], Any], in_memory: bool = False):
         self.opened, self.in_memory = opened, in_memory

@@ -28,7 +28,7 @@ PREFIXES = ("module.", "_orig_mod.")  # of wrapped training: DistributedDataPara
 
 
 class Transform(NamedTuple):
-    """How an entry becomes one of our arrays, how it is got back, and which shape it has for an array of given shape."""
+    """How an entry becomes one of our arrays and is got back, and the shape it has for an array of a given shape."""
 
     apply: Callable[[np.ndarray], np.ndarray]
     invert: Callable[[np.ndarray, DiTConfig], np.ndarray]
