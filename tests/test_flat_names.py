@@ -41,6 +41,13 @@ def test_no_name_needs_torch_or_training(fresh):
     assert not {"torch", "matplotlib", "dit_jax.training"} & set(after)
 
 
+def test_describing_the_conversion_loads_no_library_of_arrays():
+    """The command line imports this to print its help."""
+    script = "import sys, dit_jax.conversion; print('jax' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
 @packages
 def test_type_checkers_see_the_same_names(package):
     module = importlib.import_module(package)
