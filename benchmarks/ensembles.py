@@ -147,7 +147,9 @@ def measure(settings: Settings) -> list[dict]:
 def main(settings: Settings) -> None:
     found = measure(settings)
     device = jax.devices()[0].device_kind
-    print(f"# {settings.paths} paths, {settings.modes} modes, {settings.steps} steps, {settings.repeats} turns, {device}")
+    print(
+        f"# {settings.paths} paths, {settings.modes} modes, {settings.steps} steps, {settings.repeats} turns, {device}"
+    )
     print(
         f"{'case':<30} {'seconds':>9} {'ns/mode-step':>13} {'of NumPy':>9} {'compile s':>10} {'MB':>7} {'variance':>9}"
     )

@@ -15,7 +15,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-import carry
+import gpu_carry
 
 HERE = Path(__file__).parent
 # name -> share of the time, in the order in which they run; the last takes what is left
@@ -30,10 +30,11 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all stages together (default 9)")
     parser.add_argument("--only", nargs="+", choices=STAGES, help="stages to run, in place of all")
     parser.add_argument("--networks", nargs="+", default=[], help="networks to train, by name, in place of all")
-    parser.add_argument("--images", type=Path, default=carry.FOLDER / "images.zip", help="training images")
+    parser.add_argument("--images", type=Path, default=gpu_carry.FOLDER / "images.zip", help="training images")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any device; shows that everything runs")
     parser.add_argument("--fill", type=Path, metavar="IMAGES", help="collect wheels and these images (zip), then end")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # the driver calls itself for each stage
+    parser.add_argument("--tables", action="store_true", help=argparse.SUPPRESS)  # ... and for the report
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args(args)
     if asked.minutes <= 0:
@@ -44,12 +45,12 @@ def parse(args: list[str] | None) -> argparse.Namespace:
 def environment(out: Path) -> dict[str, str]:
     """Of the stages: this checkout and what was carried on the path, one cache of compiled programs, memory taken as
     it is needed, since two frameworks share the card."""
-    path = [str(HERE.parent), *carry.site_folder(out), os.environ.get("PYTHONPATH", "")]
+    path = [str(HERE.parent), *gpu_carry.site_folder(out), os.environ.get("PYTHONPATH", "")]
     own = {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PYTHONUNBUFFERED": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_COMPILATION_CACHE_DIR": str((out / "compiled").resolve()),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str((out / "compiled").resolve())),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return {**os.environ, **own}
@@ -86,12 +87,13 @@ def run_stages(asked: argparse.Namespace) -> int:
         (out / "stages.json").write_text(json.dumps(record, indent=1))
         print(log.read_text()[-6000:], end="", flush=True)
         print(f"== {name}: {outcome} after {record[name]['seconds']} s", flush=True)
-    (out / "report.md").write_text(report(out, record))
+    subprocess.run([sys.executable, __file__, str(out), "--tables"], env=env, check=True)
     return sum(entry["outcome"] != "done" for entry in record.values())
 
 
-def report(out: Path, record: dict) -> str:
+def report(out: Path) -> str:
     """The tables of all stages, as Markdown; from what the stages have written, so it can be made at any time."""
+    record = json.loads((out / "stages.json").read_text())
     parts = ["# On a GPU\n"]
     for name in STAGES:
         rows = read_rows(out, name)
@@ -116,7 +118,10 @@ def read_rows(out: Path, stage: str) -> list[dict]:
 def main(args: list[str] | None = None) -> int:
     asked = parse(args)
     if asked.fill:
-        carry.fill(asked.fill)
+        gpu_carry.fill(asked.fill)
+        return 0
+    if asked.tables:
+        (asked.out / "report.md").write_text(report(asked.out))
         return 0
     if asked.stage is None:
         return run_stages(asked)

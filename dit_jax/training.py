@@ -9,6 +9,7 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,12 +149,30 @@ def batch_indices(config: TrainConfig, count: int, step: int) -> np.ndarray:
     """Indices (batch_size,) of step `step`: epochs without replacement, each shuffled by (seed, epoch)."""
     per_epoch = max(1, count // config.batch_size)
     epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([config.seed, epoch]).permutation(count)
+    order = _epoch_order(config.seed, epoch, count)
     return np.resize(order, per_epoch * config.batch_size)[position * config.batch_size :][: config.batch_size]
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
     """The jitted update ``(state, x0, labels) -> state, metrics``; the state's buffers are donated."""
+    update = make_update(model_config, config, graph, constants, clock)
+    mirrored = 0.5 if config.flip else 0.0
+    return jax.jit(lambda state, x0, labels: update(state, x0, labels, config.seed, mirrored), donate_argnums=0)
+
+
+def make_update(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
+    """The pure function of one training step, ``update(state, x0, labels, seed, mirrored) -> state, metrics``.
+
+    The seed and the share of images that are mirrored are arguments, in place of the config's, so that networks of one
+    shape can be trained side by side under `jax.vmap`.
+    """
     tx = optimizer(config)
     weight = np.ones(len(clock))
     if model_config.prediction == "epsilon":
@@ -169,12 +188,11 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
         terms = losses(out.astype(x0.dtype), x0, noise, t, clock, model_config.prediction)
         return (jnp.asarray(weight, x0.dtype)[t] * terms.mse + terms.vb).mean(), terms
 
-    def update(state, x0, labels):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state["step"]), 5)
+    def update(state, x0, labels, seed, mirrored):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state["step"]), 5)
         size = x0.shape[0]
-        if config.flip:
-            flipped = jax.random.bernoulli(keys[0], 0.5, (size,))[:, None, None, None]
-            x0 = jnp.where(flipped, x0[:, :, ::-1], x0)
+        flipped = jax.random.bernoulli(keys[0], mirrored, (size,))[:, None, None, None]
+        x0 = jnp.where(flipped, x0[:, :, ::-1], x0)
         dropped = jax.random.bernoulli(keys[1], config.label_dropout, (size,))
         labels = jnp.where(dropped, model_config.num_classes, labels)
         # one timestep from each of `size` equal strata: uniform, with less variance than independent draws
@@ -196,7 +214,17 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
         }
         return {"params": params, "ema": ema, "opt": opt, "step": step}, metrics
 
-    return jax.jit(update, donate_argnums=0)
+    return update
+
+
+def initial_state(params: nnx.State, config: TrainConfig) -> dict[str, Any]:
+    """What `make_update` carries on, before the first step."""
+    return {
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "opt": optimizer(config).init(params),
+        "step": jnp.zeros((), jnp.int32),
+    }
 
 
 class LossLog:
@@ -274,12 +302,7 @@ def train(
     }
     _open_run(out, record, resume)
     graph, params, constants = nnx.split(DiT(model_config, nnx.Rngs(config.seed)), nnx.Param, ...)
-    state: dict[str, Any] = {
-        "params": params,
-        "ema": jax.tree.map(jnp.copy, params),
-        "opt": optimizer(config).init(params),
-        "step": jnp.zeros((), jnp.int32),
-    }
+    state = initial_state(params, config)
     if recover(out / "state"):
         state = load_arrays(out / "state", state)
     update = make_step(model_config, config, graph, constants, clock)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dit_jax.config import DiTConfig, variant
-from dit_jax.model import DiT
+from dit_jax.model import DiT, position_embedding
 
 
 @dataclass
@@ -56,15 +56,18 @@ class Box:
 
 def random_model(config: DiTConfig, seed: int = 0) -> DiT:
     """A DiT with small random weights everywhere, in the config's dtype, drawn on the device."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0))))
-    leaves, tree = jax.tree.flatten(state)
+    graph, params, constants = nnx.split(nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0))), nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
     dtype = jnp.dtype(config.dtype)
 
     @partial(jax.jit, static_argnums=(1, 2))
     def draw(index, shape, dtype):
         return 0.02 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape, dtype)
 
-    return nnx.merge(graph, jax.tree.unflatten(tree, [draw(i, a.shape, dtype) for i, a in enumerate(leaves)]))
+    drawn = jax.tree.unflatten(tree, [draw(i, leaf.shape, dtype) for i, leaf in enumerate(leaves)])
+    positions = position_embedding(config.input_size // config.patch_size, config.hidden_size)
+    fixed = jax.tree.map(lambda leaf: jnp.asarray(positions, leaf.dtype), constants)  # there are no other constants
+    return nnx.merge(graph, drawn, fixed)
 
 
 def seconds_of(runs: dict[str, Callable[[], Any]], budget: float, least: int = 5) -> dict[str, list[float]]:

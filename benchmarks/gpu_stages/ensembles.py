@@ -10,7 +10,9 @@ import ensembles  # the benchmark of the same name, one folder up
 
 
 def run(box: Box) -> None:
-    sizes = {"paths": 500, "modes": 8, "steps": 20} if box.rehearse else {"paths": 1_000_000, "modes": 64, "steps": 1000}
+    sizes = (
+        {"paths": 500, "modes": 8, "steps": 20} if box.rehearse else {"paths": 1_000_000, "modes": 64, "steps": 1000}
+    )
     settings = ensembles.Settings(**sizes, repeats=2, skip=(ensembles.LOOP,))
     for entry in ensembles.measure(settings):
         box.row(**entry, **sizes)

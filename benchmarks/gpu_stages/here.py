@@ -19,7 +19,18 @@ def run(box: Box) -> None:
     box.row(what="card", value=card)
     box.row(what="device", value=jax.devices()[0].device_kind)
     box.row(what="python", value=platform.python_version())
-    for package in ("jax", "jaxlib", "flax", "torch", "triton", "nvidia-cudnn-cu13", "nvidia-cublas", "optax", "orbax-checkpoint", "zarr"):
+    for package in (
+        "jax",
+        "jaxlib",
+        "flax",
+        "torch",
+        "triton",
+        "nvidia-cudnn-cu13",
+        "nvidia-cublas",
+        "optax",
+        "orbax-checkpoint",
+        "zarr",
+    ):
         try:
             box.row(what=package, value=importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:

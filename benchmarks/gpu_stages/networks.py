@@ -1,8 +1,9 @@
-"""With what is left: networks trained side by side, each in a process of its own, brought back in parts.
+"""With what is left: networks trained side by side, brought back in parts.
 
-The 28-layer pair and further seeds and spectra of the shipped 12-layer architecture; 16 x 16 photographs, bfloat16.
-Each network trains for a short while to see how long a step takes beside the others, and then goes on for as many steps
-as its time holds: the first steps are those of the long run, since the rate still rises in them.
+The 28-layer pair, and further seeds and spectra of the shipped 12-layer architecture, on 16 x 16 photographs in
+bfloat16. Small networks leave a GPU idle between kernels, so those of one shape are trained as one program (a group),
+and each group runs in a process of its own. A group first trains for a moment to see how long a step takes beside the
+others, and then starts over with as many steps as its time holds.
 """
 
 import json
@@ -10,60 +11,76 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 from gpu_stages.box import Box, markdown
 
+BENCHMARKS = Path(__file__).parents[1]
 PART = 15_000_000  # bytes of a part
-TRIAL, MOST = 100, 60_000  # steps of the trial, and at most
-STARTING, ENDING = 60.0, 25.0  # seconds: images and compiling again; pictures, saving and packing
+CHUNK = 50  # steps in one call
+ENDING = 20.0  # seconds for saving and packing
 
 
 @dataclass(frozen=True)
 class Network:
     """What is trained."""
 
-    prediction: str
+    prediction: Literal["epsilon", "v"]
     transform: str = "natural"
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the networks of a group look and are trained."""
+
     depth: int = 12
     hidden_size: int = 96
     num_heads: int = 6
     batch_size: int = 128
     learning_rate: float = 1.5e-3
 
-    @property
-    def weight_cap(self) -> float:
-        """As the shipped networks: predicting noise, the clean end counts up to 20 times."""
-        return 20.0 if self.prediction == "epsilon" else 1.0
 
-
-DEEP = {"depth": 28, "hidden_size": 128, "num_heads": 4, "learning_rate": 1e-3}
-NETWORKS = {
-    "deep-epsilon": Network("epsilon", **DEEP),
-    "deep-v": Network("v", **DEEP),
-    "reversed-v": Network("v", "reversed"),
-    "whitened-v": Network("v", "whitened"),
-    "reversed-epsilon": Network("epsilon", "reversed"),
-    "natural-epsilon-0": Network("epsilon"),
-    "natural-epsilon-1": Network("epsilon", seed=1),
-    "natural-epsilon-2": Network("epsilon", seed=2),
-    "natural-v-1": Network("v", seed=1),
-    "natural-v-2": Network("v", seed=2),
+DEEP = Shape(depth=28, hidden_size=128, num_heads=4, learning_rate=1e-3)
+GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
+    "deep-epsilon": (DEEP, {"deep-epsilon": Network("epsilon")}),
+    "deep-v": (DEEP, {"deep-v": Network("v")}),
+    "v": (
+        Shape(),
+        {
+            "reversed-v": Network("v", "reversed"),
+            "whitened-v": Network("v", "whitened"),
+            "natural-v-1": Network("v", seed=1),
+            "natural-v-2": Network("v", seed=2),
+            "reversed-v-1": Network("v", "reversed", seed=1),
+        },
+    ),
+    "epsilon": (
+        Shape(),
+        {
+            "natural-epsilon-0": Network("epsilon"),
+            "natural-epsilon-1": Network("epsilon", seed=1),
+            "natural-epsilon-2": Network("epsilon", seed=2),
+            "reversed-epsilon": Network("epsilon", "reversed"),
+        },
+    ),
 }
 
 
 def run(box: Box) -> None:
-    names = [name for name in NETWORKS if name in (box.networks or NETWORKS)]
-    seconds = box.left() - ENDING
+    names = [name for name in GROUPS if name in (box.networks or GROUPS)]
     running = {}
     for name in names:
-        command = [sys.executable, "-m", "gpu_stages.networks", name, str(box.out), str(box.images), str(seconds)]
-        log = (box.out / f"train-{name}.log").open("w")
+        where = str(box.out.resolve()), str(box.images.resolve())
+        command = [sys.executable, "-m", "gpu_stages.networks", name, *where, str(box.left() - ENDING)]
         command += ["--rehearse"] if box.rehearse else []
-        running[name] = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=log, stderr=subprocess.STDOUT)
-    while running and box.left() > 5:
+        with (box.out / f"train-{name}.log").open("w") as log:
+            running[name] = subprocess.Popen(command, cwd=BENCHMARKS, stdout=log, stderr=subprocess.STDOUT)
+    while running and box.left() > 4:
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
@@ -72,65 +89,178 @@ def run(box: Box) -> None:
     for name, process in running.items():
         process.kill()
         report(box, name, "stopped at the limit")
-    folders = [box.out / "models" / name for name in names if (box.out / "models" / name / "manifest.json").exists()]
+    folders = sorted(path.parent for path in (box.out / "models").glob("*/manifest.json"))
     for part in pack(folders, box.out / "models.tar"):
         box.row(part=part.name, bytes=part.stat().st_size)
 
 
-def report(box: Box, name: str, code: int | str) -> None:
-    log = box.out / "training" / name / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [{}]
-    tail = (box.out / f"train-{name}.log").read_text()[-600:] if code else ""
-    box.row(network=name, exit_status=code, **{k: v for k, v in lines[-1].items() if k != "grad_norm"}, tail=tail)
+def report(box: Box, group: str, code: int | str) -> None:
+    tail = (box.out / f"train-{group}.log").read_text()[-600:] if code else ""
+    for name in GROUPS[group][1]:
+        path = box.out / "models" / name / "manifest.json"
+        final = json.loads(path.read_text())["final_loss"] if path.exists() else {}
+        box.row(network=name, group=group, exit_status=code, tail=tail, **final)
 
 
-def train_one(name: str, out: Path, images: Path, seconds: float, rehearse: bool) -> None:
-    """Trains one network within so many seconds and leaves ``models/NAME`` in bfloat16."""
+def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bool) -> None:
+    """Trains the networks of one group within so many seconds and leaves ``models/NAME`` of each in bfloat16."""
     began = time.monotonic()
-    import carry
-    from dit_jax.checkpoint import load_manifest, load_model, save_model
-    from dit_jax.config import DiTConfig
-    from dit_jax.training import TrainConfig, training_data, train
+    import gpu_carry
 
-    network = NETWORKS[name]
-    found = carry.unpack(images)
-    data, flip = training_data(found, network.transform)
+    from dit_jax.checkpoint import save_model
+    from dit_jax.config import DiTConfig
+    from dit_jax.training import TrainConfig
+    from dit_jax.transforms import training_data
+
+    shape, networks = GROUPS[name]
+    found = gpu_carry.unpack(images)
+    data = {network.transform: training_data(found, network.transform) for network in networks.values()}
+    (prediction,) = {network.prediction for network in networks.values()}
+    small = {"depth": 2, "hidden_size": 32, "num_heads": 2}
+    look = small if rehearse else {field: getattr(shape, field) for field in small}
     config = DiTConfig(
-        input_size=carry.SIZE,
+        input_size=gpu_carry.SIZE,
         in_channels=3,
         num_classes=len(found.class_names),
-        depth=2 if rehearse else network.depth,
-        hidden_size=32 if rehearse else network.hidden_size,
-        num_heads=2 if rehearse else network.num_heads,
-        prediction=network.prediction,
+        prediction=prediction,
         dtype="bfloat16",
+        **look,
     )
-    trial = 4 if rehearse else TRIAL
 
-    def settings(steps: int) -> TrainConfig:
+    def settings(steps: int, network: Network) -> TrainConfig:
         return TrainConfig(
             steps=steps,
-            batch_size=8 if rehearse else network.batch_size,
-            learning_rate=network.learning_rate,
+            batch_size=8 if rehearse else shape.batch_size,
+            learning_rate=shape.learning_rate,
             seed=network.seed,
-            weight_cap=network.weight_cap,
-            flip=flip,
+            weight_cap=20.0 if prediction == "epsilon" else 1.0,  # as the shipped ones
+            flip=data[network.transform].may_mirror,
         )
 
-    folder = out / "training" / name
-    options = {"log_every": max(1, trial // 4), "checkpoint_every": 10**9, "progress": False}
-    train(data, config, settings(trial), folder, **options)
-    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    tried = time.monotonic() - began
-    left = seconds - tried - min(STARTING, tried)  # the program is compiled again: its schedule has changed
-    steps = 2 * trial if rehearse else min(MOST, trial + int(0.9 * left / last["seconds_per_step"]))
-    print(f"{name}: {last['seconds_per_step']:.4f} s a step, {steps} steps, {left:.0f} s left after {tried:.0f}", flush=True)
-    options |= {"log_every": max(1, steps // 40)}
-    command = f"python benchmarks/gpu.py OUT --only networks --networks {name}"
-    model = train(data, config, settings(steps), folder, resume=True, command=command, **options)
-    extra = {k: v for k, v in load_manifest(model).items() if k in ("data", "training", "final_loss", "command")}
-    save_model(load_model(model), out / "models" / name, dtype="bfloat16", extra=extra, overwrite=True)
-    print(f"{name}: {time.monotonic() - began:.0f} s in all", flush=True)
+    def train(steps: int, **options) -> tuple[list[Any], dict]:
+        each = [settings(steps, network) for network in networks.values()]
+        return side_by_side(config, each, [data[network.transform] for network in networks.values()], **options)
+
+    trial, few, ready = time.monotonic(), (2 if rehearse else 8) * CHUNK, []
+
+    def compiled() -> None:
+        ready.append(time.monotonic())
+        wait_for_others(out, name)
+
+    _, last = train(few, compiled=compiled)
+    setting_up = ready[0] - trial  # comes once more: the long run has another schedule, compiled in
+    left = seconds - (time.monotonic() - began)
+    steps = int(0.93 * (left - setting_up) / last["seconds_per_step"]) // CHUNK * CHUNK
+    steps = few if rehearse else max(CHUNK, steps)
+    print(f"{name}: {last}, setting up {setting_up:.0f} s, {steps} steps, {left:.0f} s left", flush=True)
+    models, last = train(steps, seconds=left)
+    for i, (label, network) in enumerate(networks.items()):
+        extra = {
+            "data": data[network.transform].preparation(),
+            "training": asdict(settings(steps, network)),
+            "final_loss": {k: v[i] if isinstance(v, list) else v for k, v in last.items()},
+            "command": "python benchmarks/gpu.py OUT --only networks",
+        }
+        save_model(models[i], out / "models" / label, dtype="bfloat16", extra=extra, overwrite=True)
+    print(f"{name}: {time.monotonic() - began:.0f} s in all, {last}", flush=True)
+
+
+def wait_for_others(out: Path, name: str) -> None:
+    """Until all groups that were started are compiled, so that what a step takes is measured with all of them at work;
+    for a minute at most."""
+    (out / f"train-{name}.ready").touch()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and len(list(out.glob("train-*.ready"))) < len(list(out.glob("train-*.log"))):
+        time.sleep(0.05)
+
+
+def side_by_side(
+    config,
+    settings: list,
+    data: list,
+    *,
+    compiled: Callable[[], None] = lambda: None,
+    seconds: float = float("inf"),
+) -> tuple[list[Any], dict]:
+    """Trains networks of one shape, which differ in seed and data, as one program on one device.
+
+    Every network sees the batches, noise and levels that `dit_jax.training.train` gives it alone.
+
+    Args:
+      config: of all networks.
+      settings: of each; all but ``seed`` and ``flip`` are the first one's.
+      data: what each is trained on, `Photographs` or `TransformedImages`; held on the device.
+      compiled: called when the first steps are done.
+      seconds: training ends after so long even if steps are left.
+
+    Returns:
+      the models with averaged weights; and the steps that were done, seconds a step, and for each network the mean loss
+      and squared error over the last steps.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from dit_jax.model import DiT
+    from dit_jax.training import batch_indices, initial_state, make_update
+    from ou_theory.clock import make_clock
+
+    first = settings[0]
+    split = [nnx.split(DiT(config, nnx.Rngs(each.seed)), nnx.Param, ...) for each in settings]
+    graph, _, constants = split[0]
+    update = jax.vmap(make_update(config, first, graph, constants, make_clock(1000)))
+    states = [initial_state(params, first) for _, params, _ in split]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    sources = list({id(d): d for d in data}.values())
+    whole = [everything(d) for d in sources]
+    arrays = [tuple(map(jnp.asarray, images_and_labels)) for images_and_labels in whole]
+    of = [sources.index(d) for d in data]
+    seeds = jnp.asarray([each.seed for each in settings])
+    mirrored = jnp.asarray([0.5 if each.flip else 0.0 for each in settings])
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(state, arrays, indices):
+        def body(state, chosen):
+            x0 = jnp.stack([arrays[of[i]][0][index] for i, index in enumerate(chosen)])
+            labels = jnp.stack([arrays[of[i]][1][index] for i, index in enumerate(chosen)])
+            state, metrics = update(state, x0, labels, seeds, mirrored)
+            return state, {"loss": metrics["loss"], "mse": metrics["mse"].mean(-1)}
+
+        state, metrics = jax.lax.scan(body, state, indices)
+        return state, jax.tree.map(lambda x: x.mean(0), metrics)
+
+    began, done, metrics = time.monotonic(), 0, None
+    started = began
+    while done < first.steps and time.monotonic() - began < seconds:
+        rows = range(done, min(done + CHUNK, first.steps))
+        chosen = [[batch_indices(s, len(whole[i][1]), k) for s, i in zip(settings, of, strict=True)] for k in rows]
+        state, ahead = advance(state, arrays, jnp.asarray(np.asarray(chosen, np.int32)))
+        jax.block_until_ready(metrics)  # the device has one call to work on, and no more in line
+        metrics = ahead
+        done = rows.stop
+        if done == CHUNK:
+            jax.block_until_ready(metrics)
+            compiled()
+            started = time.monotonic()
+        if done % (20 * CHUNK) == 0:
+            print(done, jax.tree.map(lambda x: np.round(x, 4).tolist(), jax.device_get(metrics)), flush=True)
+    losses = {name: values.tolist() for name, values in jax.device_get(metrics).items()}
+    each = (time.monotonic() - started) / max(done - CHUNK, 1)
+    models = [
+        nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state["ema"]), constants) for i in range(len(settings))
+    ]
+    return models, {"step": done, "seconds_per_step": each, **losses}
+
+
+def everything(data):
+    """All images (N, H, W, 3) float32 as the network sees them, and their labels (N,)."""
+    from dit_jax.images import standardize
+    from dit_jax.training import Photographs
+
+    if isinstance(data, Photographs):
+        return standardize(data.images.pixels, data.images.mean, data.images.std), data.images.labels
+    return data.x, data.labels
 
 
 def pack(folders: list[Path], target: Path) -> list[Path]:
@@ -167,4 +297,4 @@ def table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    train_one(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), "--rehearse" in sys.argv)
+    train_group(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), "--rehearse" in sys.argv)

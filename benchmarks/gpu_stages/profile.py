@@ -38,7 +38,11 @@ def run(box: Box) -> None:
         total = sum(seconds for seconds, _ in kernels.values())
         for name, (seconds, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:25]:
             box.row(
-                batch=batch, kernel=name[:120], kind=kind_of(name), ms=1e3 * seconds / CALLS, calls=count / CALLS,
+                batch=batch,
+                kernel=name[:120],
+                kind=kind_of(name),
+                ms=1e3 * seconds / CALLS,
+                calls=count / CALLS,
                 share=seconds / total,
             )
         kinds: dict[str, float] = defaultdict(float)
@@ -49,7 +53,7 @@ def run(box: Box) -> None:
 
 
 def kernel_times(path: Path) -> dict[str, tuple[float, int]]:
-    """Seconds and number of runs of every kernel in a trace: of the GPU's streams, or of the CPU where there is none."""
+    """Seconds and runs of every kernel in a trace: of the GPU's streams, or of the CPU where there is none."""
     found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     gpus = [plane for plane in planes if "GPU" in plane.name]

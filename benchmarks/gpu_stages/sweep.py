@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from dit_jax.checkpoint import save_model
 from experiments.cli import main
@@ -25,10 +24,7 @@ def run(box: Box) -> None:
     pairs = blocks * BLOCK
     weights, out = box.out / "sweep" / "weights", box.out / "sweep" / "run"
     began = time.perf_counter()
-    model = random_model(config)
-    model.pos_embed[...] = model.pos_embed[...].astype(jnp.float32)  # as it is stored
-    save_model(model, weights, dtype="bfloat16")
-    del model
+    save_model(random_model(config), weights, dtype="bfloat16", overwrite=True)
     saved = time.perf_counter()
     watch = Watch(out / "manifest.json")
     watch.start()
@@ -48,7 +44,9 @@ def run(box: Box) -> None:
         exit_status=code,
         save_s=round(saved - began, 1),
         command_s=round(finished - saved, 1),
-        timings=json.loads((out / "manifest.json").read_text())["timings"] if (out / "manifest.json").exists() else None,
+        timings=json.loads((out / "manifest.json").read_text())["timings"]
+        if (out / "manifest.json").exists()
+        else None,
         seconds_per_block=steady,
         pairs_per_hour=rate and 3600 * rate,
         flops_per_s=steady and flops(config, images // 2, 2) / steady,

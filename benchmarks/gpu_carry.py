@@ -8,7 +8,6 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -42,19 +41,19 @@ def pack(images: Path, target: Path) -> None:
     from dit_jax.images import load_images
 
     found = load_images(images, SIZE)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            for label, name in enumerate(found.class_names):
-                pixels = found.pixels[found.labels == label]
-                for first in range(0, len(pixels), SHEET**2):
-                    some = pixels[first : first + SHEET**2]
-                    full = np.zeros((SHEET**2, SIZE, SIZE, 3), np.uint8)
-                    full[: len(some)] = some
-                    sheet = full.reshape(SHEET, SHEET, SIZE, SIZE, 3).swapaxes(1, 2).reshape(SHEET * SIZE, -1, 3)
-                    data = io.BytesIO()
-                    Image.fromarray(sheet).save(data, "WEBP", lossless=True, quality=100, method=4)
-                    archive.writestr(f"{name}/{first:06d}_{len(some)}.webp", data.getvalue())
-    Path(file.name).replace(target)
+    aside = target.with_suffix(".partial")
+    with zipfile.ZipFile(aside, "w") as archive:
+        for label, name in enumerate(found.class_names):
+            pixels = found.pixels[found.labels == label]
+            for first in range(0, len(pixels), SHEET**2):
+                some = pixels[first : first + SHEET**2]
+                full = np.zeros((SHEET**2, SIZE, SIZE, 3), np.uint8)
+                full[: len(some)] = some
+                sheet = full.reshape(SHEET, SHEET, SIZE, SIZE, 3).swapaxes(1, 2).reshape(SHEET * SIZE, -1, 3)
+                data = io.BytesIO()
+                Image.fromarray(sheet).save(data, "WEBP", lossless=True, quality=100, method=4)
+                archive.writestr(f"{name}/{first:06d}_{len(some)}.webp", data.getvalue())
+    aside.replace(target)
 
 
 def unpack(packed: Path):
