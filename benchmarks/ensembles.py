@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from ou_theory import ensembles as en
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 
 HIGH, LOW = 1e4, 1e-3  # noise variances at the ends
 LOOP = "Euler, NumPy loop"
@@ -106,7 +106,7 @@ def measure(settings: Settings) -> list[dict]:
     start = jax.jit(lambda: en.noised_clusters(law, HIGH, 0, jnp.arange(settings.paths)))()
     cases = {
         "Euler, one jitted scan": lambda y: en.simulate(euler_step(law, ds), y, jnp.asarray(ladder[:-1]), 0)[0],
-        "exact steps, one jitted scan": lambda y: en.simulate(en.clusters_sde(law), y, en.falling(ladder), 0)[0],
+        "exact steps, one jitted scan": lambda y: en.simulate(en.clusters_sde(law), y, en.noise_steps(ladder), 0)[0],
         "Euler, diffrax": lambda y: diffrax_solve(law, steps, y),
     }
     runs: dict[str, tuple[Callable, float, float]] = {}
@@ -161,7 +161,7 @@ def main(settings: Settings) -> None:
         )
     law, start = law_of(settings.modes), jax.ShapeDtypeStruct((settings.paths, settings.modes), jnp.float32)
     for few in (max(settings.steps // 10, 1), settings.steps):
-        levels = en.falling(np.geomspace(HIGH, LOW, few + 1))
+        levels = en.noise_steps(np.geomspace(HIGH, LOW, few + 1))
         run = jax.jit(lambda y, levels=levels: en.simulate(en.clusters_sde(law), y, levels, 0)[0])
         beside = memory_beside(run.lower(start).compile())
         print(f"# exact steps, {few} of them: {beside / 1e6:.2f} MB beside the states")

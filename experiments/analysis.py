@@ -1,6 +1,6 @@
 """From stored measurements to estimates: commitment levels, decided fractions, gaps, with intervals, beside the theory.
 
-One estimator (`ou_theory.commitment`) serves the network, its controls and the exact recursions. Pairs are the unit of
+One estimator (`ou_theory.estimator`) serves the network, its controls and the exact recursions. Pairs are the unit of
 resampling: one draw of pairs serves all bands, steps and couplings of a source.
 """
 
@@ -12,12 +12,12 @@ import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.attention import rho
 from ou_theory.bootstrap import basic_interval, resample
 from ou_theory.clock import Clock
-from ou_theory.commitment import Commitment
-from ou_theory.laws import wiener_gain
+from ou_theory.estimator import Commitment
+from ou_theory.gain_model import wiener_gain
 from ou_theory.recursion import recursion_energy
 
 WINDOW_START = -6.0  # log-SNR at which the window of the estimator opens, unless guarded

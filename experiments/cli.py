@@ -1,5 +1,6 @@
 """The command line: ``syncgap --help``."""
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from dit_jax.config import Prediction
+from dit_jax.conversion import convert_checkpoint
 from experiments.cloning import CloningConfig
 from experiments.compare import CompareConfig
 from experiments.depth import DepthConfig
@@ -123,6 +125,13 @@ class Info:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest instead
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@functools.wraps(convert_checkpoint)
+def _convert(*args: Any, **settings: Any) -> Callable[[], int]:
+    """`convert_checkpoint`, to be run once the command line is read."""
+    return functools.partial(convert_checkpoint, *args, **settings)
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors of ours are one message, not a traceback."""
     argv = sys.argv[1:] if args is None else args
@@ -136,12 +145,15 @@ def main(args: list[str] | None = None) -> int:
             "train": Train,
             "sample": Sample,
             "info": Info,
+            "convert": _convert,
         },
         args=argv,
         prog="syncgap",
     )
     line = shlex.join(["syncgap", *argv])
     try:
+        if isinstance(command, functools.partial):
+            return command()
         return _run(command, line)
     except (ValueError, OSError) as error:
         print(f"syncgap: {error}", file=sys.stderr)

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from dit_jax.diffusion import Denoiser, Prediction, ancestral_step, network_denoiser
+from dit_jax.diffusion import Denoiser, DenoiserOutput, ancestral_step, network_denoiser
 from dit_jax.objective import posterior_tables
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.analysis import LOW, guarded_start
 from experiments.cloning_report import CONTRASTS, MEASURES, report
 from experiments.solvable import branch_steps
 from experiments.study import Study, StudyConfig, pair_draws, resampled_mean, with_interval
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.clock import Clock, make_clock
 from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
@@ -54,16 +54,12 @@ def inner_branches(clock: Clock, count: int) -> np.ndarray:
     return steps[steps < len(clock) - 1]
 
 
-def _prediction(found: jax.Array | Prediction) -> Prediction:
-    return found if isinstance(found, Prediction) else Prediction(found)
-
-
 def clone_ends(denoise: Denoiser, clock: Clock, states, branch, labels, noise) -> jax.Array:
     """Ends (2, P, H, W, C) of states of the step `branch`, which may be traced, under ``noise(step)`` from there on."""
     update = ancestral_step(clock)
 
     def body(step, x):
-        return update(step, x, _prediction(denoise(x, step, labels)), noise(step))
+        return update(step, x, denoise(x, step, labels), noise(step))
 
     return jax.lax.fori_loop(branch, len(clock), body, states)
 
@@ -75,7 +71,7 @@ def measure(
     low, high = (jnp.asarray(table, jnp.float32) for table in posterior_tables(clock)[2:])
 
     def revealed(x, step, labels):
-        found = _prediction(denoise(x, step, labels))
+        found = denoise(x, step, labels)
         return found._replace(taps=jnp.zeros_like(x) if found.fraction is None else found.fraction)
 
     def observe(step, x, denoised, fraction):
@@ -113,7 +109,7 @@ def measure(
         signal = jnp.asarray(clock.alpha_bar**0.5, ends.dtype)[step]
         spread = jnp.asarray((1 - clock.alpha_bar) ** 0.5, ends.dtype)[step]
         noisy = signal * ends + spread * pair_noise(seed + NOISE_SEED, pairs, step, shape)
-        found = _prediction(denoise(noisy, step, labels)).denoised
+        found = denoise(noisy, step, labels).denoised
         error, difference = jnp.square(dct2(found - ends)), pair_modes(found)[1]
         return {
             "error": band_mean(error, bands).mean(0),
@@ -208,10 +204,10 @@ def gaussian_denoiser(clock: Clock, bands: Bands, filters: jax.Array, noise: jax
     low, high = (jnp.asarray(table, jnp.float32) for table in posterior_tables(clock)[2:])
     fraction = (jnp.log(noise) - low) / (high - low)
 
-    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
+    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         y = dct2(x * jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step])
         denoised = jnp.einsum("...hwc,hwcd->...hwd", y, filters[step][bands.index], precision="highest")
-        return Prediction(idct2(denoised), jnp.broadcast_to(fraction[step], x.shape))
+        return DenoiserOutput(idct2(denoised), jnp.broadcast_to(fraction[step], x.shape))
 
     return denoise
 

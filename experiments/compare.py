@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from dit_jax.attention import COUPLINGS, Coupling
+from dit_jax.attention import GATE_KINDS, GateKind
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import GuidedChannels, GuidedCoupling, Sampler
 from dit_jax.images import to_pixels
@@ -43,7 +43,7 @@ class CompareConfig:
     pairs: int = 64
     steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
     sampler: Sampler = "ddim"
-    gate: Coupling = "joint"
+    gate: GateKind = "joint"
     guidance: float = 1.0
     guided_channels: GuidedChannels = "all"
     guided_coupling: GuidedCoupling = "both"  # halves of the guided batch that the gate couples
@@ -66,8 +66,8 @@ class CompareConfig:
         for name in ("pairs", "gain_pairs", "untrained_pairs"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2: intervals come from resampling pairs")
-        if self.gate not in COUPLINGS:
-            raise ValueError(f"gate {self.gate!r} is not one of {', '.join(COUPLINGS)}")
+        if self.gate not in GATE_KINDS:
+            raise ValueError(f"gate {self.gate!r} is not one of {', '.join(GATE_KINDS)}")
         if not np.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
 

@@ -23,7 +23,7 @@ from experiments.depth_report import LAST, report
 from experiments.measure import shuffled_bands
 from experiments.probe import FOLDS, SEED_OFFSET, Probe, stream_modes, token_bands
 from experiments.study import Study, StudyConfig, pair_draws, resampled_mean, with_interval
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.modes import band_mean, pair_modes
 
 
@@ -98,7 +98,7 @@ class DepthInstrument:
             }
 
         def coupled(gate):
-            return network_denoiser(model, clock, gate, coupling=self.config.gate, tap=tap)
+            return network_denoiser(model, clock, gate, kind=self.config.gate, tap=tap)
 
         _, kept = run_pairs(coupled, clock, couplings, pairs, labels, shape, seed=self.config.seed, observe=observe)
         # (K, layer, C, P, band, kind) -> (P, C, layer, K, band, kind)

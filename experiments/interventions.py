@@ -25,7 +25,7 @@ from experiments.analysis import WINDOW_START, estimate, guarded_start
 from experiments.interventions_report import ALL, CONSTANT, NO_HEAD, NONE, report
 from experiments.study import Study, StudyConfig, pair_draws, resampled_mean, with_interval
 from ou_theory.clock import Clock, make_clock
-from ou_theory.commitment import commitment, gap
+from ou_theory.estimator import commitment, gap
 from ou_theory.modes import band_mean, pair_modes
 
 WINDOWS = ("early", "middle", "late")
@@ -186,7 +186,7 @@ class InterventionsInstrument:
 
         def coupled(gate):
             edit = None if edits is None else _edit(*(jnp.tile(x, (pairs.shape[0], 1)) for x in edits))
-            return network_denoiser(model, study.clock, gate, coupling=study.config.gate, edit=edit)
+            return network_denoiser(model, study.clock, gate, kind=study.config.gate, edit=edit)
 
         def observe(step, x, denoised):
             return band_mean(jnp.square(pair_modes(denoised)[1]), study.bands)

@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.attention import Coupling, symmetric_gate
-from dit_jax.diffusion import Denoiser, GuidedChannels, GuidedCoupling, Prediction, Sampler, network_denoiser
+from dit_jax.attention import GateKind, symmetric_gate
+from dit_jax.diffusion import Denoiser, DenoiserOutput, GuidedChannels, GuidedCoupling, Sampler, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from ou_theory.clock import Clock
-from ou_theory.laws import wiener_gain
+from ou_theory.gain_model import wiener_gain
 from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
 
 def coupled_network(
     model: DiT,
     clock: Clock,
-    coupling: Coupling = "joint",
+    kind: GateKind = "joint",
     guidance: float = 1.0,
     channels: GuidedChannels = "all",
     guided_coupling: GuidedCoupling = "both",
@@ -32,7 +32,7 @@ def coupled_network(
         model,
         clock,
         gate,
-        coupling=coupling,
+        kind=kind,
         guidance=guidance,
         channels=channels,
         guided_coupling=guided_coupling,
@@ -53,11 +53,11 @@ def coupled_wiener(variance: jax.Array, clock: Clock) -> CoupledDenoiser:
     def coupled(gate: jax.Array) -> Denoiser:
         mixing = gate / gate.sum(-1, keepdims=True)
 
-        def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> jax.Array:
+        def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
             sigma2 = jnp.asarray(clock.sigma**2, x.dtype)[step]
             scale = jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step]
             each = wiener_gain(variance, sigma2) * dct2(scale * x)
-            return idct2(jnp.einsum("nab,bnhwc->anhwc", mixing, each, precision="highest"))
+            return DenoiserOutput(idct2(jnp.einsum("nab,bnhwc->anhwc", mixing, each, precision="highest")))
 
         return denoise
 
@@ -141,8 +141,7 @@ def one_pass(
 
     def at_step(inputs):
         step, x = inputs
-        prediction = denoise(jnp.repeat(x, count, 1), step, jnp.repeat(labels, count))
-        denoised = prediction.denoised if isinstance(prediction, Prediction) else prediction
+        denoised = denoise(jnp.repeat(x, count, 1), step, jnp.repeat(labels, count)).denoised
         difference = pair_modes(denoised.reshape(2, size, count, *x.shape[2:]))[1]
         return band_mean(jnp.square(difference), bands).swapaxes(0, 1)
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.attention import Coupling, symmetric_gate
-from dit_jax.diffusion import Prediction, network_denoiser
+from dit_jax.attention import GateKind, symmetric_gate
+from dit_jax.diffusion import network_denoiser
 from dit_jax.model import Block, DiT, widened
 from dit_jax.replicas import run_pairs
 from experiments.analysis import WINDOW_START
@@ -90,7 +90,7 @@ class HeadSplit(NamedTuple):
     cross: jax.Array  # (2, T, d)
 
 
-def split_head(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, coupling: Coupling) -> HeadSplit:
+def split_head(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, kind: GateKind) -> HeadSplit:
     """The split of ``O_A - O_B`` of one head, for q, k, v (2, T, d).
 
     ``cross`` is what is neglected where the replicas' readings of each other are taken to have the same pattern:
@@ -102,16 +102,16 @@ def split_head(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, coupling:
     def rows(parts):
         return jnp.stack([*parts, parts.total])
 
-    exact = rows(exact_difference(q, k, v, g, coupling))
+    exact = rows(exact_difference(q, k, v, g, kind))
     common = [x.mean(0) for x in (q, k, v)]
     differences = [x[0] - x[1] for x in (q, k, v)]
     first = rows(first_order_difference(*common, *differences, g=g))
-    weights = pair_weights(q, k, g, coupling)
+    weights = pair_weights(q, k, g, kind)
     a, b = weights[0, :, 1], weights[1, :, 0]
     mass = [w.sum(-1, keepdims=True) for w in (a, b)]
     pattern_a, pattern_b = (w / jnp.where(m > 0, m, 1) for w, m in zip((a, b), mass, strict=True))
     cross = jnp.stack([a - b, (mass[0] + mass[1]) / 2 * (pattern_a - pattern_b)]) @ common[2]
-    return HeadSplit(exact, rows(exact_difference(q, k, v, jnp.zeros_like(g), coupling)), exact - first, cross)
+    return HeadSplit(exact, rows(exact_difference(q, k, v, jnp.zeros_like(g), kind)), exact - first, cross)
 
 
 class MechanismInstrument:
@@ -140,7 +140,7 @@ class MechanismInstrument:
         """Uncoupled states (levels, 2, P, H, W, C) under DDIM."""
         study = self.study
         _, states = run_pairs(
-            lambda gate: network_denoiser(model, study.clock, gate, coupling=study.config.gate),
+            lambda gate: network_denoiser(model, study.clock, gate, kind=study.config.gate),
             study.clock,
             jnp.zeros(1),
             pairs,
@@ -156,14 +156,13 @@ class MechanismInstrument:
         gs = jnp.tile(couplings, size)  # a pair's couplings side by side
         labels = jnp.repeat(labels, count)
         denoise = network_denoiser(
-            model, self.study.clock, symmetric_gate(gs), coupling=self.study.config.gate, tap=self._tap(model, gs)
+            model, self.study.clock, symmetric_gate(gs), kind=self.study.config.gate, tap=self._tap(model, gs)
         )
 
         def at_level(inputs):
             step, x = inputs
             x = jnp.repeat(x, count, 1)
             prediction = denoise(x, step, labels)
-            assert isinstance(prediction, Prediction)
             found, writes = prediction.taps
             embedding = self._difference(widened(model.embed(x.astype(model.config.dtype))))
             final = embedding + sum(write.sum(0) for write in writes.values())

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from experiments.study import pair_draws, resampled_mean, with_interval
-from ou_theory.commitment import HIGH_BAND, LOW_BAND
+from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 ORIGINS = ("embedding", "attention", "mlp")
 TOP = 0.1  # share of the heads that counts as the strongest

@@ -28,7 +28,7 @@ from experiments.report import number
 from experiments.section import Section, Table, estimate, finish
 from experiments.store import RunFolder
 from ou_theory.attention import rho
-from ou_theory.commitment import HIGH_BAND, LOW_BAND
+from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 PART_COLORS = {"routing": "#0072B2", "key": "#009E73", "query": "#D55E00"}
 ORIGIN_COLORS = {"embedding": "#8a8f99", "attention": "#0072B2", "mlp": "#E69F00"}

@@ -76,7 +76,7 @@ class Probe:
             return [stream_modes(activations[name])[1] @ projection for name in ("resid_pre", "resid_post")]
 
         def coupled(gate):
-            return network_denoiser(model, study.clock, gate, coupling=study.config.gate, tap=tap)
+            return network_denoiser(model, study.clock, gate, kind=study.config.gate, tap=tap)
 
         end, kept = run_pairs(
             coupled,

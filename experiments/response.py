@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from dit_jax.attention import symmetric_gate
-from dit_jax.diffusion import Denoiser, Prediction, ddim_step, network_denoiser
+from dit_jax.diffusion import Denoiser, ddim_step, network_denoiser
 from dit_jax.replicas import INITIAL, pair_noise, run_pairs
 from experiments.measure import coupled_wiener
 from experiments.response_analysis import analyse, band_variance, window
@@ -163,7 +163,7 @@ class ResponseInstrument:
 
         def advance(y):
             x = into * y
-            return update(step, x, predicted(denoise, x, step, labels), None) * out
+            return update(step, x, denoise(x, step, labels), None) * out
 
         return advance
 
@@ -177,9 +177,7 @@ class ResponseInstrument:
         masks = jnp.asarray(self.masks, white.dtype)[:, None, None, None, :, :, None]
         probes = (masks * white).reshape(-1, *y.shape)  # band outer, probe inner; DCT coefficients
         into = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[step]
-        denoised, moved = pushed(
-            lambda y: predicted(denoise, into * y, step, labels).denoised, y, idct2(probes).astype(y.dtype)
-        )
+        denoised, moved = pushed(lambda y: denoise(into * y, step, labels).denoised, y, idct2(probes).astype(y.dtype))
         moved = dct2(moved)
         size = jnp.square(probes).sum((-3, -2, -1))  # (band * probe, 2, P)
         product = jnp.einsum("irphwc,jrphwc->ijrp", probes, moved, precision="highest")
@@ -216,11 +214,6 @@ VARIABLES = {
         "share of a band in a direction, before each step, and at the end",
     ),
 }
-
-
-def predicted(denoise: Denoiser, x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
-    found = denoise(x, step, labels)
-    return found if isinstance(found, Prediction) else Prediction(found)
 
 
 def pushed(f: Callable[[jax.Array], jax.Array], y: jax.Array, tangents: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from dit_jax.checkpoint import load_manifest
-from dit_jax.diffusion import Denoiser, Prediction, ancestral_step, network_denoiser
+from dit_jax.diffusion import Denoiser, DenoiserOutput, ancestral_step, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.analysis import WINDOW_START
@@ -26,9 +26,9 @@ from experiments.info import model_folder
 from experiments.solvable_data import NAMES, SIZE, SolvableData, law, spectrum, to_images, to_modes
 from experiments.solvable_report import report
 from experiments.study import Measure, Study, StudyConfig, pair_draws, resampled_mean, with_interval
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.clock import Clock
-from ou_theory.laws import Clusters, sign_correlation
+from ou_theory.cluster_laws import Clusters, sign_correlation
 from ou_theory.modes import Bands, band_mean, dct2
 from ou_theory.recursion import recursion_energy
 
@@ -60,11 +60,12 @@ def exact_denoiser(clock: Clock) -> Denoiser:
     """The posterior mean of every law, by label; states (..., N, 8, 8, 2)."""
     laws = [law(name) for name in NAMES]
 
-    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> jax.Array:
+    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         sigma2 = jnp.asarray(clock.sigma**2, x.dtype)[step]
         y = to_modes(x * jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step])
         each = jnp.stack([one.posterior_mean(y, sigma2) for one in laws])
-        return to_images(jnp.take_along_axis(each, labels.reshape(1, *(1,) * (y.ndim - 2), -1, 1), 0)[0])
+        mean = jnp.take_along_axis(each, labels.reshape(1, *(1,) * (y.ndim - 2), -1, 1), 0)[0]
+        return DenoiserOutput(to_images(mean))
 
     return denoise
 
@@ -137,8 +138,7 @@ class SolvableInstrument:
             scale = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[step]
 
             def denoised(y):
-                found = denoise(to_images(scale * y)[None], step, labels)
-                return to_modes((found.denoised if isinstance(found, Prediction) else found)[0])
+                return to_modes(denoise(to_images(scale * y)[None], step, labels).denoised[0])
 
             _, moved = jax.jvp(denoised, (y,), (direction,))
             return ((moved - direction) * direction).sum(-1) / jnp.square(direction).sum(-1)
@@ -156,9 +156,7 @@ class SolvableInstrument:
             seed = self.seed + CLONE_SEED + branch  # branches do not share noise: their errors are independent
 
             def body(step, x):
-                found = denoise(x, step, labels)
-                found = found if isinstance(found, Prediction) else Prediction(found)
-                return update(step, x, found, pair_noise(seed, pairs, step, self.shape))
+                return update(step, x, denoise(x, step, labels), pair_noise(seed, pairs, step, self.shape))
 
             scale = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[branch]
             x = to_images(scale * self._states(pairs, branch, name))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.training import TrainConfig
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 from ou_theory.modes import dct2, idct2
 
 SIZE, CHANNELS = 8, 2

@@ -17,7 +17,7 @@ import xarray as xr
 from flax import nnx
 from tqdm import tqdm
 
-from dit_jax.attention import COUPLINGS, Coupling
+from dit_jax.attention import GATE_KINDS, GateKind
 from dit_jax.checkpoint import load_manifest, load_model
 from dit_jax.config import DiTConfig
 from dit_jax.model import DiT
@@ -97,7 +97,7 @@ class StudyConfig:
     weights: str = DEFAULT_WEIGHTS  # a converted DiT (folder), or the name of a shipped model
     pairs: int = 32
     steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
-    gate: Coupling = "joint"
+    gate: GateKind = "joint"
     classes: tuple[int, ...] | None = None  # labels that the pairs take in turn; all classes by default
     seed: int = 0
     block: int = 4  # pairs that run together; what an interruption may lose
@@ -110,8 +110,8 @@ class StudyConfig:
         for name in ("pairs", "untrained_pairs"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2: intervals come from resampling pairs")
-        if self.gate not in COUPLINGS:
-            raise ValueError(f"gate {self.gate!r} is not one of {', '.join(COUPLINGS)}")
+        if self.gate not in GATE_KINDS:
+            raise ValueError(f"gate {self.gate!r} is not one of {', '.join(GATE_KINDS)}")
 
 
 class Study:

@@ -380,6 +380,18 @@ def test_shipped_model_is_found(folder, monkeypatch):
     assert shipped_model("model") == folder
 
 
+def test_a_folder_comes_before_a_shipped_model_of_its_name(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHIPPED", folder.parent)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shipped = arrays_of(load_model("model"))
+    assert equal(shipped, arrays_of(load_model(folder)))
+    save_weights(CONFIG, random_weights(seed=1), "model")
+    assert not equal(shipped, arrays_of(load_model("model")))
+    with pytest.raises(CheckpointError, match="nobody is not a model folder"):
+        load_model("nobody")
+
+
 def training_state():
     params = nnx.state(assemble(CONFIG, random_weights()), nnx.Param)
     return {"params": params, "opt": optax.adamw(1e-3).init(params), "step": jnp.array(7, jnp.int32)}

@@ -238,8 +238,8 @@ def sent(call):
     names = "all-gather", "all-to-all", "all-reduce", "collective-permute"
     return [name for name in names if f" {{name}}" in program]
 print("free", sent(lambda model, x, t, y, gate: model(x, t, y, attention="fused")))
-for coupling in ("joint", "blend"):
-    print(coupling, sent(lambda model, *args: model(*args, coupling=coupling, attention="fused")))
+for kind in ("joint", "blend"):
+    print(kind, sent(lambda model, *args: model(*args, kind=kind, attention="fused")))
 for halves in ("both", "conditional"):
     print(halves, sent(lambda model, *args: guided_output(model, *args, scale=2.0, guided_coupling=halves)))
 """

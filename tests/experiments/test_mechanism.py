@@ -170,7 +170,7 @@ def test_first_order_error_falls_with_the_square_of_the_difference(gate, x64):
     errors = []
     for scale in (0.1, 0.05):
         near = [x.mean(0) + scale * (x - x.mean(0)) for x in (q, k, v)]
-        split = split_head(*near, g=jnp.asarray(0.4), coupling=gate)
+        split = split_head(*near, g=jnp.asarray(0.4), kind=gate)
         errors.append(np.linalg.norm(split.error[3]) / np.linalg.norm(split.exact[3]))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
 

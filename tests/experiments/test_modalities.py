@@ -12,7 +12,7 @@ from experiments.clone_reading import SPECIATION, end_of_line, read_crossing, re
 from experiments.modalities_figures import gaps
 from experiments.modalities_report import agree, deviations, largest, with_bounds
 from experiments.store import RunFolder
-from ou_theory.laws import sign_correlation
+from ou_theory.cluster_laws import sign_correlation
 from ou_theory.schedules import scheduled_noise
 
 FLAGS = ["--paths", "1600", "--steps", "3", "--trials", "400", "--quiet"]

@@ -13,7 +13,7 @@ import xarray as xr
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser
-from experiments.response import ResponseConfig, ResponseInstrument, orthonormal, predicted, response, wiener
+from experiments.response import ResponseConfig, ResponseInstrument, orthonormal, response, wiener
 from experiments.response_analysis import band_variance, gaussian_factors, gaussian_stretches, window
 from experiments.response_report import never_grows, section, side
 from experiments.solvable import exact_denoiser
@@ -21,7 +21,7 @@ from experiments.solvable_data import NAMES, SIZE, law, to_images, to_modes
 from experiments.store import RunFolder
 from experiments.study import pair_draws, resampled_mean, untrained_model, with_interval
 from ou_theory.clock import make_clock
-from ou_theory.laws import mmse
+from ou_theory.cluster_laws import mmse
 from ou_theory.modes import dct2, idct2, radial_bands
 
 pytestmark = pytest.mark.slow
@@ -161,7 +161,7 @@ def test_derivatives_agree_with_nearby_trajectories():
 
     @jax.jit
     def advance(model, step, scale, shrink, y):
-        clean = predicted(network_denoiser(model, CLOCK), scale * y, step, labels).denoised
+        clean = network_denoiser(model, CLOCK)(scale * y, step, labels).denoised
         return clean + shrink * (y - clean)
 
     def follow(y):

@@ -28,7 +28,7 @@ from experiments.solvable import (
 from experiments.solvable_data import NAMES, SIZE, SolvableData, law, spectrum, to_images, to_modes
 from experiments.store import RunFolder
 from experiments.study import untrained_model
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -88,7 +88,7 @@ def test_exact_denoiser_is_the_posterior_mean_of_the_label(exact):
     clock = exact[0]
     denoise, step = exact_denoiser(clock), 120
     x = jax.random.normal(jax.random.key(0), (3, SIZE, SIZE, 2))
-    found = denoise(jnp.stack([x, 2 * x]), jnp.asarray(step), jnp.arange(3))
+    found = denoise(jnp.stack([x, 2 * x]), jnp.asarray(step), jnp.arange(3)).denoised
     for c, name in enumerate(NAMES):
         y = to_modes(2 * x[c]) / np.sqrt(clock.alpha_bar[step])
         expected = to_images(law(name).posterior_mean(y, jnp.asarray(clock.sigma[step] ** 2, jnp.float32)))
