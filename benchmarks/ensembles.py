@@ -17,9 +17,10 @@ import numpy as np
 import tyro
 
 from ou_theory import ensembles as en
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 
 HIGH, LOW = 1e4, 1e-3  # noise variances at the ends
+LOOP = "Euler, NumPy loop"
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,15 @@ def memory_beside(compiled: jax.stages.Compiled) -> int:
     return memory.temp_size_in_bytes
 
 
-def main(settings: Settings) -> None:
+def measure(settings: Settings) -> list[dict]:
+    """Time, compile time, memory and the variance of the ends over its exact value, of every case."""
     law, steps = law_of(settings.modes), settings.steps
     ladder = np.geomspace(HIGH, LOW, steps + 1)
     ds = float(np.log(HIGH / LOW) / steps)
     start = jax.jit(lambda: en.noised_clusters(law, HIGH, 0, jnp.arange(settings.paths)))()
     cases = {
         "Euler, one jitted scan": lambda y: en.simulate(euler_step(law, ds), y, jnp.asarray(ladder[:-1]), 0)[0],
-        "exact steps, one jitted scan": lambda y: en.simulate(en.clusters_sde(law), y, en.falling(ladder), 0)[0],
+        "exact steps, one jitted scan": lambda y: en.simulate(en.clusters_sde(law), y, en.noise_steps(ladder), 0)[0],
         "Euler, diffrax": lambda y: diffrax_solve(law, steps, y),
     }
     runs: dict[str, tuple[Callable, float, float]] = {}
@@ -114,8 +116,9 @@ def main(settings: Settings) -> None:
         began = time.perf_counter()
         compiled = jax.jit(function).lower(start).compile()
         runs[name] = (compiled, time.perf_counter() - began, memory_beside(compiled) + start.nbytes)
-    at_once = np.asarray(start)
-    runs["Euler, NumPy loop"] = (lambda _: numpy_loop(law, ladder[:-1], ds, at_once), 0.0, 3 * at_once.nbytes)
+    if LOOP not in settings.skip:
+        at_once = np.asarray(start)
+        runs[LOOP] = (lambda _: numpy_loop(law, ladder[:-1], ds, at_once), 0.0, 3 * at_once.nbytes)
     times: dict[str, list[float]] = {name: [] for name in runs}
     ends = {}
     for _ in range(settings.repeats):
@@ -123,23 +126,42 @@ def main(settings: Settings) -> None:
             began = time.perf_counter()
             ends[name] = jax.block_until_ready(run(start))
             times[name].append(time.perf_counter() - began)
+    found = []
+    for name, (_, compiling, size) in runs.items():
+        seconds = statistics.median(times[name])
+        # of the last state over its exact value, all modes alike
+        variance = (np.asarray(ends[name]) ** 2).mean(0) / (np.asarray(law.total_variance()) + LOW)
+        found.append(
+            {
+                "case": name,
+                "seconds": seconds,
+                "ns_per_mode_step": 1e9 * seconds / (settings.paths * settings.modes * steps),
+                "compile_s": compiling,
+                "bytes": size,
+                "variance": float(variance.mean()),
+            }
+        )
+    return found
+
+
+def main(settings: Settings) -> None:
+    found = measure(settings)
     device = jax.devices()[0].device_kind
-    print(f"# {settings.paths} paths, {settings.modes} modes, {steps} steps, {settings.repeats} turns, on {device}")
+    print(
+        f"# {settings.paths} paths, {settings.modes} modes, {settings.steps} steps, {settings.repeats} turns, {device}"
+    )
     print(
         f"{'case':<30} {'seconds':>9} {'ns/mode-step':>13} {'of NumPy':>9} {'compile s':>10} {'MB':>7} {'variance':>9}"
     )
-    loop = statistics.median(times["Euler, NumPy loop"])
-    for name, (_, compiling, size) in runs.items():
-        seconds = statistics.median(times[name])
-        each = 1e9 * seconds / (settings.paths * settings.modes * steps)
-        # of the last state over its exact value, all modes alike
-        variance = (np.asarray(ends[name]) ** 2).mean(0) / (np.asarray(law.total_variance()) + LOW)
+    loop = next((row["seconds"] for row in found if row["case"] == LOOP), float("nan"))
+    for row in found:
         print(
-            f"{name:<30} {seconds:>9.2f} {each:>13.2f} {loop / seconds:>9.2f} {compiling:>10.2f} {size / 1e6:>7.0f} "
-            f"{variance.mean():>9.3f}"
+            f"{row['case']:<30} {row['seconds']:>9.2f} {row['ns_per_mode_step']:>13.2f} {loop / row['seconds']:>9.2f} "
+            f"{row['compile_s']:>10.2f} {row['bytes'] / 1e6:>7.0f} {row['variance']:>9.3f}"
         )
-    for few in (max(steps // 10, 1), steps):
-        levels = en.falling(np.geomspace(HIGH, LOW, few + 1))
+    law, start = law_of(settings.modes), jax.ShapeDtypeStruct((settings.paths, settings.modes), jnp.float32)
+    for few in (max(settings.steps // 10, 1), settings.steps):
+        levels = en.noise_steps(np.geomspace(HIGH, LOW, few + 1))
         run = jax.jit(lambda y, levels=levels: en.simulate(en.clusters_sde(law), y, levels, 0)[0])
         beside = memory_beside(run.lower(start).compile())
         print(f"# exact steps, {few} of them: {beside / 1e6:.2f} MB beside the states")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import tyro
 from flax import nnx
+from flops import flops
 
 from dit_jax.attention import symmetric_gate
 from dit_jax.config import DiTConfig, variant
@@ -50,16 +51,6 @@ class Settings:
     unstacked: bool = False  # an array per layer in place of stacked ones and a scan
     growth: bool = False  # also: cost over batch, tokens and replicas, for the first size
     compile_times: bool = False  # also: compile time, scanned and unrolled
-
-
-def flops(config: DiTConfig, batch: int, replicas: int, coupled: bool) -> float:
-    """Floating point operations of the matrix products of one network call, two per multiply-add."""
-    d, t, m = config.hidden_size, config.num_tokens, config.mlp_size
-    keys = t * (replicas if coupled else 1)
-    token = config.depth * (4 * d * d + 2 * d * m + 2 * keys * d)
-    token += config.patch_size**2 * config.in_channels * d + d * config.patch_features
-    conditioning = config.depth * 6 * d * d + 256 * d + 3 * d * d
-    return 2.0 * batch * (replicas * t * token + conditioning)
 
 
 def peak(dtype: str) -> dict[str, float]:
@@ -178,7 +169,7 @@ def row(name: str, pair: Pair, task: Task, batch: int, replicas: int | None, set
     times = in_turns(runs, settings.repeats)
     median = {who: statistics.median(found) for who, found in times.items()}
     calls = settings.steps if task == "sample" else 1
-    work = calls * flops(pair.config, batch, replicas or 1, coupled=True)
+    work = calls * flops(pair.config, batch, replicas or 1)
     ratios = ""
     for who in sorted(times.keys() - {"jax"}):
         turns = [theirs / ours for theirs, ours in zip(times[who], times["jax"], strict=True)]

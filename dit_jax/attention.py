@@ -1,12 +1,14 @@
 """Multi-head attention of coupled replicas (docs/theory.md, section 6).
 
-A gate is a non-negative matrix with unit diagonal: entry (a, b) weighs replica b's keys for replica a's queries.
+A gate is a non-negative R x R matrix with unit diagonal: entry (a, b) weighs replica b's keys for replica a's queries.
+Its kind says how it acts: "joint" or "blend", see `attend`. A coupling g is a number, the off-diagonal of a symmetric
+gate.
 
-Two implementations agree to rounding. *Explicit* has the attention weights in hand, block by block, one block per
-ordered pair of replicas: a zero gate adds exact zeros, so that the uncoupled model is a special case in value and in
-derivative. *Fused* calls `jax.nn.dot_product_attention`, which never stores the weights on a GPU. There the log of the
-gate, constant over a block, rides inside the product of queries and keys as a few more features per head: no bias
-tensor, whatever the number of tokens.
+Two implementations agree to rounding. The *explicit* one computes the attention weights in blocks, one block per
+ordered pair of replicas. A zero gate adds exact zeros, so that the uncoupled model is a special case in value and in
+derivative. The *fused* one calls `jax.nn.dot_product_attention`, which never stores the weights on a GPU. The log of
+the gate is constant over a block, and enters the product of queries and keys as a few more features per head; no bias
+tensor is needed.
 
 Shape letters: R (a, b) replicas, N batch, T tokens (q of queries, k of keys), H heads, d features of a head.
 """
@@ -20,16 +22,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.backend import get_default_device
 
-Coupling = Literal["joint", "blend"]
-COUPLINGS: tuple[Coupling, ...] = ("joint", "blend")
+GateKind = Literal["joint", "blend"]
+GATE_KINDS: tuple[GateKind, ...] = ("joint", "blend")
 Implementation = Literal["auto", "explicit", "fused"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "explicit", "fused")
 
-CLOSED = -1e4  # log of a zero gate on the fused path: exp of it is exactly 0, and 0 times it is not nan
+CLOSED = -1e4  # log of a zero gate on the fused path: its exponential is exactly 0, and 0 times it is 0, not NaN
 
 
 def symmetric_gate(g, num_replicas: int = 2) -> jax.Array:
-    """All-to-all gate: 1 on the diagonal, `g` elsewhere. `g` (...,) gives (..., R, R).
+    """All-to-all gate (..., R, R) of couplings `g` (...,): 1 on the diagonal, `g` elsewhere.
 
     Raises:
       ValueError: a concrete `g` is negative or not finite.
@@ -40,7 +42,7 @@ def symmetric_gate(g, num_replicas: int = 2) -> jax.Array:
 
 
 def anisotropic_gate(g_ab, g_ba) -> jax.Array:
-    """Gate of a pair in which A reads B with weight `g_ab` and B reads A with `g_ba`: (...,) each gives (..., 2, 2).
+    """Gate (..., 2, 2) of a pair in which A reads B with the weight `g_ab` (...,) and B reads A with `g_ba` (...,).
 
     Raises:
       ValueError: a concrete entry is negative or not finite.
@@ -53,7 +55,7 @@ def anisotropic_gate(g_ab, g_ba) -> jax.Array:
 
 
 def check_coupling(g) -> None:
-    """Raises ValueError if `g` is concrete and anywhere negative or not finite (traced values pass)."""
+    """Raises ValueError if any number of `g` is negative or not finite. Traced values are not checked."""
     if isinstance(g, Tracer):
         return
     values = np.asarray(g, np.float64)
@@ -62,11 +64,11 @@ def check_coupling(g) -> None:
 
 
 def check_gate(gate) -> None:
-    """Raises ValueError if `gate` (..., R, R) is concrete and no gate: entries as `check_coupling` wants them, diagonal
-    1 (traced values pass)."""
+    """Raises ValueError unless `gate` (..., R, R) has entries that `check_coupling` accepts and ones on its diagonal.
+    Traced values are not checked."""
     check_coupling(gate)
     if not isinstance(gate, Tracer) and np.any(np.diagonal(np.asarray(gate), axis1=-2, axis2=-1) != 1):
-        raise ValueError(f"a gate has 1 on its diagonal, by which each replica reads itself; got {gate}")
+        raise ValueError(f"the diagonal of a gate must be 1, the weight of a replica's own keys; got {gate}")
 
 
 def attend(
@@ -74,7 +76,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     gate: jax.Array | None = None,
-    coupling: Coupling = "joint",
+    kind: GateKind = "joint",
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of R replicas that may read each other's keys and values.
@@ -82,33 +84,33 @@ def attend(
     Args:
       q, k, v: (R, N, T, H, d).
       gate: (N, R, R) or (1, R, R), non-negative, unit diagonal; None leaves the replicas uncoupled.
-      coupling: ``"joint"`` is one softmax over all replicas' keys, the log of the gate added to the logits; with
-        ``"blend"`` there is a softmax per replica of keys, averaged with the gate's rows as weights.
+      kind: of the gate. ``"joint"``: one softmax over the keys of all replicas, with the log of the gate added to the
+        logits. ``"blend"``: one softmax for each replica's keys, averaged with the gate's rows as weights.
       implementation: ``"explicit"``, ``"fused"``, or ``"auto"``: fused in bfloat16 on a GPU, else explicit. The fused
-        path has no derivative with respect to a gate entry that is 0, and takes a zero gate for closed as long as no
-        logit behind it exceeds the open ones by 10,000. Both go by JAX's default device: where a bfloat16 model was
-        placed on another platform, make that the default (`jax.default_device`) or ask for ``"explicit"``.
+        path has no derivative with respect to a gate entry that is 0, and a zero entry is closed only as long as no
+        logit behind it exceeds the open ones by 10,000. The choice goes by JAX's default device: if a bfloat16 model
+        lies on another platform, make that the default (`jax.default_device`) or ask for ``"explicit"``.
 
     Returns:
-      The output (R, N, T, H, d) in the dtype of `v`, and the attention weights (N, H, R, T, R, T): query replica,
-      query, key replica, key; for ``gate=None``, (N, H, R, T, 1, T). Each row of weights sums to 1; free if unused
-      under jit.
+      the output (R, N, T, H, d) in the dtype of `v`, and the attention weights (N, H, R, T, R, T) with the axes query
+      replica, query, key replica, key; (N, H, R, T, 1, T) for ``gate=None``. Each row of weights sums to 1. Under jit,
+      weights that are not used cost nothing.
 
     Raises:
-      ValueError: unknown `coupling` or `implementation`.
+      ValueError: unknown `kind` or `implementation`.
     """
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
+    if kind not in GATE_KINDS:
+        raise ValueError(f"gate kind {kind!r} is not one of {', '.join(GATE_KINDS)}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "auto":
         on_gpu = get_default_device().platform == "gpu"
         implementation = "fused" if q.dtype == jnp.bfloat16 and on_gpu else "explicit"
-    weights, mass = _weights(q, k, gate, coupling)
+    weights, mass = _weights(q, k, gate, kind)
     pattern = weights / mass
     if implementation == "fused":
-        return _fused(q, k, v, gate, coupling), pattern
-    # normalised after the product with v, where there are fewer numbers
+        return _fused(q, k, v, gate, kind), pattern
+    # dividing after the product with v takes fewer operations
     out = _read(weights, v) / jnp.moveaxis(mass[..., 0], 1, 3).swapaxes(0, 1)
     return out.astype(v.dtype), pattern
 
@@ -118,7 +120,7 @@ def read_pattern(pattern: jax.Array, v: jax.Array) -> jax.Array:
     return _read(pattern, v).astype(v.dtype)
 
 
-def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, coupling: Coupling) -> tuple[jax.Array, jax.Array]:
+def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, kind: GateKind) -> tuple[jax.Array, jax.Array]:
     """Weights (N, H, R, T, B, T) before normalisation, at least float32, and their row sums (N, H, R, T, 1, 1).
 
     B is 1 without a gate, else R. All replicas' tokens go into one product per pair and head, of contiguous matrices.
@@ -133,24 +135,25 @@ def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, coupling: Coupl
         logits = _product("...qd,...kd->...qk", _joined(q), _joined(k))
         logits = logits.reshape(batch, heads, replicas, tokens, replicas, tokens)
         gate = gate.astype(logits.dtype)[:, None, :, None, :]  # (N, 1, a, 1, b)
-        weights = (_joint_weights if coupling == "joint" else _blend_weights)(logits, gate)
+        weights = (_joint_weights if kind == "joint" else _blend_weights)(logits, gate)
     return weights, weights.sum((-2, -1), keepdims=True)
 
 
 def _joint_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
-    """``gate exp(logits)`` up to a factor per row, the largest open entry being 1."""
+    """``gate exp(logits)``, divided by the largest open entry of each row."""
     is_open = gate >= jnp.finfo(gate.dtype).tiny
     log = jnp.where(is_open, jnp.log(jnp.where(is_open, gate, 1.0)), 0.0)
     peak = jax.lax.stop_gradient(logits).max(-1) + jax.lax.stop_gradient(log)
     peak = jnp.where(is_open, peak, -jnp.inf).max(-1, keepdims=True)
-    # an open gate acts through its log, whatever its size; a closed one stays outside, for its value 0 and its slope.
-    # Only behind a closed one can logits lie far above the peak; the cap keeps 0 * exp(..) and the slope finite
+    # An open gate entry enters the exponential by its log, so that it may be of any size. A closed one multiplies the
+    # exponential from outside, so that its value is exactly 0 and its slope exists. Logits far above the peak exist
+    # only behind a closed entry; the cap keeps 0 * exp(...) and the slope finite.
     weights = jnp.exp(jnp.minimum(logits - (peak - log)[..., None], 60.0))
     return jnp.where(is_open, 1.0, gate)[..., None] * weights
 
 
 def _blend_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
-    """A softmax per block, the blocks weighted by the gate's rows."""
+    """One softmax for each block, times the block's share of its row of the gate."""
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits).max(-1, keepdims=True))
     return weights * (gate / gate.sum(-1, keepdims=True) / weights.sum(-1))[..., None]
 
@@ -166,25 +169,25 @@ def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
     return _parted(out.swapaxes(1, 2), replicas)
 
 
-def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, coupling: Coupling) -> jax.Array:
+def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, kind: GateKind) -> jax.Array:
     replicas, batch, tokens, heads, dim = q.shape
     device = get_default_device()
 
     def attention(q, k, v):  # (batch, tokens, H, features)
         bfloat16 = q.dtype == jnp.bfloat16
         implementation = "cudnn" if bfloat16 and _cudnn_takes(device, q.shape[-1]) else "xla"
-        # which takes no precision of its own, and would use TF32 on a GPU
+        # it takes no `precision` argument, and would use TF32 on a GPU
         with nullcontext() if bfloat16 else jax.default_matmul_precision("highest"):
             return jax.nn.dot_product_attention(q, k, v, scale=dim**-0.5, implementation=implementation)
 
-    def flat(x):  # (N, ..., T, H, d) -> (-1, T, H, d): what a mesh splits is in front, and stays split
+    def flat(x):  # (N, ..., T, H, d) -> (-1, T, H, d); N stays in front, so that a batch split over devices stays split
         return x.reshape(-1, *x.shape[-3:])
 
     if gate is None:
         out = attention(*(flat(x.swapaxes(0, 1)) for x in (q, k, v)))
         return out.reshape(batch, replicas, *out.shape[1:]).swapaxes(0, 1)
     gate = jnp.broadcast_to(gate, (batch, replicas, replicas))
-    if coupling == "blend":
+    if kind == "blend":
         pairs = (batch, replicas, replicas, tokens, heads, dim)  # (N, a, b, T, H, d)
         queries = jnp.broadcast_to(q.swapaxes(0, 1)[:, :, None], pairs)
         keys, values = (jnp.broadcast_to(x.swapaxes(0, 1)[:, None], pairs) for x in (k, v))
@@ -205,8 +208,8 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, cou
 
 
 def _cudnn_takes(device, features: int) -> bool:
-    """Whether cuDNN's attention runs heads of so many features on this device: on CUDA (ROCm is a "gpu" too), in
-    multiples of 8, and no more than 128 before Hopper, 256 since."""
+    """Whether cuDNN's attention runs heads of so many features on this device. It needs CUDA (ROCm is a "gpu" too), and
+    a multiple of 8 features, at most 128 before Hopper and 256 since."""
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
         return False
     most = 256 if float(device.compute_capability) >= 9 else 128
@@ -217,7 +220,7 @@ def _gate_features(gate: jax.Array, dim: int, dtype) -> tuple[jax.Array, jax.Arr
     """Features whose product, times ``dim ** -0.5``, is the log of the gate: queries (R, N, F) and keys (R, F).
 
     The keys of replica b are one-hot in b. In bfloat16 a log is split over three features, which add up to float32
-    accuracy in the accumulator. F fills the head dimension to a multiple of 8, as cuDNN wants it.
+    accuracy in the accumulator. F is chosen so that the head dimension becomes a multiple of 8, which cuDNN needs.
     """
     replicas = gate.shape[-1]
     log = jnp.where(gate > 0, jnp.log(jnp.where(gate > 0, gate, 1.0)), CLOSED)

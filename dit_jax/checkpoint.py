@@ -6,6 +6,7 @@ nested dict of arrays). A folder is written under another name beside its place 
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -32,11 +33,11 @@ from dit_jax.model import Block, DiT, param_dtype
 FORMAT = "syncgap-dit"
 FORMAT_VERSION = 1
 STORED_DTYPES = ("float32", "bfloat16", "float64")
-SMALL_BYTES = 2**26  # that a config may ask for whatever lies on disk
-COMPRESSION = 64  # times what lies on disk
-CHUNK_BYTES = 2**26  # of one file of a model folder
+SMALL_BYTES = 2**26  # bytes that a config may always ask for
+COMPRESSION = 64  # and beyond these, how many times the bytes that lie on disk
+CHUNK_BYTES = 2**26  # size of one file of a model folder
 CHUNKS_IN_FLIGHT = 4
-ALIGNMENT = 64  # bytes
+ALIGNMENT = 64  # bytes; where JAX wants an array to begin on a CPU
 SHIPPED = Path(__file__).parent / "shipped"
 
 Arrays = dict[str, np.ndarray]  # by dotted path, for example "blocks.attn.qkv.kernel"
@@ -54,7 +55,7 @@ def save_model(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> dict:
-    """Writes a model, so that `load_model` gives it back; see `save_weights` for the arguments and what is raised."""
+    """Writes a model folder that `load_model` reads; see `save_weights` for the arguments and what is raised."""
     if not isinstance(model.blocks, Block):
         raise CheckpointError("an unstacked model cannot be saved; save the one that it was made from")
     weights = {path: np.asarray(variable[...]) for path, variable in _variables(model)}
@@ -106,12 +107,13 @@ def load_model(
     """Reads a model folder. ``model(x, t, y)`` is then the network function, see `DiT.__call__`.
 
     Args:
-      directory: written by `save_model`, by training or by ``convert_weights.py``.
-      dtype: compute dtype ``"float32"``, ``"bfloat16"`` or ``"float64"`` in place of the stored config's.
+      directory: folder written by `save_model`, by training or by a conversion; or the name of a shipped model, for
+        example ``"photos16-v"``, where there is no folder of that name.
+      dtype: compute dtype ``"float32"``, ``"bfloat16"`` or ``"float64"``; by default that of the stored config.
         A float64 model needs JAX's x64 mode.
-      params: dtype in which parameters are kept: ``"bfloat16"`` halves the memory of a bfloat16 model and spares it
-        the rounding in every call; by default float32, or float64 for a float64 model.
-      timestep_convention: in place of the stored config's, see `DiTConfig`.
+      params: dtype in which parameters are kept; by default float32, or float64 for a float64 model. ``"bfloat16"``
+        halves the memory of a bfloat16 model, and parameters are then not rounded anew in every call.
+      timestep_convention: see `DiTConfig`; by default that of the stored config.
 
     Raises:
       CheckpointError: the folder is not a complete, unaltered model folder of this format.
@@ -119,7 +121,7 @@ def load_model(
     """
     if params is not None and params not in STORED_DTYPES:
         raise ValueError(f"params {params!r} is not one of {', '.join(STORED_DTYPES)}")
-    config, weights, _ = load_weights(directory)
+    config, weights, _ = load_weights(_folder(directory))
     changes: dict[str, Any] = {"dtype": dtype, "timestep_convention": timestep_convention}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if "float64" in (config.dtype, params) and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
@@ -128,7 +130,7 @@ def load_model(
 
 
 def load_weights(directory: str | Path) -> tuple[DiTConfig, Arrays, dict]:
-    """Config, arrays as they are stored, and manifest of a model folder.
+    """The config of a model folder, its arrays as they are stored, and its manifest.
 
     Raises:
       CheckpointError: see `load_model`.
@@ -144,7 +146,7 @@ def load_manifest(directory: str | Path) -> dict:
     """The manifest of a model folder.
 
     Raises:
-      CheckpointError: there is none, it cannot be read, or it is of another format.
+      CheckpointError: there is no manifest, it cannot be read, or it is of another format.
     """
     path = Path(directory) / "manifest.json"
     recover(directory)
@@ -170,7 +172,7 @@ def load_manifest(directory: str | Path) -> dict:
 
 
 def weights_digest(directory: str | Path) -> str:
-    """`digest` of the parameters that a model folder holds, from the arrays themselves.
+    """`digest` of the parameters of a model folder, computed from the arrays themselves.
 
     Raises:
       CheckpointError: the folder is not a complete model folder of this format.
@@ -194,14 +196,25 @@ def shipped_model(name: str) -> Path:
     Raises:
       CheckpointError: there is none of that name.
     """
-    known = sorted(path.parent.name for path in SHIPPED.glob("*/manifest.json"))
+    known = _shipped_names()
     if name not in known:
         raise CheckpointError(f"no shipped model {name!r}; known: {', '.join(known) or 'none'}")
     return SHIPPED / name
 
 
+def _shipped_names() -> list[str]:
+    return sorted(path.parent.name for path in SHIPPED.glob("*/manifest.json"))
+
+
+def _folder(model: str | Path) -> Path:
+    """The folder itself if it exists, else that of the shipped model of this name, if there is one."""
+    if not recover(model) and str(model) in _shipped_names():
+        return SHIPPED / str(model)
+    return Path(model)
+
+
 def save_arrays(directory: str | Path, tree: Any) -> None:
-    """Writes any pytree of arrays, in place of an earlier one in the same folder.
+    """Writes any pytree of arrays to a folder. It replaces what `save_arrays` wrote there before.
 
     Raises:
       CheckpointError: the folder holds something else.
@@ -218,7 +231,7 @@ def load_arrays(directory: str | Path, like: Any) -> Any:
     """Reads what `save_arrays` wrote, as JAX arrays in the structure of `like` (arrays or shapes).
 
     Raises:
-      CheckpointError: nothing readable is there, or it is not of that structure, shapes and dtypes.
+      CheckpointError: nothing readable is there, or its structure, shapes or dtypes are others.
     """
     directory = Path(directory)
     recover(directory)
@@ -228,7 +241,7 @@ def load_arrays(directory: str | Path, like: Any) -> Any:
     wrong = [path for path, leaf in expected.items() if arrays[path].dtype != leaf.dtype]
     if wrong:
         raise CheckpointError(f"{directory}: other dtypes than expected in {', '.join(wrong)}")
-    # copies: a state is donated to the next step, and must not lie in memory that NumPy owns
+    # These are copies: a training state is donated to the next step, and must not lie in memory that NumPy owns.
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[path]) for path in expected])
 
 
@@ -244,7 +257,8 @@ def write_json(path: str | Path, entries: Any) -> None:
 
 
 def recover(directory: str | Path) -> bool:
-    """Whether a saved folder is there; puts an earlier one back if a replacement was killed between its two renames."""
+    """Whether a saved folder is there. If a replacement was killed between its two renames, the earlier folder is put
+    back first."""
     directory = Path(directory)
     previous = _beside(directory, "previous")
     if previous.exists() and not directory.exists():
@@ -269,7 +283,7 @@ def check_free(directory: str | Path, overwrite: bool = False) -> None:
 
 
 def abstract_model(config: DiTConfig) -> DiT:
-    """The model of a config with shapes in place of arrays: nothing is allocated or drawn."""
+    """The model of a config with shapes in place of arrays. Nothing is allocated, and no random number drawn."""
     return nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0)))
 
 
@@ -279,13 +293,19 @@ def weight_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def assemble(config: DiTConfig, weights: Arrays, params: str | None = None) -> DiT:
-    """The model of `config` with these weights, in the dtype `params`, by default float32, or float64 for a float64
-    model. Constants are never narrower than that. Arrays may become the model's own without a copy."""
+    """The model of `config` with these weights.
+
+    Args:
+      weights: every array by dotted path. The model may use an array itself, without a copy.
+      params: dtype of the parameters; by default float32, or float64 for a float64 model. Constants are never narrower
+        than this default.
+    """
     return _consume(config, dict(weights), params)
 
 
 def _consume(config: DiTConfig, weights: Arrays, params: str | None) -> DiT:
-    """`assemble` that takes each array out of the dict as it goes: never do two forms of all of them exist at once."""
+    """`assemble`, but each array is taken out of the dict as it is used, so that two forms of all arrays never exist at
+    the same time."""
     graph, state = nnx.split(abstract_model(config))
     flat = []
     for path, variable in nnx.to_flat_state(state):
@@ -296,7 +316,7 @@ def _consume(config: DiTConfig, weights: Arrays, params: str | None) -> DiT:
 
 
 def stored_form(config: DiTConfig, weights: Arrays, dtype: str | None) -> Arrays:
-    """The arrays as they go to disk: trained parameters in `dtype` (None: as they are), constants unchanged."""
+    """The arrays as they are stored: trained parameters in `dtype`, or unchanged if it is None; constants unchanged."""
     if dtype is None:
         return weights
     dtypes = stored_dtypes(config, dtype, constants=None)
@@ -304,7 +324,7 @@ def stored_form(config: DiTConfig, weights: Arrays, dtype: str | None) -> Arrays
 
 
 def stored_dtypes(config: DiTConfig, dtype: str, constants: str | None = "float32") -> dict[str, Any]:
-    """Dtype of every array of a model by dotted path: trained parameters `dtype`, constants `constants`.
+    """The dtype of every array of a model by dotted path: `dtype` for trained parameters, `constants` for constants.
 
     Raises:
       CheckpointError: unknown `dtype`.
@@ -346,7 +366,7 @@ def _dotted(path: Iterable) -> str:
 
 
 def _read_model(directory: Path, manifest: Mapping) -> tuple[DiTConfig, Arrays]:
-    """Config and arrays of a model folder, which fit each other; their digest is not compared."""
+    """The config and the arrays of a model folder, checked to fit each other. Their digest is not compared."""
     try:
         config = DiTConfig.from_dict(manifest["config"])
     except (ValueError, TypeError) as error:
@@ -386,23 +406,25 @@ def _check_arrays(expected: Mapping[str, Any], arrays: Mapping[str, Any], what: 
 
 
 def _write_orbax(directory: Path, arrays: Arrays) -> None:
-    """Without Orbax's usual copy of all arrays, its database of one file, and chunks as large as the arrays: each of
-    these takes the memory of the parameters once more."""
+    """Writes arrays with Orbax, but without its copy of all arrays, its single-file database, and its chunks as large
+    as an array: each of these would take the memory of the parameters once more."""
     tree = unflatten_dict(arrays, sep=".")
-    uncopied = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    handler_type: Any = ocp.type_handlers.NumpyHandler
+    can_spare_copy = "deepcopy_host_arrays" in inspect.signature(handler_type).parameters  # Orbax before 0.12.5 cannot
+    uncopied = handler_type(**({"deepcopy_host_arrays": False} if can_spare_copy else {}))
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with _quiet_orbax():
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=1, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(directory.resolve(), ocp.args.PyTreeSave(tree, save_args=chunks), force=True)
-    # Says only where the folder was first written, a path of this machine; reading does not look for it.
+    # This file holds only the path at which the folder was first written; reading does not need it.
     (directory / "commit_success.txt").unlink(missing_ok=True)
 
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Without warnings about what was chosen on purpose: no database, no records of JAX shardings."""
+    """Silences Orbax's warnings about what was chosen on purpose: no database, no records of JAX shardings."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -413,18 +435,18 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def _check_size(config: DiTConfig, directory: Path) -> None:
-    """Refuses to take memory that nothing on disk accounts for. Compression of real parameters saves a few percent, of
-    the zeros of an untrained network a good half."""
+    """Raises CheckpointError if the config asks for memory that the files on disk cannot account for. Compression saves
+    a few percent of real parameters, and a good half of an untrained network's zeros."""
     params = directory / "params"
     if params.is_symlink():
         raise CheckpointError(f"{params} is a link; a model folder has none, copy the files themselves")
     try:
         there = sum(path.lstat().st_size for path in params.rglob("*"))
         most = SMALL_BYTES + COMPRESSION * there
-        needed = 32 * config.num_tokens * config.hidden_size  # the position embedding, computed to ask for the shapes
+        needed = 32 * config.num_tokens * config.hidden_size  # of the position embedding, made to get the shapes
         if needed <= most:
             needed = 2 * sum(math.prod(shape) for shape in weight_shapes(config).values())
-    except Exception as error:  # of any kind for a config whose sizes are no sizes
+    except Exception as error:  # sizes that are not numbers raise errors of any kind
         raise CheckpointError(f"{directory}: the manifest's config is not usable ({type(error).__name__})") from error
     if needed > most:
         raise CheckpointError(
@@ -434,12 +456,12 @@ def _check_size(config: DiTConfig, directory: Path) -> None:
 
 
 def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
-    """The arrays of a folder; where `shapes` says what they should be, nothing is read unless they are."""
+    """The arrays of a folder. If `shapes` are given, no array is read unless all have these shapes."""
     if not (directory / "_METADATA").exists():
         raise CheckpointError(f"{directory} holds no saved arrays; make it again")
     odd = [path for path in directory.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
     if odd:
-        raise CheckpointError(f"{odd[0]} is no file but a link, say; a folder of saved arrays has none, copy the files")
+        raise CheckpointError(f"{odd[0]} is a link or no plain file; a folder of saved arrays has none, copy the files")
     try:
         with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.metadata(directory.resolve()).item_metadata.tree
@@ -456,8 +478,9 @@ def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
 
 
 def _open_stores(directory: Path, announced: Mapping[str, Any]) -> dict[str, tensorstore.TensorStore]:
-    """The stored arrays, unread. Refuses those that would take more memory while they are read than they have: chunks
-    larger than the array, and codecs but Orbax's own, some of which believe a file that claims gigabytes."""
+    """Opens the stored arrays without reading them. Arrays that could take more memory to read than they hold are
+    refused: those with chunks larger than the array, and those with another codec than Orbax's own, as some codecs
+    believe a file that claims gigabytes."""
     folder = {"driver": "file", "path": f"{directory}/"}
     if (directory / "manifest.ocdbt").exists():
         folder = {"driver": "ocdbt", "base": folder, "path": ""}
@@ -475,9 +498,9 @@ def _open_stores(directory: Path, announced: Mapping[str, Any]) -> dict[str, ten
 
 
 def _read_chunks(store: tensorstore.TensorStore) -> np.ndarray:
-    """A whole array, a few chunks at a time: Orbax would have all of them in memory beside it, compressed and not.
+    """Reads a whole array, a few chunks at a time. Orbax would hold all chunks in memory beside it, compressed and not.
 
-    It begins where JAX wants arrays to begin on a CPU, to become a model's own without a copy.
+    The array is aligned as JAX needs it on a CPU, so that a model can use it without a copy.
     """
     dtype, size = store.dtype.numpy_dtype, math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
@@ -507,10 +530,10 @@ def _beside(directory: Path, role: str) -> Path:
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A sibling folder to fill; it takes the place of `directory` at the end, or is gone if anything fails."""
+    """A sibling folder to fill. At the end it takes the place of `directory`; if anything fails, it is removed."""
     partial, previous = _beside(directory, "partial"), _beside(directory, "previous")
     recover(directory)
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     if directory.exists():
         shutil.rmtree(previous, ignore_errors=True)
     try:

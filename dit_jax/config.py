@@ -14,7 +14,11 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Everything that fixes the function a DiT computes, but its weights. Defaults are DiT-XL/2 at 256 px."""
+    """Everything but the weights that determines the function a DiT computes. The defaults are DiT-XL/2 at 256 px.
+
+    Raises:
+      ValueError: an entry is out of its domain, or entries do not fit each other.
+    """
 
     input_size: int = 32  # side of the square input (latent pixels for the official models)
     patch_size: int = 2
@@ -24,11 +28,11 @@ class DiTConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     num_classes: int = 1000  # label `num_classes` is the null label of classifier-free guidance
-    learn_sigma: bool = True  # the output carries the variance interpolation in its last channels
-    prediction: Prediction = "epsilon"  # what the first channels of the output are
-    # "diffusers", to reproduce that library's code: timestep frequencies over 127, eps of the second norm 1e-5
+    learn_sigma: bool = True  # the last half of the output's channels interpolates the variance (theory, eq. 2.7)
+    prediction: Prediction = "epsilon"  # what the first channels of the output predict (theory, eq. 1.3)
+    # "diffusers" reproduces that library's code: timestep frequencies over 127, and 1e-5 as eps of the second norm
     timestep_convention: TimestepConvention = "official"
-    dtype: str = "float32"  # of activations and matrix products; softmax and norms never go below float32
+    dtype: str = "float32"  # of activations and matrix products; softmax and norms are computed in float32 or wider
 
     def __post_init__(self) -> None:
         for name in (
@@ -71,11 +75,11 @@ class DiTConfig:
 
     @property
     def mlp_size(self) -> int:
-        return round(self.hidden_size * self.mlp_ratio)  # 44 (15 / 44) is below 15
+        return round(self.hidden_size * self.mlp_ratio)  # rounded: in floating point 44 * (15 / 44) is below 15
 
     @property
     def patch_features(self) -> int:
-        """Numbers in one output patch."""
+        """How many numbers one output patch has."""
         return self.patch_size**2 * self.out_channels
 
     def to_dict(self) -> dict:
@@ -86,7 +90,7 @@ class DiTConfig:
         """Inverse of `to_dict`.
 
         Raises:
-          ValueError: an entry is unknown (it would change the function silently) or out of its domain.
+          ValueError: an entry is unknown, and might change the function, or it is out of its domain.
         """
         unknown = sorted(set(entries) - {f.name for f in dataclasses.fields(cls)})
         if unknown:

@@ -1,4 +1,4 @@
-"""Checkpoints in the form of Hugging Face's diffusers, given the official keys.
+"""Gives checkpoints in the form of Hugging Face's diffusers the official keys.
 
 That form keeps the embedders of timestep and label in every block, splits qkv in three and leaves the position
 embedding out. Its tensors are the official ones; its model code is not the official function (see `NOTE_OFFICIAL`).
@@ -43,7 +43,8 @@ EMBEDDERS = {  # a copy in every block
 }
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
-# What a config.json must say, where it says anything, for the function to be a DiT's. The rest is read off the shapes.
+# The values that entries of a config.json must have, if they are there, for the function to be a DiT's. The rest of the
+# function follows from the shapes.
 FIXED: dict[str, tuple] = {
     "activation_fn": ("gelu-approximate",),
     "norm_type": ("ada_norm_zero",),
@@ -74,7 +75,7 @@ def official_entries(
 ) -> tuple[dict[str, Entry | None], int]:
     """The same tensors under official keys, and the number of heads.
 
-    Keys that this form does not have are passed on under their own names, for the official table to report.
+    Keys that this form does not have keep their names, so that the official table reports them.
 
     Raises:
       WeightsError: there is no config.json, it describes another model, or, when read, the blocks' embedders differ.
@@ -103,7 +104,7 @@ def official_entries(
         sizes["num_attention_heads"] * sizes["attention_head_dim"],
     )
     bias = entries.get("pos_embed.proj.bias")
-    if bias is None or bias.shape != (width,):  # before a position embedding of that width is computed
+    if bias is None or bias.shape != (width,):  # checked before a position embedding of that width is computed
         raise WeightsError(f"{label}: pos_embed.proj.bias does not have the {width} numbers that config.json says")
     found["pos_embed"] = Entry((1, grid * grid, width), lambda: position_embedding(grid, width)[None])
     return {**found, **pending}, sizes["num_attention_heads"]

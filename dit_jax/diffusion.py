@@ -1,7 +1,7 @@
 """Sampling: denoisers, guidance, DDIM and ancestral steps on a respaced clock, and one `sample` with an observer.
 
-A denoiser is a plain callable ``(x, step, labels) -> denoised``; it may return a `Prediction` instead when it also
-knows the variance of the ancestral step. The network, an exact posterior mean and a Wiener filter are all denoisers.
+A denoiser is a plain callable ``(x, step, labels) -> DenoiserOutput``: the predicted clean image and, if the denoiser
+knows one, the variance of the ancestral step. The network, an exact posterior mean and a Wiener filter are denoisers.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.attention import Coupling, Implementation
-from dit_jax.config import Prediction as Kind
+from dit_jax.attention import GateKind, Implementation
+from dit_jax.config import Prediction
 from dit_jax.model import DiT, Edit, Tap
 from dit_jax.objective import denoised_from, posterior_tables
 from ou_theory.clock import Clock
@@ -22,22 +22,22 @@ GuidedCoupling = Literal["both", "conditional"]
 Sampler = Literal["ddim", "ancestral"]
 
 
-class Prediction(NamedTuple):
-    """What a denoiser may return. The arrays are of the shape of the state."""
+class DenoiserOutput(NamedTuple):
+    """What a denoiser returns. Both arrays have the shape of the state."""
 
-    denoised: jax.Array  # predicted clean image
-    fraction: jax.Array | None = None  # log-variance of the ancestral step: 1 is log beta, 0 the posterior's
-    taps: Any = None  # whatever else is to be observed; under guidance of the doubled batch, see `guided_output`
+    denoised: jax.Array  # predicted clean image x0
+    fraction: jax.Array | None = None  # of the step's log-variance between the posterior's (0) and log beta (1)
+    taps: Any = None  # what else an observer is given; under guidance of the doubled batch, see `guided_output`
 
 
-Denoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array | Prediction]
+Denoiser = Callable[[jax.Array, jax.Array, jax.Array], DenoiserOutput]
 Observer = Callable[..., Any]
-Step = Callable[[jax.Array, jax.Array, Prediction, jax.Array | None], jax.Array]
+Step = Callable[[jax.Array, jax.Array, DenoiserOutput, jax.Array | None], jax.Array]
 
 
 def guide(conditional: jax.Array, null: jax.Array, scale, channels: int) -> jax.Array:
-    """Classifier-free guidance of raw outputs (..., C_out): the first `channels` become ``null + scale (cond - null)``,
-    the others stay conditional."""
+    """Classifier-free guidance of raw outputs (..., C_out): the first `channels` channels become
+    ``null + scale (conditional - null)``, the others stay those of `conditional`."""
     guided = null[..., :channels] + scale * (conditional[..., :channels] - null[..., :channels])
     return jnp.concatenate([guided, conditional[..., channels:]], -1)
 
@@ -61,10 +61,13 @@ def guided_output(
       scale: guidance scale; 1 gives the conditional output.
       channels: ``"official"`` guides the first three channels only, as the released sampling code does (an accident
         that its authors keep for reproducibility); ``"all"`` guides every image channel.
-      guided_coupling: ``"both"`` halves are coupled by the gate, or only the ``"conditional"`` one.
-      options: further arguments of `DiT.__call__`. A tap sees the doubled batch, image n's conditional half at 2 n and
-        its null half at 2 n + 1 (halves one after the other would not stay where a mesh splits the batch), and comes
-        back beside the output.
+      guided_coupling: which halves of the doubled batch the gate couples: ``"both"``, or ``"conditional"`` only.
+      options: further arguments of `DiT.__call__`. A tap sees the doubled batch, in which image n has its conditional
+        half at 2 n and its null half at 2 n + 1. (So both halves of an image stay on one device where a mesh splits the
+        batch.)
+
+    Returns:
+      the guided output, of the shape that `DiT.__call__` returns; with a tap, a tuple of that and the taps.
 
     Raises:
       ValueError: unknown `channels` or `guided_coupling`.
@@ -91,7 +94,7 @@ def guided_output(
 
 
 def _interleaved(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
-    """Twice as long along an axis: a[0], b[0], a[1], ..."""
+    """Two arrays joined along an axis in turn: a[0], b[0], a[1], ..."""
     return jnp.stack([a, b], axis + 1).reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
 
 
@@ -100,7 +103,7 @@ def network_denoiser(
     clock: Clock,
     gate: jax.Array | None = None,
     *,
-    coupling: Coupling = "joint",
+    kind: GateKind = "joint",
     attention: Implementation = "auto",
     guidance: float = 1.0,
     channels: GuidedChannels = "all",
@@ -110,27 +113,28 @@ def network_denoiser(
 ) -> Denoiser:
     """The denoiser of a DiT: state (N, H, W, C) or (R, N, H, W, C), labels (N,).
 
-    The network is given the original timestep of the step. Build it inside the jitted function that uses it, so that
-    weights and gate are arguments of the compilation, not constants in it.
+    The network is given the timestep of the step on the full schedule. Build the denoiser inside the jitted function
+    that uses it, so that weights and gate are arguments of the compiled program and not constants in it.
 
     Args:
-      gate: as `DiT.__call__`, or (n, layers, pairs, R, R) with a gate for each of the n steps of the clock.
-      guidance, channels, guided_coupling: see `guided_output`; guidance 1 needs no doubled batch.
-      coupling, attention, tap, edit: see `DiT.__call__`; what is tapped goes into `Prediction.taps`. For an
-        edit that depends on the step, write a denoiser that builds this one with the edit of its step.
+      gate: as in `DiT.__call__`, or (n, layers, pairs, R, R) with a gate for each of the n steps of the clock.
+      kind, attention, tap, edit: see `DiT.__call__`. The taps come back as `DenoiserOutput.taps`. For an edit that
+        depends on the step, write a denoiser that builds this one with the edit of its step.
+      guidance: scale of classifier-free guidance; 1 is without, and needs no doubled batch.
+      channels, guided_coupling: see `guided_output`.
 
     Raises:
-      ValueError: a gate per step that is not as long as the clock.
+      ValueError: a gate by step is not as long as the clock.
     """
     timesteps = np.asarray(clock.timesteps)
     config = model.config
     if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
         raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
-    options: dict[str, Any] = {"coupling": coupling, "attention": attention, "tap": tap, "edit": edit}
+    options: dict[str, Any] = {"kind": kind, "attention": attention, "tap": tap, "edit": edit}
     if guidance != 1.0:
         options.update(scale=guidance, channels=channels, guided_coupling=guided_coupling)
 
-    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
+    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         t = jnp.full(labels.shape, jnp.asarray(timesteps)[step])
         now = gate
         if gate is not None and gate.ndim == 5:
@@ -144,16 +148,21 @@ def network_denoiser(
         out = out.astype(x.dtype)
         denoised = denoised_at(clock, step, x, out[..., : config.in_channels], config.prediction)
         fraction = (out[..., config.in_channels :] + 1) / 2 if config.learn_sigma else None
-        return Prediction(denoised, fraction, taps)
+        return DenoiserOutput(denoised, fraction, taps)
 
     return denoise
 
 
-def denoised_at(clock: Clock, step: jax.Array, x: jax.Array, out: jax.Array, kind: Kind) -> jax.Array:
-    """The clean image that a prediction `out` (..., H, W, C) of this kind stands for, at state `x` of a step."""
-    if kind != "epsilon":
-        return denoised_from(out, x, jnp.asarray(clock.alpha_bar, x.dtype)[step], kind)
-    # 1 / ab - 1 in float64 first: at the clean end it loses three digits in float32
+def denoised_at(clock: Clock, step: jax.Array, x: jax.Array, out: jax.Array, prediction: Prediction) -> jax.Array:
+    """The clean image (..., H, W, C) that the network's output `out` (..., H, W, C) predicts at state `x` of a step
+    (theory, eq. 1.3).
+
+    Args:
+      prediction: what `out` is, see `DiTConfig.prediction`.
+    """
+    if prediction != "epsilon":
+        return denoised_from(out, x, jnp.asarray(clock.alpha_bar, x.dtype)[step], prediction)
+    # 1 / alpha_bar - 1 is computed in float64: at the clean end it would lose three digits in float32
     return _at(np.sqrt(1 / clock.alpha_bar), step, x) * x - _at(np.sqrt(1 / clock.alpha_bar - 1), step, x) * out
 
 
@@ -162,14 +171,15 @@ def _at(table: np.ndarray, step: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def ddim_step(clock: Clock, eta: float = 0.0) -> Step:
-    """The DDIM update (Song et al., arXiv 2010.02502); `eta` = 1 has the posterior variance (never a learned one)."""
+    """The DDIM update (Song et al., arXiv 2010.02502). With `eta` = 1 it has the posterior variance; it never uses a
+    learned one."""
     ab, after = clock.alpha_bar, clock.alpha_bar_next
     spread = eta * np.sqrt((1 - after) / (1 - ab) * (1 - ab / after))
     from_x, from_x0 = np.sqrt(1 / ab), np.sqrt(1 / ab - 1)
     keep, direction = np.sqrt(after), np.sqrt(np.maximum(1 - after - spread**2, 0))
 
-    def update(step, x, prediction, noise):
-        x0 = prediction.denoised
+    def update(step, x, found, noise):
+        x0 = found.denoised
         epsilon = (_at(from_x, step, x) * x - x0) / _at(from_x0, step, x)
         mean = _at(keep, step, x) * x0 + _at(direction, step, x) * epsilon
         return mean if noise is None else mean + _at(spread, step, x) * noise
@@ -178,16 +188,16 @@ def ddim_step(clock: Clock, eta: float = 0.0) -> Step:
 
 
 def ancestral_step(clock: Clock) -> Step:
-    """The DDPM update: a draw from the Gaussian posterior of the next state, with the network's variance if it has one,
-    else the posterior's; no noise in the last step."""
+    """The DDPM update: a draw from the Gaussian posterior of the next state. Its variance is the learned one if the
+    denoiser gives a `fraction`, else the posterior's; the last step adds no noise (theory, eq. 2.7)."""
     weight_x0, weight_x, low, high = posterior_tables(clock)
     noisy = np.append(np.ones(len(clock) - 1), 0.0)
 
-    def update(step, x, prediction, noise):
-        mean = _at(weight_x0, step, x) * prediction.denoised + _at(weight_x, step, x) * x
+    def update(step, x, found, noise):
+        mean = _at(weight_x0, step, x) * found.denoised + _at(weight_x, step, x) * x
         log_variance = _at(low, step, x)
-        if prediction.fraction is not None:
-            log_variance = prediction.fraction * _at(high, step, x) + (1 - prediction.fraction) * log_variance
+        if found.fraction is not None:
+            log_variance = found.fraction * _at(high, step, x) + (1 - found.fraction) * log_variance
         return mean + _at(noisy, step, x) * jnp.exp(0.5 * log_variance) * noise
 
     return update
@@ -209,22 +219,23 @@ def sample(
 
     Args:
       denoiser: see the module docstring.
-      x: initial noise, any shape that the denoiser takes.
+      x: initial noise, of any shape that the denoiser takes.
       clock: n noise levels.
       labels: passed to the denoiser.
       sampler: ``"ddim"`` or ``"ancestral"``.
       eta: stochasticity of DDIM; 0 is deterministic.
-      noise: ``noise(step)``, unit Gaussian of the shape of `x`; needed unless DDIM with `eta` = 0.
+      noise: ``noise(step)`` gives unit Gaussian noise of the shape of `x`; needed unless the sampler is DDIM with
+        `eta` = 0.
       clip: bound on the absolute value of the predicted clean image; None leaves it alone.
-      observe: ``observe(step, x, denoised)`` is called with the state that the denoiser saw, and with
-        `Prediction.taps` as a fourth argument if there are any; what it returns is stacked over steps, and nothing
-        else is kept.
+      observe: ``observe(step, x, denoised)`` is called in every step with the state that the denoiser saw, and with
+        `DenoiserOutput.taps` as a fourth argument if there are any. What it returns is stacked over steps; nothing else
+        is kept.
 
     Returns:
-      the sample, and the observations with a leading axis n (None without an observer).
+      the sample, of the shape of `x`, and the observations with a leading axis n (None without an observer).
 
     Raises:
-      ValueError: unknown sampler, or a stochastic one without `noise`.
+      ValueError: the sampler is unknown, or it is stochastic and `noise` is missing.
     """
     if sampler not in ("ddim", "ancestral"):
         raise ValueError(f"sampler {sampler!r} is not one of ddim, ancestral")
@@ -234,13 +245,11 @@ def sample(
     update = ancestral_step(clock) if sampler == "ancestral" else ddim_step(clock, eta)
 
     def body(x, step):
-        prediction = denoiser(x, step, labels)
-        if not isinstance(prediction, Prediction):
-            prediction = Prediction(prediction)
+        found = denoiser(x, step, labels)
         if clip is not None:
-            prediction = prediction._replace(denoised=jnp.clip(prediction.denoised, -clip, clip))
-        taps = () if prediction.taps is None else (prediction.taps,)
-        kept = None if observe is None else observe(step, x, prediction.denoised, *taps)
-        return update(step, x, prediction, noise(step) if stochastic and noise is not None else None), kept
+            found = found._replace(denoised=jnp.clip(found.denoised, -clip, clip))
+        taps = () if found.taps is None else (found.taps,)
+        kept = None if observe is None else observe(step, x, found.denoised, *taps)
+        return update(step, x, found, noise(step) if stochastic and noise is not None else None), kept
 
     return jax.lax.scan(body, x, jnp.arange(len(clock)))

@@ -1,4 +1,4 @@
-"""A model folder back to a single file with the official keys, for PyTorch users: the stored values, bit for bit."""
+"""Writes a model folder as one file with the official keys, for PyTorch users. Stored values are kept bit for bit."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def export_model(directory: str | Path, out: str | Path, *, overwrite: bool = Fa
         raise CheckpointError(f"{out} exists; choose another name, or overwrite it (--overwrite)")
     config, weights, _ = load_weights(directory)
     entries: dict[str, np.ndarray] = {}
-    for rule in TABLE:  # never do both forms of all arrays exist at once
+    for rule in TABLE:  # arrays are taken out one by one, so that both forms of all of them never exist at once
         entries.update(inverted(rule, weights.pop(rule.target), config))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -56,7 +56,7 @@ def _save_torch(entries: dict[str, np.ndarray], path: Path) -> None:
         ) from error
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        if array.dtype.name == "bfloat16":  # no NumPy type of its own: the same 16 bits
+        if array.dtype.name == "bfloat16":  # NumPy has no bfloat16; the same 16 bits are passed on
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 

@@ -84,13 +84,22 @@ def load_images(source: str | Path, size: int, progress: bool = True) -> ImageSe
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{source}: {name} is not a readable image ({error})") from error
         pixels[i] = np.asarray(fitted)
+    return image_set(pixels, labels, tuple(names), str(source))
+
+
+def image_set(pixels: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], source: str) -> ImageSet:
+    """Images (N, size, size, 3) uint8 with labels (N,) int32, their mean, spread and digest.
+
+    Raises:
+      DataError: all images of `source` are the same flat colour.
+    """
     scaled = pixels / np.float32(127.5) - np.float32(1)
     mean = scaled.mean((0, 1, 2), dtype=np.float64)
     std = float(np.sqrt(((scaled - mean.astype(np.float32)) ** 2).mean(dtype=np.float64)))
     if std == 0:
         raise DataError(f"{source}: all images are the same flat colour")
     digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
-    return ImageSet(pixels, labels, tuple(names), mean, std, digest)
+    return ImageSet(pixels, labels, class_names, mean, std, digest)
 
 
 def _is_image(name: PurePosixPath) -> bool:

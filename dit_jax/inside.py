@@ -1,9 +1,8 @@
 """Ready-made taps and edits: what people most often want to see, or to change, inside a DiT.
 
-Each is a plain function of the form that `DiT.__call__` takes, so yours go wherever these do; docs/inside.md has
-examples. Layers, heads and replicas count from 0; an edit in layers beyond the last of the network changes nothing, for
-an edit is not told the depth.
-"""
+Each is a plain function of the form that `DiT.__call__` takes, and so are your own; docs/inside.md has examples.
+Layers, heads and replicas count from 0. An edit is not told the depth of the network, so that layers beyond the last
+change nothing."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ PER_REPLICA = tuple(name for name, shape in ACTIVATIONS.items() if shape.startsw
 
 
 def keep(*names: str) -> Tap:
-    """The tap that keeps these activations as they are: a dict of arrays with a leading axis of layers.
+    """The tap that keeps activations as they are: a dict of arrays with a leading axis of layers, see `ACTIVATIONS`.
 
     Raises:
       ValueError: unknown name.
@@ -29,16 +28,16 @@ def keep(*names: str) -> Tap:
 
 
 def lens(model: DiT) -> Tap:
-    """The tap that reads the output off after every block: the final layer applied to the residual stream there.
+    """The tap that applies the final layer to the residual stream after every block.
 
-    Comes back as (depth, R, N, H, W, C_out); the last layer's is the output of the network. `denoised_at` in
-    dit_jax.diffusion turns it into a denoised image per layer.
+    It comes back as (depth, R, N, H, W, C_out); that of the last layer is the output of the network.
+    `dit_jax.diffusion.denoised_at` turns it into a denoised image per layer.
     """
     return lambda layer, activations: model.readout(activations["resid_post"], activations["conditioning"])
 
 
 def residual_norm(layer: jax.Array, activations: dict[str, jax.Array]) -> jax.Array:
-    """The tap of the root mean square of the residual stream after each block: (depth, R, N) float32."""
+    """The tap that keeps the root mean square of the residual stream after each block: (depth, R, N) float32."""
     resid = activations["resid_post"].astype(jnp.float32)
     return jnp.sqrt(jnp.square(resid).mean((-2, -1)))
 
@@ -47,11 +46,12 @@ def ablate(name: str, layers: Iterable[int] | None = None, heads: Sequence[int] 
     """The edit that sets an activation to zero, in these layers (all by default).
 
     Args:
-      name: of `ACTIVATIONS`; ``"attn_out"`` or ``"mlp_out"`` takes a sublayer out, ``"head_out"`` heads.
-      heads: for ``"head_out"`` only: these heads and no others.
+      name: one of `ACTIVATIONS`. ``"attn_out"`` or ``"mlp_out"`` removes a sublayer, ``"head_out"`` removes heads.
+      heads: the heads to remove, for ``"head_out"`` only; all by default.
 
     Raises:
-      ValueError: unknown name, a negative layer, or heads of something that has none; in use, heads that are not there.
+      ValueError: the name is unknown, a layer is negative, or heads are given for another activation; when it is used:
+        there are no such heads.
     """
     _check([name])
     if heads is not None and name != "head_out":
@@ -67,11 +67,13 @@ def ablate(name: str, layers: Iterable[int] | None = None, heads: Sequence[int] 
 
 
 def copy_replica(name: str, source: int, target: int, layers: Iterable[int] | None = None) -> Edit:
-    """The edit that patches replica `source`'s activation into replica `target`, in these layers (all by default).
+    """The edit that replaces replica `target`'s activation by that of replica `source`, in these layers (all by
+    default).
 
     Raises:
-      ValueError: unknown name, one without a leading replica axis, or a negative layer; in use, replicas that are not
-        there.
+      ValueError: the name is unknown or has no replica axis in front, or a layer is negative; when it is used: there
+      are
+        no such replicas.
     """
     if name not in PER_REPLICA:
         raise ValueError(f"{name!r} has no replica axis in front; these have: {', '.join(PER_REPLICA)}")
@@ -84,10 +86,13 @@ def copy_replica(name: str, source: int, target: int, layers: Iterable[int] | No
 
 
 def replace(name: str, values: jax.Array, layers: Iterable[int] | None = None) -> Edit:
-    """The edit that puts stored activations in: `values` with a leading axis of all layers, as a tap gives them back.
+    """The edit that puts stored activations in place, in these layers (all by default).
+
+    Args:
+      values: with a leading axis of all layers, as a tap gives them back.
 
     Raises:
-      ValueError: unknown name, or layers that `values` does not have.
+      ValueError: the name is unknown, or `values` does not have the layers.
     """
     _check([name])
     layers = _checked(layers)
@@ -103,15 +108,17 @@ def replace(name: str, values: jax.Array, layers: Iterable[int] | None = None) -
 
 
 def close_heads(heads: Sequence[int] | np.ndarray | jax.Array, layers: Iterable[int] | None = None) -> Edit:
-    """The edit that uncouples heads, whatever the gate, in these layers (all by default): of their patterns the blocks
-    of a replica's own keys are kept and normalised, which is their attention without coupling, `joint` and `blend`.
+    """The edit that uncouples heads under any gate, in these layers (all by default).
+
+    In the patterns of these heads only the blocks of a replica's own keys are kept, and normalised. That is their
+    attention without coupling, for both kinds of gate.
 
     Args:
-      heads: indices; or booleans (heads,) or (N, heads), True where closed, which may be traced: other ones of the same
-        shape do not compile again.
+      heads: indices; or booleans (heads,) or (N, heads), True where a head is closed. Booleans may be traced, so that
+        others of the same shape do not compile again.
 
     Raises:
-      ValueError: a negative layer; in use, heads that are not there or booleans of another shape.
+      ValueError: a layer is negative; when it is used: there are no such heads, or booleans have another shape.
     """
     if not isinstance(heads, np.ndarray | jax.Array) or heads.dtype != bool:
         heads = tuple(int(head) for head in heads)
@@ -125,7 +132,7 @@ def close_heads(heads: Sequence[int] | np.ndarray | jax.Array, layers: Iterable[
             if heads.shape not in ((count,), (1, count), (batch, count)):
                 raise ValueError(f"closed heads {heads.shape} are neither ({count},) nor ({batch}, {count})")
             closed = jnp.asarray(heads)
-        if blocks == 1:  # no gate: there are own keys only
+        if blocks == 1:  # without a gate there are only own keys
             return value
         own = value * jnp.eye(replicas, dtype=value.dtype)[:, None, :, None]
         own = own / own.sum((-2, -1), keepdims=True)
@@ -135,16 +142,19 @@ def close_heads(heads: Sequence[int] | np.ndarray | jax.Array, layers: Iterable[
 
 
 def share(name: str, weight: float | jax.Array, layers: Iterable[int] | None = None) -> Edit:
-    """The edit by which replicas share their queries, keys or values, in these layers (all by default): a goes on with
-    ``(x_a + w sum of the others) / (1 + (R - 1) w)``. Weight 0 is the identity, 1 the mean for all.
+    """The edit by which replicas share their queries, keys or values, in these layers (all by default).
+
+    Replica a gets ``(x_a + w sum of the others) / (1 + (R - 1) w)``. With the weight 0 nothing changes; with 1 all
+    replicas get the mean.
 
     Args:
       name: ``"q"``, ``"k"`` or ``"v"``.
-      weight: w >= 0, scalar or (N,), which may be traced.
+      weight: w >= 0, a number or (N,), which may be traced.
 
     Raises:
-      ValueError: another name, a negative layer, or a weight that is negative or not finite; in use, one of another
-        shape.
+      ValueError: the name is another, a layer is negative, or the weight is negative or not finite; when it is used:
+      the
+        weight has another shape.
     """
     if name not in ("q", "k", "v"):
         raise ValueError(f"q, k or v can be shared, not {name!r}")
@@ -163,7 +173,7 @@ def share(name: str, weight: float | jax.Array, layers: Iterable[int] | None = N
 
 
 def chain(*edits: Edit) -> Edit:
-    """The edits one after the other."""
+    """The edit that applies these edits one after the other."""
 
     def edit(name: str, layer: jax.Array, value: jax.Array) -> jax.Array:
         for each in edits:

@@ -1,4 +1,4 @@
-"""Samples as pictures: pixels where the model was trained on them, decoded latents, or a stand-in that says so."""
+"""Turns samples into pictures: pixels if the model was trained on them, decoded latents, or a labelled stand-in."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -34,18 +34,18 @@ CHANNEL = "first channel over its maximum, not a decoding"
 
 
 def has_pixels(manifest: Mapping) -> bool:
-    """Whether a model's samples are standardized pixels, as those of models trained here are."""
+    """Whether a model's samples are standardized pixels, as for models that were trained here."""
     data = manifest.get("data")
     return isinstance(data, Mapping) and "mean" in data and "std" in data
 
 
 def is_latent(manifest: Mapping) -> bool:
-    """Whether a model's samples can be latents of the Stable Diffusion autoencoder, as the official ones are."""
+    """Whether a model's samples can be latents of the Stable Diffusion autoencoder, as for the official models."""
     return not has_pixels(manifest) and manifest["config"].get("in_channels") == VAE_CHANNELS
 
 
 def to_pictures(samples: np.ndarray, manifest: Mapping, decoder: Decoder | None = None) -> tuple[np.ndarray, str]:
-    """Pictures of samples, and what they are.
+    """Turns samples into pictures, and says of which sort they are.
 
     Args:
       samples: (N, H, W, C), of the model that `manifest` describes.
@@ -69,14 +69,14 @@ def to_pictures(samples: np.ndarray, manifest: Mapping, decoder: Decoder | None 
 
 
 def linear_preview(latents: np.ndarray) -> np.ndarray:
-    """What a linear map makes of scaled latents (N, h, w, 4): pixels (N, 8 h, 8 w, 3) uint8 in squares of 8."""
+    """Linear map of scaled latents (N, h, w, 4) to pixels (N, 8 h, 8 w, 3) uint8, in squares of 8 pixels."""
     pixels = _to_bytes(np.asarray(latents, np.float64) @ LATENT_RGB)
     return pixels.repeat(VAE_FACTOR, 1).repeat(VAE_FACTOR, 2)
 
 
 def first_channels(samples: np.ndarray) -> np.ndarray:
-    """The first three channels of (..., C) as RGB, or the first as grey if there are fewer, uint8: zero is mid-grey,
-    the largest magnitude of all is full."""
+    """The first three channels of (..., C) as RGB, or the first as grey if there are fewer, uint8. Zero is mid-grey,
+    and the largest magnitude of all has full intensity."""
     chosen = np.asarray(samples[..., :3] if samples.shape[-1] >= 3 else samples[..., :1].repeat(3, -1), np.float64)
     return _to_bytes(chosen / (np.abs(chosen).max(initial=0) or 1.0))
 

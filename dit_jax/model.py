@@ -1,7 +1,7 @@
 """The diffusion transformer (Peebles & Xie, arXiv 2212.09748) in Flax NNX.
 
-One block is built with its parameters stacked over the layers and run under `jax.lax.scan`, so it is compiled
-once whatever the depth. Inside, tokens are (replica, batch, token, channel); only attention mixes replicas.
+One block is built with its parameters stacked over the layers and run under `jax.lax.scan`, so that it is compiled once
+at any depth. Inside, tokens are (replica, batch, token, channel); only attention mixes replicas.
 Shape letters: R replicas, N batch, T tokens, D width.
 """
 
@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.extend.backend import get_default_device
 
-from dit_jax.attention import Coupling, Implementation, attend, check_gate, read_pattern
+from dit_jax.attention import GateKind, Implementation, attend, check_gate, read_pattern
 from dit_jax.config import DiTConfig
 
 Tap = Callable[[jax.Array, dict[str, jax.Array]], Any]
 Edit = Callable[[str, jax.Array, jax.Array], jax.Array]
 
-# What a tap is given and an edit may change in every block, in the order in which it is computed.
+# The activations of every block, in the order in which they are computed: a tap is given them, an edit may change them.
 ACTIVATIONS = {
     "resid_pre": "(R, N, T, D) residual stream before the block",
     "adaln": "(N, 6D) shift, scale and gate of attention, then of the MLP",
@@ -57,7 +58,8 @@ def timestep_features(t: jax.Array, dtype=jnp.float32, divisor: int = FREQUENCY_
 
 
 def position_embedding(grid: int, width: int) -> np.ndarray:
-    """The fixed 2-d embedding (grid * grid, width) float32: first half the column, second half the row, sines first."""
+    """The fixed 2-d position embedding (grid * grid, width) float32. The first half of the width encodes the column,
+    the second half the row, each with the sines first."""
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
     angles = np.arange(grid)[:, None] * frequencies
     axis = np.concatenate([np.sin(angles), np.cos(angles)], -1)  # (grid, width / 2)
@@ -87,12 +89,12 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """At least float32: what goes on between two matrix products is computed there, and rounded once."""
+    """The array in float32 or wider. What lies between two matrix products is computed in it, and rounded once."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class LayerNorm(nnx.Module):
-    """Parameter-free layer norm, computed in float32 or wider (two passes, not E[x^2] - E[x]^2)."""
+    """Layer norm without parameters, computed in float32 or wider by two passes; E[x^2] - E[x]^2 would lose digits."""
 
     def __init__(self, eps: float = 1e-6):
         self.eps = eps
@@ -104,8 +106,9 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` in the config's compute dtype: full float32 precision on any device (no TF32), and sums in float32
-    where that dtype is narrower."""
+    """`nnx.Linear` in the config's compute dtype. A float32 product has full float32 precision on any device (no TF32);
+    a narrower dtype is summed in float32. A GPU rounds a bfloat16 result before the bias is added, and once after.
+    """
 
     def __init__(self, fan_in: int, fan_out: int, config: DiTConfig, rngs: nnx.Rngs, init=_xavier):
         self.compute_dtype = jnp.dtype(config.dtype)
@@ -122,15 +125,18 @@ class Linear(nnx.Linear):
         dtype = self.compute_dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         assert self.bias is not None
-        # a bfloat16 result would cost the bias its last digits, and XLA on CPUs its matrix units
-        out = jnp.dot(
-            inputs.astype(dtype), self.kernel[...].astype(dtype), precision=self.precision, preferred_element_type=wide
-        )
-        return (out + self.bias[...].astype(wide)).astype(dtype)
+        inputs, kernel, bias = inputs.astype(dtype), self.kernel[...].astype(dtype), self.bias[...]
+        if dtype == jnp.bfloat16 and get_default_device().platform == "gpu":
+            # A float32 result would be written to memory and read once more, a tenth of the time of a large network.
+            return jnp.dot(inputs, kernel) + bias.astype(dtype)
+        # The product is kept in float32 until the bias is added: a bfloat16 product would lose digits of the sum, and
+        # would keep XLA from using the matrix units of CPUs.
+        out = jnp.dot(inputs, kernel, precision=self.precision, preferred_element_type=wide)
+        return (out + bias.astype(wide)).astype(dtype)
 
 
 def param_dtype(config: DiTConfig):
-    """Dtype in which parameters are kept: float64 for a float64 model, else float32."""
+    """The dtype in which a model keeps its parameters: float64 for a float64 model, else float32."""
     return jnp.float64 if config.dtype == "float64" else jnp.float32
 
 
@@ -154,7 +160,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, gate: jax.Array | None, options: "Options", at: "Point") -> jax.Array:
         qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, -1)
         q, k, v = (at(name, qkv[..., i, :, :]) for i, name in enumerate("qkv"))
-        out, pattern = attend(q, k, v, gate, options.coupling, options.attention)
+        out, pattern = attend(q, k, v, gate, options.kind, options.attention)
         edited = at("pattern", pattern)
         if edited is not pattern:
             out = read_pattern(edited, v)
@@ -172,15 +178,16 @@ class Mlp(nnx.Module):
 
 
 class Options(NamedTuple):
-    """How blocks are run; nothing of it is traced."""
+    """How blocks are run. Nothing in it is traced."""
 
-    coupling: Coupling
+    kind: GateKind
     attention: Implementation
     edit: Edit | None
 
 
 class Point:
-    """Names the activations of one block as they come up: ``at(name, value)`` gives back the value, edited if asked."""
+    """Collects the activations of one block by name. ``at(name, value)`` returns the value, or what the edit makes of
+    it."""
 
     def __init__(self, layer: jax.Array, edit: Edit | None):
         self.layer, self.edit = layer, edit
@@ -211,7 +218,7 @@ class Block(nnx.Module):
     def __call__(
         self, layer: jax.Array, x: jax.Array, c: jax.Array, gate: jax.Array | None, options: Options
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x (R, N, T, D), c (N, D) -> x and the named activations of this block."""
+        """Tokens x (R, N, T, D) and conditioning c (N, D) -> x after the block, and its named activations."""
         at = Point(layer, options.edit)
         x = at("resid_pre", x)
         adaln = at("adaln", self.adaln(nnx.silu(c)))
@@ -224,7 +231,7 @@ class Block(nnx.Module):
 
 
 def _add(x: jax.Array, gate: jax.Array, out: jax.Array) -> jax.Array:
-    """A sublayer's output (R, N, T, D), times its gate (N, D), on the residual stream."""
+    """The residual stream x (R, N, T, D) plus a sublayer's output (R, N, T, D) times its adaLN gate (N, D)."""
     return (widened(x) + widened(gate)[..., None, :] * widened(out)).astype(x.dtype)
 
 
@@ -270,13 +277,13 @@ class DiT(nnx.Module):
         self.final_layer = FinalLayer(config, rngs)
 
     def unstacked(self) -> "DiT":
-        """The same function with an array per layer in place of stacked ones.
+        """The same function as a model that holds one array per layer instead of stacked ones. For running only: such a
+        model cannot be trained or saved.
 
-        The blocks are then compiled one by one, which takes longer, and read where they lie: a scan copies the
-        parameters of each layer out of the stack, which costs a CPU up to a quarter of a large network at small
-        batches (benchmarks/RESULTS.md). For running only; such a model is not trained or saved. The blocks' parameters
-        are copied: until the model that it was made from is deleted, they take their memory twice.
-        """
+        Its blocks are compiled one by one, which takes longer, but their parameters are read where they lie. A scan
+        copies the parameters of each layer out of the stack; on a CPU this takes up to a quarter of the time of a large
+        network at small batches (benchmarks/RESULTS.md). The parameters of the blocks are copied: they take their
+        memory twice until the stacked model is deleted."""
         if not isinstance(self.blocks, Block):
             return self
         graph, state = nnx.split(self)
@@ -295,7 +302,7 @@ class DiT(nnx.Module):
         """Timesteps and labels (N,) -> conditioning vector (N, D).
 
         Raises:
-          ValueError: a concrete label is out of range (traced ones pass).
+          ValueError: a label is out of range. Traced labels are not checked.
         """
         null = self.config.num_classes
         if not isinstance(y, Tracer) and np.any((np.asarray(y) < 0) | (np.asarray(y) > null)):
@@ -314,34 +321,37 @@ class DiT(nnx.Module):
         y: jax.Array,
         gate: jax.Array | None = None,
         *,
-        coupling: Coupling = "joint",
+        kind: GateKind = "joint",
         attention: Implementation = "auto",
         tap: Tap | None = None,
         edit: Edit | None = None,
         unroll: int = 1,
     ) -> Any:
-        """Raw network output. To be called under jit: outside, every call traces and compiles the layers anew.
+        """Raw network output. Call it under jit: outside, every call traces and compiles the layers anew.
 
         Args:
           x: (N, H, W, C), or (R, N, H, W, C) for R replicas of N pairs.
           t: (N,) timesteps on the original 0..999 grid; replicas share them.
           y: (N,) int labels; `config.num_classes` is the null label.
-          gate: coupling of the replicas, broadcast to (depth, N, R, R): per layer, per pair, or both. None runs them
-            uncoupled.
-          coupling, attention: see `dit_jax.attention.attend`.
-          tap: called as ``tap(layer, activations)`` in every block, `layer` a traced int, `activations` a dict with
-            the names and shapes of `ACTIVATIONS` and with ``"conditioning"`` (N, D), the same in all blocks; whatever
-            pytree it returns comes back stacked over layers. What it does not return is not kept.
-          edit: called as ``edit(name, layer, value)`` for every name of `ACTIVATIONS`; what it returns, of the same
-            shape and dtype, is used in place of `value`, and is what a tap sees. Both functions must be pure.
-          unroll: layers per scan iteration; more compile longer and make training faster on CPUs, with the same result.
+          gate: (R, R), or any shape that broadcasts to (depth, N, R, R): one gate per layer, per pair, or both. None
+            runs the replicas uncoupled.
+          kind: of the gate, ``"joint"`` or ``"blend"``, see `dit_jax.attention.attend`.
+          attention: implementation, see `dit_jax.attention.attend`.
+          tap: called as ``tap(layer, activations)`` in every block. `layer` is a traced int; `activations` is a dict
+            with the names and shapes of `ACTIVATIONS`, and with ``"conditioning"`` (N, D), which is the same in all
+            blocks. The pytree that it returns comes back stacked over layers; nothing else is kept.
+          edit: called as ``edit(name, layer, value)`` for every name of `ACTIVATIONS`. What it returns must have the
+            shape and dtype of `value`; it replaces `value`, also for a tap. Both functions must be pure.
+          unroll: layers per scan iteration. A larger number compiles longer and makes training faster on CPUs; the
+            result is the same.
 
         Returns:
-          (..., H, W, out_channels) of the shape of `x` but for channels; with `tap`, that and the taps.
+          (..., H, W, out_channels), of the shape of `x` but for the channels, at least float32. With `tap`, a tuple of
+          that and the taps.
 
         Raises:
           ValueError: the image does not fit the config, a gate comes without a replica axis or does not broadcast, an
-            edit changes a shape or dtype, or a concrete label or gate is out of range.
+            edit changes a shape or dtype, or a label or gate that is not traced is out of range.
         """
         config = self.config
         image = (config.input_size, config.input_size, config.in_channels)
@@ -357,7 +367,7 @@ class DiT(nnx.Module):
         h = self.embed(x.astype(config.dtype))
         c = self.condition(t, y)
         gates = None if gate is None else _gates(gate, config.depth, *x.shape[:2])
-        options = Options(coupling, attention, edit)
+        options = Options(kind, attention, edit)
 
         def run(block: Block, h, index, gate):
             h, activations = block(index, h, c, gate, options)
@@ -378,7 +388,7 @@ class DiT(nnx.Module):
 
 
 def _gates(gate: jax.Array, depth: int, replicas: int, pairs: int) -> jax.Array:
-    """A gate, checked and broadcast to (depth, N or 1, R, R)."""
+    """The gate, checked, and broadcast to (depth, N or 1, R, R)."""
     full = (depth, pairs, replicas, replicas)
     fits = 2 <= gate.ndim <= 4 and all(
         n in (1, m) for n, m in zip(gate.shape[:-2][::-1], full[:-2][::-1], strict=False)

@@ -1,6 +1,6 @@
-"""The training loss of a DiT: squared error of the prediction plus the variational bound of the learned variance.
+"""The training loss of a DiT: the squared error of the prediction, plus the variational bound of the learned variance.
 
-The bound (Nichol & Dhariwal, arXiv 2102.09672) trains the variance channels only: its mean is held constant.
+The bound (Nichol & Dhariwal, arXiv 2102.09672) trains the variance channels only; the mean in it is held constant.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def add_noise(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock) ->
 
 
 def target(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock, prediction: Prediction) -> jax.Array:
-    """What the first channels of the network should say."""
+    """What the first channels of the network should predict, (N, H, W, C) (theory, eq. 1.3)."""
     if prediction == "epsilon":
         return noise
     if prediction == "x0":
@@ -42,7 +42,8 @@ def target(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock, predi
 
 
 def denoised_from(out: jax.Array, x: jax.Array, alpha_bar: jax.Array, prediction: Prediction) -> jax.Array:
-    """The predicted clean image, given the network's prediction and the state it saw at signal power `alpha_bar`."""
+    """The predicted clean image, from the network's prediction `out` and the state `x` that it saw at signal power
+    `alpha_bar` (theory, eq. 1.3)."""
     if prediction == "epsilon":
         return jnp.sqrt(1 / alpha_bar) * x - jnp.sqrt(1 / alpha_bar - 1) * out
     if prediction == "x0":
@@ -51,8 +52,12 @@ def denoised_from(out: jax.Array, x: jax.Array, alpha_bar: jax.Array, prediction
 
 
 def posterior_tables(clock: Clock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of q(x_next | x, x0), in step order, float64: weights of x0 and of x, log variance (the zero of the last step
-    replaced by its neighbour), and the log of the upper variance beta."""
+    """Tables of the posterior q(x_next | x, x0), each (n,) float64 in step order.
+
+    Returns:
+      the weight of x0 and the weight of x in the mean; the log of the variance, with that of the last step (0) replaced
+      by its neighbour; the log of the upper variance beta (theory, eq. 2.7).
+    """
     ab, after, beta = clock.alpha_bar, clock.alpha_bar_next, clock.betas
     weight_x0 = beta * np.sqrt(after) / (1 - ab)
     weight_x = (1 - after) * np.sqrt(1 - beta) / (1 - ab)

@@ -1,7 +1,7 @@
 """Files of tensors, opened without running anything in them and read one tensor at a time.
 
-PyTorch's .pt and .bin files and safetensors, in one piece or sharded behind an index. Whatever a file claims is checked
-against its size before memory is taken for it; everything wrong with it comes out as a `WeightsError`.
+It reads PyTorch's .pt and .bin files, and safetensors in one piece or sharded behind an index. What a file claims is
+checked against its size before memory is taken for it. Everything wrong with a file raises a `WeightsError`.
 """
 
 import argparse
@@ -22,16 +22,16 @@ Which = Literal["ema", "model"]
 Shape = tuple[int, ...]
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAPPED_BYTES = 2**28  # of a mapped file read before its pages are given back
-JSON_BYTES = 2**26  # more is no config or index
+MAPPED_BYTES = 2**28  # how much of a mapped file is read before its pages are given back
+JSON_BYTES = 2**26  # a config or index is smaller
 REAL_TYPES = {"F16", "BF16", "F32", "F64"}
-# What the pickle of a state dict names, and of the "args" that the training script keeps. PyTorch's safe loading lets
-# through more, and some of that takes any memory or time (codecs, sparse tensors, copies of repeated views).
+# The names that occur in the pickle of a state dict, and of the "args" that the training script keeps. PyTorch's safe
+# loading allows more, some of which can take any memory or time (codecs, sparse tensors, copies of repeated views).
 PICKLED = re.compile(
     r"torch \w+Storage|torch (b?float|u?int|complex|bool)\w*|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
     r"|collections OrderedDict|argparse Namespace"
 )
-TUPLE_SIZE = 1000  # with the tuples in it; hashing a key of more can take forever or overflow the stack
+TUPLE_SIZE = 1000  # nested tuples included; hashing a larger key can take for ever or overflow the stack
 LEGACY_PICKLES = 5  # that a file from before version 1.6 begins with: magic number, version, system, content, storages
 
 
@@ -92,12 +92,12 @@ def open_source(source: str | Path, which: Which = "ema") -> Source:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object of reasonable size.
+    """Reads a JSON object of reasonable size.
 
     Raises:
-      WeightsError: it is none.
+      WeightsError: the file is not one.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would wait for ever
         raise WeightsError(f"{path} is not a file")
     if path.stat().st_size > JSON_BYTES:
         raise WeightsError(f"{path} has {path.stat().st_size} bytes; that is no config or index")
@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The one checkpoint of a folder, indexes before the shards that they name."""
+    """The one checkpoint of a folder. An index is looked for before the shards that it names."""
     for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors", "*.bin", "*.pt"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
@@ -124,7 +124,8 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """The file of that name in a folder. A link must not lead out of it, but into the blobs of a Hugging Face cache."""
+    """The file of that name in a folder. A link may lead to the blobs of a Hugging Face cache, and else not out of the
+    folder."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise WeightsError(f"{folder} names a file {str(name)[:100]!r}: only plain names in the same folder are read")
     path = folder / name
@@ -180,7 +181,7 @@ def _safetensors_entries(path: Path) -> dict[str, Entry | None]:
 
 
 class _Mapped:
-    """A memory-mapped file that is opened anew now and then, so that pages already read do not count as ours."""
+    """A memory-mapped file. It is opened anew now and then, so that pages already read do not count as our memory."""
 
     def __init__(self, opened: Callable[[], Any], in_memory: bool = False):
         self.opened, self.in_memory = opened, in_memory
@@ -254,19 +255,24 @@ def _torch_entries(path: Path, which: Which) -> tuple[dict[str, Entry | None], s
 
 
 def _load(torch: Any, path: Path) -> Mapping:
-    """What a .pt file holds, nothing of it executed. Zip archives are mapped, the older form is read whole."""
+    """The content of a .pt file; nothing in it is executed. Zip archives are mapped, the older form is read whole."""
     refused = f"{path} is not a readable checkpoint: "
     try:
         archive = _is_archive(path)
         if archive:
             with zipfile.ZipFile(path) as file:
                 packed = [entry.filename for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-            if packed:  # never written by PyTorch, and the way to make a small file fill the memory
+            if packed:  # PyTorch never compresses; a small file could fill the memory
                 raise WeightsError(f"{refused}its archive is compressed ({packed[0][:100]!r}); save it with torch.save")
             reader = torch._C.PyTorchFileReader(str(path))  # which may see another archive than Python does
-            if reader.get_record_size("data.pkl") > path.stat().st_size:
-                raise WeightsError(f"{refused}its archive is compressed; save it with torch.save")
-            _check_pickle(io.BytesIO(reader.get_record("data.pkl")), refused)
+            if hasattr(reader, "get_record_size"):
+                if reader.get_record_size("data.pkl") > path.stat().st_size:
+                    raise WeightsError(f"{refused}its archive is compressed; save it with torch.save")
+                _check_pickle(io.BytesIO(reader.get_record("data.pkl")), refused)
+            else:  # PyTorch before 2.12 cannot tell a size: the record is read where it lies, as it is not compressed
+                with path.open("rb") as file:
+                    file.seek(reader.get_record_offset("data.pkl"))
+                    _check_pickle(file, refused)
         else:
             with path.open("rb") as file:
                 for _ in range(LEGACY_PICKLES):
@@ -275,7 +281,7 @@ def _load(torch: Any, path: Path) -> Mapping:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
     except WeightsError:
         raise
-    except Exception as error:  # of any kind, and torch's own message would suggest to load unsafely
+    except Exception as error:  # errors of any kind; torch's own message would suggest loading unsafely
         raise WeightsError(
             f"{refused}it is damaged, of another format, or holds pickled objects other than tensors, which are never "
             f"loaded because that would run code from the file ({type(error).__name__})"
@@ -287,7 +293,7 @@ def _load(torch: Any, path: Path) -> Mapping:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether PyTorch takes a file for an archive: by its first bytes, not by its last ones as Python does."""
+    """Whether PyTorch takes a file for an archive. It goes by the first bytes, where Python goes by the last ones."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"PK\x03\x04"
@@ -301,11 +307,11 @@ def _check_keys(part: Mapping, path: Path) -> None:
 
 
 def _check_pickle(file: BinaryIO, refused: str) -> None:
-    """Refuses a pickle with other objects than dense tensors in nested containers. Reads one pickle of the file.
+    """Reads one pickle of a file, and raises WeightsError if it holds anything but dense tensors in nested containers.
 
-    Follows the stack of the unpickler with nothing on it but the names of globals and, for all else, a size: 0 for an
-    empty tuple, 1 for what is no tuple. Tuples in tuples, used again by reference, are of exponential size.
-    """
+    It follows the stack of the unpickler, on which it keeps only the names of globals and, for everything else, a size:
+    0 for an empty tuple, 1 for what is not a tuple. Sizes are counted because tuples in tuples, used again by
+    reference, can be of exponential size."""
     stack: list[int | str] = []
     marks: list[int] = []
     memo: dict[int, int | str] = {}

@@ -1,7 +1,7 @@
 """Ensembles of coupled replica pairs: keys, initial and step noise, a grid of couplings in one batch.
 
-Every random number is a function of (seed, pair, step, replica) alone. Results therefore do not depend on how pairs
-are batched, and runs at different couplings see the same noise.
+Every random number is a function of (seed, pair, step, replica) alone. Results therefore do not depend on how pairs are
+batched, and runs at different couplings see the same noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ INITIAL = -1  # the "step" of the initial noise
 def pair_noise(
     seed: int | jax.Array, pairs: jax.Array, step: int | jax.Array, shape: Sequence[int], replicas: int = 2
 ) -> jax.Array:
-    """Unit Gaussian noise (R, N, *shape) float32 of pairs (N,) at one step (`INITIAL` for the start), independent
-    between replicas, pairs and steps. In place of a seed there may be a key, for noise of another purpose."""
+    """Unit Gaussian noise (R, N, *shape) float32 of pairs (N,) at one step, independent between replicas, pairs and
+    steps. The step `INITIAL` gives the initial noise. In place of a seed there may be a key, for another purpose."""
     is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
     root = seed if is_key else jax.random.key(seed)
 
@@ -38,7 +38,7 @@ def pair_noise(
 
 
 def pair_labels(pairs: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-    """Class of each pair (N,) int32: the classes in turn, by pair index; both replicas share it."""
+    """Class label of each pair, (N,) int32: the classes in turn, by pair index. Both replicas of a pair share it."""
     return np.asarray(classes, np.int32)[np.asarray(pairs) % len(classes)]
 
 
@@ -56,22 +56,23 @@ def run_pairs(
     eta: float = 0.0,
     observe: PairObserver | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Samples every pair at every coupling, as one batch of P * C: a pair's couplings side by side, so that what is
-    split over devices by pair stays split.
+    """Samples every pair at every coupling, as one batch of P * C. The couplings of a pair lie side by side in it, so
+    that a batch that is split over devices by pair stays split.
 
     Args:
-      coupled: gives the denoiser under a gate.
+      coupled: maps a gate to the denoiser under it.
       clock: n noise levels.
-      couplings: (C,) gates g of symmetric all-to-all replicas; or any gates, (C, R, R), per layer (C, layers, R, R), or
-        per sampler step and layer (C, n, layers, R, R), `layers` and n possibly 1. Traced, so that another grid of the
-        same shape does not recompile.
+      couplings: (C,) couplings g of symmetric all-to-all gates; or gates of any form: (C, R, R), by layer
+        (C, layers, R, R), or by sampler step and layer (C, n, layers, R, R), where `layers` and n may be 1. They are
+        traced, so that another grid of the same shape does not compile again.
       pairs: (P,) pair indices, which select the noise.
       labels: (P,) class labels.
-      shape: (H, W, C) of one image.
+      shape: (H, W, channels) of one image.
       seed: of the whole experiment; or a key, see `pair_noise`.
       replicas: R.
-      observe: ``observe(step, x, denoised)`` with arrays (R, C, P, H, W, channels); see `sample`. Taps, its fourth
-        argument where there are any, come as the network gave them, with a batch axis of P * C.
+      sampler, eta: see `sample`.
+      observe: ``observe(step, x, denoised)`` with arrays (R, C, P, H, W, channels); see `sample`. Taps, a fourth
+        argument if there are any, come as the network gave them, with a batch axis of P * C.
 
     Returns:
       samples (R, C, P, H, W, channels), and the observations stacked over steps.
@@ -106,10 +107,10 @@ def run_pairs(
 
 
 def grid_gates(couplings: jax.Array, replicas: int = 2) -> jax.Array:
-    """Gates (C, [[n,] layers,] R, R) of a grid of couplings, which may be scalars (C,) of symmetric replicas.
+    """The gates (C, [[n,] layers,] R, R) of a grid: symmetric ones of couplings g (C,), or the given gates, checked.
 
     Raises:
-      ValueError: neither, or concrete ones that are no gates.
+      ValueError: `couplings` has none of these shapes, or its numbers make no gate. Traced numbers are not checked.
     """
     if couplings.ndim == 1:
         return symmetric_gate(couplings, replicas)

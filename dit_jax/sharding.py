@@ -1,15 +1,15 @@
 """Ensembles on several devices, of one process or of several.
 
-Pairs are independent, so the batch is split over the one axis of a mesh and the network is left as it is. Parameters
-are whole on every device, or split as well and gathered layer by layer where they are used::
+Pairs are independent, so that the batch is split over the one axis of a mesh and the network stays as it is. Parameters
+are whole on every device, or they are split too, and gathered layer by layer where they are used::
 
     mesh = make_mesh()
     model = place_model(model, mesh, "sharded")
     pairs, labels = place_pairs(mesh, pairs, labels)
     samples = gather(sampled(model, couplings, pairs, labels))
 
-`sampled`, jitted, gives `run_pairs` the denoiser ``split_batch(mesh, coupled)``. Results are those of one device up to
-the rounding of matrix products of another shape.
+Here `sampled` is a jitted function that calls `run_pairs` with the denoiser ``split_batch(mesh, coupled)``. Results are
+those of one device, up to the rounding of matrix products of another shape.
 
 Several processes run the same program, each with the same host arrays, after ``jax.distributed.initialize(address,
 num_processes, process_id)``, which must come before anything that asks for devices; its coordinator listens on every
@@ -36,15 +36,15 @@ SMALL = 4096  # elements below which an array is not worth gathering
 
 
 class SplitParam(nnx.Param):
-    """A parameter that lies split over devices, and is whole for whoever reads it. If the network read the parts, the
-    compiler might split its arithmetic along with them, and send activations between devices in every layer."""
+    """A parameter that is stored split over devices and is whole when it is read. If the network read the parts, the
+    compiler might split its arithmetic like them, and send activations between devices in every layer."""
 
     def get_value(self, **kwargs) -> jax.Array:
         return jax.lax.with_sharding_constraint(super().get_value(**kwargs), self.get_metadata("whole"))
 
 
 def make_mesh(devices=None) -> Mesh:
-    """A mesh of the one axis `AXIS` over `devices`, all by default; sharding propagates through it automatically."""
+    """A mesh with the single axis `AXIS` over `devices` (all by default). Sharding propagates through it by itself."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
 
@@ -93,13 +93,13 @@ def place_pairs(mesh: Mesh, *arrays) -> tuple[jax.Array, ...]:
 
 
 def split(mesh: Mesh, array: jax.Array, axis: int) -> jax.Array:
-    """The array, to lie split along an axis; within jit too."""
+    """The array, split over the devices along an axis; within jit too."""
     return jax.lax.with_sharding_constraint(array, _along(mesh, axis % array.ndim))
 
 
 def split_batch(mesh: Mesh, coupled: CoupledDenoiser) -> CoupledDenoiser:
-    """The same denoiser, with its batch split over the devices. `run_pairs` puts all pairs at all couplings into one
-    batch, the pairs as the fast axis, and how they were split cannot be followed through that reshape."""
+    """The same denoiser, with its batch split over the devices. `run_pairs` reshapes pairs and couplings into one
+    batch, and the compiler cannot follow through that reshape how the pairs were split."""
 
     def split_coupled(gate: jax.Array) -> Denoiser:
         denoiser = coupled(split(mesh, gate, -3))
@@ -109,7 +109,7 @@ def split_batch(mesh: Mesh, coupled: CoupledDenoiser) -> CoupledDenoiser:
 
 
 def gather(tree: Any) -> Any:
-    """The tree with whole NumPy arrays, in every process; all processes must call it."""
+    """The tree with whole NumPy arrays, in every process. All processes must call it."""
 
     def whole(array):
         if isinstance(array, jax.Array) and not array.is_fully_addressable:

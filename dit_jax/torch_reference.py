@@ -1,4 +1,4 @@
-"""A DiT in PyTorch, written from the same facts as the JAX one, to check conversions and to race against.
+"""A DiT in PyTorch, written from the same facts as the JAX one, for checking conversions and for benchmarks.
 
 Nothing else in the package imports this file; it needs the extra ``torch``. Its state dict has the official keys, so
 that a checkpoint loads with ``load_state_dict``. Images are NCHW here, as PyTorch has them.
@@ -115,7 +115,7 @@ class FinalLayer(nn.Module):
 class TorchDiT(nn.Module):
     """``model(x, t, y)``: x (N, C, H, W), t and y (N,) -> (N, C_out, H, W).
 
-    With `gate`, x is (R, N, C, H, W): replicas coupled by one softmax over all their keys, as ``coupling="joint"``.
+    With `gate`, x is (R, N, C, H, W): replicas coupled by one softmax over all their keys, as ``kind="joint"``.
     """
 
     def __init__(self, config: DiTConfig):
@@ -131,7 +131,8 @@ class TorchDiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, gate: Tensor | None = None, stages: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """`gate` is (N, R, R); `stages`, a dict to fill, gets named activations, a block's as ``blocks.3.attn_out``."""
+        """Runs the network. `gate` is (N, R, R). `stages` is a dict that is filled with activations by name; those of a
+        block have names like ``blocks.3.attn_out``."""
         lead, replicas = x.shape[:-3], x.shape[0] if x.ndim == 5 else 1
         h = self.x_embedder(x.flatten(0, -4)) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)

@@ -9,6 +9,7 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class TrainConfig:
 
 
 class TrainingData(Protocol):
-    """What a model is trained on: `Photographs`, or a law that draws."""
+    """What a model is trained on: `Photographs`, what a transformation makes of them, or a law that draws."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -66,6 +67,11 @@ class TrainingData(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """(H, W, C) of an image."""
+        ...
+
+    @property
+    def may_mirror(self) -> bool:
+        """Whether training may mirror the images at random (`TrainConfig.flip`): whether their law allows it."""
         ...
 
     def batch(self, config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,6 +100,10 @@ class Photographs:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.images.pixels.shape[1:]
+
+    @property
+    def may_mirror(self) -> bool:
+        return True
 
     def batch(self, config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = batch_indices(config, len(self.images.pixels), step)
@@ -139,30 +149,51 @@ def batch_indices(config: TrainConfig, count: int, step: int) -> np.ndarray:
     """Indices (batch_size,) of step `step`: epochs without replacement, each shuffled by (seed, epoch)."""
     per_epoch = max(1, count // config.batch_size)
     epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([config.seed, epoch]).permutation(count)
+    order = _epoch_order(config.seed, epoch, count)
     return np.resize(order, per_epoch * config.batch_size)[position * config.batch_size :][: config.batch_size]
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
     """The jitted update ``(state, x0, labels) -> state, metrics``; the state's buffers are donated."""
+    update = make_update(model_config, config, graph, constants, clock)
+    mirrored = 0.5 if config.flip else 0.0
+    return jax.jit(lambda state, x0, labels: update(state, x0, labels, config.seed, mirrored), donate_argnums=0)
+
+
+def make_update(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
+    """The pure function of one training step, ``update(state, x0, labels, seed, mirrored, rate) -> state, metrics``.
+
+    The seed and the share of images that are mirrored are arguments, in place of the config's, so that networks of one
+    shape can be trained side by side under `jax.vmap`. `rate`, if given, multiplies the scheduled learning rate: for
+    training that ends by the clock.
+    """
     tx = optimizer(config)
     weight = np.ones(len(clock))
     if model_config.prediction == "epsilon":
         weight = np.minimum(1 + np.exp(-clock.log_snr), max(1.0, config.weight_cap))
 
+    # one program for all layers makes training faster on a CPU; a GPU gains nothing and compiles it for minutes
+    unroll = model_config.depth if jax.default_backend() == "cpu" else 1
+
     def loss_fn(params, x0, labels, noise, t):
         model = nnx.merge(graph, params, constants)
         timesteps = jnp.asarray(clock.timesteps)[t]
-        out = model(add_noise(x0, noise, t, clock), timesteps, labels, unroll=model_config.depth)
+        out = model(add_noise(x0, noise, t, clock), timesteps, labels, unroll=unroll)
         terms = losses(out.astype(x0.dtype), x0, noise, t, clock, model_config.prediction)
         return (jnp.asarray(weight, x0.dtype)[t] * terms.mse + terms.vb).mean(), terms
 
-    def update(state, x0, labels):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state["step"]), 5)
+    def update(state, x0, labels, seed, mirrored, rate=None):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state["step"]), 5)
         size = x0.shape[0]
-        if config.flip:
-            flipped = jax.random.bernoulli(keys[0], 0.5, (size,))[:, None, None, None]
-            x0 = jnp.where(flipped, x0[:, :, ::-1], x0)
+        flipped = jax.random.bernoulli(keys[0], mirrored, (size,))[:, None, None, None]
+        x0 = jnp.where(flipped, x0[:, :, ::-1], x0)
         dropped = jax.random.bernoulli(keys[1], config.label_dropout, (size,))
         labels = jnp.where(dropped, model_config.num_classes, labels)
         # one timestep from each of `size` equal strata: uniform, with less variance than independent draws
@@ -171,6 +202,8 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
         noise = jax.random.normal(keys[4], x0.shape, x0.dtype)
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], x0, labels, noise, t)
         updates, opt = tx.update(grads, state["opt"], state["params"])
+        if rate is not None:  # AdamW's step is proportional to its rate, decay of the weights included
+            updates = jax.tree.map(lambda u: rate * u, updates)
         params = optax.apply_updates(state["params"], updates)
         step = state["step"] + 1
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
@@ -184,7 +217,17 @@ def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef,
         }
         return {"params": params, "ema": ema, "opt": opt, "step": step}, metrics
 
-    return jax.jit(update, donate_argnums=0)
+    return update
+
+
+def initial_state(params: nnx.State, config: TrainConfig) -> dict[str, Any]:
+    """What `make_update` carries on, before the first step."""
+    return {
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "opt": optimizer(config).init(params),
+        "step": jnp.zeros((), jnp.int32),
+    }
 
 
 class LossLog:
@@ -248,12 +291,13 @@ def train(
       the folder of the trained model, which `load_model` reads.
 
     Raises:
-      ValueError: the data do not fit the model, `out` holds another run, or the settings of a resumed run differ.
+      ValueError: the data do not fit the model, or may not be mirrored and `config.flip` asks for it; `out` holds
+        another run, or the settings of a resumed run differ.
     """
     out = Path(out)
     data = Photographs(data) if isinstance(data, ImageSet) else data
     clock = make_clock(1000)
-    _check_fit(data, model_config)
+    _check_fit(data, model_config, config)
     record = {
         "model": model_config.to_dict(),
         "training": dataclasses.asdict(config),
@@ -261,12 +305,7 @@ def train(
     }
     _open_run(out, record, resume)
     graph, params, constants = nnx.split(DiT(model_config, nnx.Rngs(config.seed)), nnx.Param, ...)
-    state: dict[str, Any] = {
-        "params": params,
-        "ema": jax.tree.map(jnp.copy, params),
-        "opt": optimizer(config).init(params),
-        "step": jnp.zeros((), jnp.int32),
-    }
+    state = initial_state(params, config)
     if recover(out / "state"):
         state = load_arrays(out / "state", state)
     update = make_step(model_config, config, graph, constants, clock)
@@ -300,12 +339,14 @@ def train(
     return out / "model"
 
 
-def _check_fit(data: TrainingData, config: DiTConfig) -> None:
+def _check_fit(data: TrainingData, config: DiTConfig, training: TrainConfig) -> None:
     shape = (config.input_size, config.input_size, config.in_channels)
     if data.shape != shape:
         raise ValueError(f"images are {data.shape}, the model takes {shape}")
     if len(data.class_names) != config.num_classes:
         raise ValueError(f"the data has {len(data.class_names)} classes, the model {config.num_classes}")
+    if training.flip and not data.may_mirror:
+        raise ValueError("flip mirrors images at random, which these data must not be; train on them with flip=False")
 
 
 def _open_run(out: Path, record: dict, resume: bool) -> None:
@@ -321,10 +362,10 @@ def _open_run(out: Path, record: dict, resume: bool) -> None:
         raise ValueError(f"{out} holds a training run; give --resume to go on with it, or choose another folder")
     before = json.loads(path.read_text())
     changed = [
-        f"{part}.{name}: {before.get(part, {}).get(name)!r} -> {value!r}"
+        f"{part}.{name}: {before.get(part, {}).get(name)!r} -> {entries.get(name)!r}"
         for part, entries in record.items()
-        for name, value in entries.items()
-        if before.get(part, {}).get(name) != value and (part, name) != ("training", "steps")
+        for name in entries | before.get(part, {})  # an entry that only the run has is a difference, too
+        if before.get(part, {}).get(name) != entries.get(name) and (part, name) != ("training", "steps")
     ]
     if changed:
         raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")

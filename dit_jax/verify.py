@@ -1,4 +1,4 @@
-"""Does a converted model compute what its checkpoint says? One in PyTorch against the other in JAX, by stage.
+"""Compares a converted model in JAX with its checkpoint in PyTorch, stage by stage.
 
 Both sides run on the CPU in float32 on the same random input. The PyTorch side is this package's own DiT
 (dit_jax/torch_reference.py), filled from the file under its official keys, and rounded as the converted one is stored.
@@ -18,9 +18,10 @@ from dit_jax.readers import Which, open_source
 from dit_jax.weights import TABLE, official_entries
 
 IN_BLOCK = ("adaln", "norm1", "attn_out", "norm2", "mlp_out", "resid_post")
-# Share of the largest value of a stage. At large t the float32 sinusoids of two libraries differ by 3e-5.
+# By timestep: the largest deviation, as a share of the largest value of a stage. At large t the float32 sinusoids of
+# two libraries differ by 3e-5.
 LIMITS = {5: 5e-6, 700: 5e-5}
-DEEP = 12  # blocks over which the limits are tested; rounding is let grow with the depth beyond
+DEEP = 12  # number of blocks for which the limits hold; for deeper networks they grow with the depth
 
 
 class Stage(NamedTuple):
@@ -31,18 +32,18 @@ class Stage(NamedTuple):
 
 
 def limits(depth: int) -> tuple[float, ...]:
-    """What the deviation of the output may be, at each timestep of `LIMITS`."""
+    """The largest allowed deviation of the output, at each timestep of `LIMITS`."""
     return tuple(limit * max(1.0, depth / DEEP) for limit in LIMITS.values())
 
 
 def compare_stages(
     source: str | Path, model: DiT, *, which: Which = "ema", stored: str = "float32", seed: int = 0
 ) -> list[Stage]:
-    """Runs both and compares them from the embedding to the output.
+    """Runs both models and compares them from the embedding to the output.
 
     Args:
       source, which: the checkpoint, see `dit_jax.weights.convert`.
-      model: converted from it, computing in float32.
+      model: the model that was converted from it, with float32 as compute dtype.
       stored: dtype to which the conversion rounded its parameters.
       seed: of the random input.
 

@@ -21,14 +21,14 @@ from dit_jax.checkpoint import Arrays, stored_dtypes, weight_shapes
 from dit_jax.config import VARIANTS, DiTConfig, TimestepConvention
 from dit_jax.readers import Entry, Shape, Source, WeightsError, Which, open_source
 
-CONVERSION_VERSION = 1  # to be raised when the same file would give other arrays
-COPIED_COLUMNS = 128  # as many as keep the rows of a transposed copy in cache
-SMALL_EMBEDDING = 2**22  # numbers that a position embedding may have whatever the network
+CONVERSION_VERSION = 1  # raise it when the same file would give other arrays
+COPIED_COLUMNS = 128  # few enough that the rows of a transposed copy stay in cache
+SMALL_EMBEDDING = 2**22  # numbers that a position embedding of any network may have
 PREFIXES = ("module.", "_orig_mod.")  # of wrapped training: DistributedDataParallel, torch.compile
 
 
 class Transform(NamedTuple):
-    """How an entry becomes one of our arrays and back, and the shape of the entry for an array of a given shape."""
+    """How an entry becomes one of our arrays and is got back, and the shape it has for an array of a given shape."""
 
     apply: Callable[[np.ndarray], np.ndarray]
     invert: Callable[[np.ndarray, DiTConfig], np.ndarray]
@@ -49,7 +49,7 @@ TRANSFORMS = {
 
 
 class Rule(NamedTuple):
-    """One row of the table. A source with a ``{}`` stands for one entry per layer, stacked in the target."""
+    """One row of the table. A source with ``{}`` in it stands for one entry per layer; the target stacks them."""
 
     source: str
     target: str
@@ -92,7 +92,7 @@ class Conversion:
     weights: Arrays  # by dotted path
     variant: str | None  # official name, if it is an official architecture
     provenance: dict  # entries for the manifest
-    notes: tuple[str, ...] = ()  # what its user should know
+    notes: tuple[str, ...] = ()  # what the user of the model should know
 
 
 def convert(
@@ -105,20 +105,20 @@ def convert(
 ) -> Conversion:
     """Reads a checkpoint in any known form.
 
-    Takes the memory of the converted arrays and little more: a file is read tensor by tensor (but for PyTorch files in
-    the form from before version 1.6, which are read whole).
+    It takes little more memory than the converted arrays, because files are read tensor by tensor. Only PyTorch files
+    in the form from before version 1.6 are read whole.
 
     Args:
-      source: see `dit_jax.readers.open_source`; keys official or of the diffusers form.
+      source: file or folder, see `dit_jax.readers.open_source`; its keys are official or of the diffusers form.
       which: ``"ema"`` or ``"model"``, the part of a training checkpoint to read.
-      num_heads: needed for widths that no official variant has, unless a config.json tells it; shapes do not.
+      num_heads: needed if no official variant has the width and no config.json gives it; shapes do not tell it.
       dtype: of the converted parameters, ``"float32"`` or ``"bfloat16"``; the position embedding stays float32.
       timestep_convention: ``"diffusers"`` makes a model that computes what the diffusers model code does, see
         `DiTConfig.timestep_convention`.
 
     Raises:
-      WeightsError: the file cannot be read safely, or its entries are not exactly those of a DiT: all missing,
-        unexpected, misshapen and non-finite ones are listed.
+      WeightsError: the file cannot be read safely, or its entries are not exactly those of a DiT. The message lists all
+        that are missing, unexpected, misshapen or not finite.
     """
     opened = open_source(source, which)
     entries, form, heads = official_entries(opened, str(source))
@@ -142,7 +142,8 @@ def convert(
 
 
 def official_entries(opened: Source, label: str) -> tuple[dict[str, Entry | None], str, int | None]:
-    """The entries of an opened checkpoint under official keys, its form in words, and its heads if it tells them.
+    """The entries of an opened checkpoint under official keys, its form in words, and its number of heads if it gives
+    one.
 
     Raises:
       WeightsError: keys clash, or a diffusers checkpoint is of another model.
@@ -157,7 +158,7 @@ def official_entries(opened: Source, label: str) -> tuple[dict[str, Entry | None
 def convert_entries(
     entries: Mapping[str, Entry | np.ndarray | None], label: str, num_heads: int | None = None, dtype: str = "float32"
 ) -> tuple[DiTConfig, Arrays]:
-    """Config and arrays of a state dict with official keys; `label` names it in errors.
+    """The config and the arrays of a state dict with official keys. `label` names it in errors.
 
     Raises:
       WeightsError: see `convert`.
@@ -189,13 +190,13 @@ def convert_entries(
 
 
 def state_dict(config: DiTConfig, weights: Arrays) -> Iterator[tuple[str, np.ndarray]]:
-    """The official keys and arrays of a model, one after the other: the inverse of `convert_entries`, bit for bit."""
+    """The official keys and arrays of a model, one after the other. This inverts `convert_entries` bit for bit."""
     for rule in TABLE:
         yield from inverted(rule, weights[rule.target], config)
 
 
 def inverted(rule: Rule, array: np.ndarray, config: DiTConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The official keys and arrays, copies, of one of our arrays."""
+    """The official keys of one of our arrays, each with a copy of its part."""
     for i, key in enumerate(rule.sources(config.depth)):
         found = TRANSFORMS[rule.transform].invert(array[i] if rule.stacked else array, config)
         entry = np.empty(found.shape, found.dtype)
@@ -204,7 +205,7 @@ def inverted(rule: Rule, array: np.ndarray, config: DiTConfig) -> Iterator[tuple
 
 
 def source_shapes(config: DiTConfig) -> dict[str, Shape]:
-    """Key and shape of every entry of an official state dict for `config`."""
+    """The key and shape of every entry of an official state dict for `config`."""
     ours = weight_shapes(config)
     return {
         key: TRANSFORMS[rule.transform].source_shape(ours[rule.target][1 if rule.stacked else 0 :], config)
@@ -214,7 +215,7 @@ def source_shapes(config: DiTConfig) -> dict[str, Shape]:
 
 
 def variant_name(config: DiTConfig) -> str | None:
-    """The official name of this architecture, whatever its input size, channels and classes; None if it has none."""
+    """The official name of this architecture at any input size, channels and classes; None if it has none."""
     names = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
     for name, official in VARIANTS.items():
         if all(getattr(config, n) == getattr(official, n) for n in names):
@@ -225,11 +226,11 @@ def variant_name(config: DiTConfig) -> str | None:
 def infer_config(
     shapes: Mapping[str, Shape], depth: int, num_heads: int | None = None
 ) -> tuple[DiTConfig | None, list[str]]:
-    """The config that the shapes of an official state dict tell, and what they leave open.
+    """Infers the config from the shapes of an official state dict.
 
     Returns:
-      config: None if not all sizes can be told; with one head if only `num_heads` cannot.
-      problems: one line for each size that cannot be told.
+      config: None if a size cannot be inferred; if only `num_heads` cannot, the config has one head.
+      problems: one line for each size that cannot be inferred.
     """
     problems = []
     sizes: dict[str, Any] = {"depth": depth}
@@ -240,7 +241,7 @@ def infer_config(
         else:
             problems.append(f"cannot tell {name}: it is read off {where}")
 
-    # sizes that many entries tell are put to the vote, so that one misshapen entry is reported as such
+    # A size that many entries share is decided by their majority, so that a single misshapen entry is reported as such.
     width = _vote(shapes, r"pos_embed|x_embedder\.proj\.bias|.*embedding_table\.weight|.*(attn\.proj|mlp\.2)\.bias")
     hidden = _vote(shapes, r"blocks\.\d+\.mlp\.fc1\.bias")
     _, channels, patch, _ = _ranked(shapes, "x_embedder.proj.weight", 4)
@@ -249,7 +250,7 @@ def infer_config(
     classes = _ranked(shapes, "y_embedder.embedding_table.weight", 2)[0] - 1
     grid = math.isqrt(tokens)
     held = sum(math.prod(shape) for key, shape in shapes.items() if key != "pos_embed")
-    if tokens * width > max(held, SMALL_EMBEDDING):  # it would be computed to ask for the model's shapes
+    if tokens * width > max(held, SMALL_EMBEDDING):  # asking for the model's shapes would compute it
         problems.append(f"{tokens} tokens of width {width} are more numbers than the rest of the file has")
     tell("hidden_size", width, "the biases")
     tell("mlp_ratio", width and hidden / width, "blocks.*.mlp.fc1.bias")
@@ -273,7 +274,7 @@ def infer_config(
 
 
 def _vote(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """The last axis that most entries of this pattern agree on; 0 if there are none."""
+    """The size of the last axis that most entries with keys of this pattern have; 0 if there are no such entries."""
     found = Counter(shape[-1] for key, shape in shapes.items() if shape and re.fullmatch(pattern, key))
     return found.most_common(1)[0][0] if found else 0
 
@@ -313,7 +314,7 @@ def _entry(value: Entry | np.ndarray | None) -> Entry | None:
 
 
 def _read(entries: Mapping[str, Entry], key: str, label: str) -> np.ndarray:
-    """One entry, float32, of the shape that was announced."""
+    """One entry as float32, checked to have the shape that its file announced."""
     try:
         array = entries[key].read()
     except WeightsError:
@@ -322,12 +323,12 @@ def _read(entries: Mapping[str, Entry], key: str, label: str) -> np.ndarray:
         raise WeightsError(f"{label}: {key} cannot be read ({type(error).__name__}); the file is damaged") from error
     if array.shape != entries[key].shape:
         raise WeightsError(f"{label}: {key} has shape {array.shape}, its file announced {entries[key].shape}")
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as that
+    with np.errstate(over="ignore"):  # a float64 number beyond float32 becomes infinite, and is reported as not finite
         return array.astype(np.float32, copy=False)
 
 
 def _fill(config: DiTConfig, entries: Mapping[str, Entry], label: str, dtype: str) -> tuple[Arrays, list[str]]:
-    """Our arrays, read one entry at a time, and a line for each that is not finite."""
+    """Our arrays, read one entry at a time, and a line for each entry that is not finite."""
     dtypes = stored_dtypes(config, dtype)
     weights = {path: np.empty(shape, dtypes[path]) for path, shape in weight_shapes(config).items()}
     problems = []

@@ -1,16 +1,18 @@
 """The command line: ``syncgap --help``. Imports nothing heavy until a command runs."""
 
 import contextlib
+import functools
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
+from dit_jax.conversion import convert_checkpoint
 from experiments import studies
 from experiments.tools.settings import SampleConfig
 
@@ -23,6 +25,7 @@ class Train:
 
     data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable (--size 8)
     out: tyro.conf.Positional[Path]  # folder of the training run
+    transform: str = "natural"  # of the images: natural, whitened, reversed, power:A, permuted or gaussian
     size: int = 16  # images are cropped and resized to size x size
     prediction: Literal["epsilon", "v", "x0"] = "v"
     depth: int = 12
@@ -95,6 +98,13 @@ class Info:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest instead
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@functools.wraps(convert_checkpoint)
+def _convert(*args: Any, **settings: Any) -> Callable[[], int]:
+    """`convert_checkpoint`, to be run once the command line is read."""
+    return functools.partial(convert_checkpoint, *args, **settings)
+
+
 class Terminated(KeyboardInterrupt):
     """A scheduler asked the process to end (SIGTERM): as Ctrl-C, with another exit code."""
 
@@ -104,12 +114,19 @@ def main(args: list[str] | None = None) -> int:
     argv = sys.argv[1:] if args is None else args
     configs = {name: studies.settings_of(name) for name in studies.NAMES}
     commands: dict[str, Any] = {name: _command(config) for name, config in configs.items()}
-    commands |= {"report": Report, "theory": Theory, "train": Train, "sample": Sample, "info": Info}
+    commands |= {
+        "report": Report,
+        "theory": Theory,
+        "train": Train,
+        "sample": Sample,
+        "info": Info,
+        "convert": _convert,
+    }
     command: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="syncgap")
     line = shlex.join(["syncgap", *argv])
     try:
         with _ending_like_an_interrupt():
-            return _run(command, line)
+            return command() if isinstance(command, functools.partial) else _run(command, line)
     except (ValueError, OSError) as error:
         print(f"syncgap: {error}", file=sys.stderr)
         return 2
@@ -204,11 +221,18 @@ def _info(command: Info) -> int:
 def _train(command: Train, line: str) -> Path:
     from dit_jax.config import DiTConfig
     from dit_jax.images import load_images
-    from dit_jax.training import Photographs, TrainConfig, train
+    from dit_jax.training import TrainConfig, train
+    from dit_jax.transforms import training_data, transformation_name
     from experiments.studies.solvable.data import SolvableData
 
     solvable = command.data == Path("solvable")
-    data = SolvableData() if solvable else Photographs(load_images(command.data, command.size, not command.quiet))
+    transform = transformation_name(command.transform)  # before the images are read, which takes a while
+    if solvable and transform != "natural":
+        raise ValueError("solvable data have a law of their own; --transform is for folders and zip files of images")
+    if solvable:
+        data = SolvableData()
+    else:
+        data = training_data(load_images(command.data, command.size, not command.quiet), transform)
     model = DiTConfig(
         input_size=command.size,
         patch_size=command.patch_size,
@@ -227,7 +251,7 @@ def _train(command: Train, line: str) -> Path:
         learning_rate=command.learning_rate,
         decay_fraction=command.decay_fraction,
         weight_cap=command.weight_cap,
-        flip=not solvable,
+        flip=data.may_mirror,
         label_dropout=0.0 if solvable else 0.1,
         seed=command.seed,
     )

@@ -12,25 +12,25 @@ import jax.numpy as jnp
 
 from ou_theory.roots import require
 
-Coupling = Literal["joint", "blend"]
+GateKind = Literal["joint", "blend"]
 
 _matmul = partial(jnp.matmul, precision="highest")
 
 
 def rho(g: jax.Array) -> jax.Array:
-    """Gain of values and keys of the difference mode of a symmetric pair, ``(1 - g) / (1 + g)`` for g in [0, 1]; its
-    own inverse."""
+    """Gain ``(1 - g) / (1 + g)`` of the difference mode of a symmetric pair, on values and keys, for g in [0, 1]. The
+    map is its own inverse (theory, eqs. 5.1 and 6.3)."""
     return (1 - g) / (1 + g)
 
 
 def xi(g: jax.Array) -> jax.Array:
-    """Weight of a replica's own keys under `blend`, ``1 / (1 + g)`` for g in [0, 1]."""
+    """Weight ``1 / (1 + g)`` of a replica's own keys under a `blend` gate, for g in [0, 1] (theory, section 6.2)."""
     return 1 / (1 + g)
 
 
 def rho_n(g: jax.Array, num_replicas: int) -> jax.Array:
-    """`rho` of any difference mode of `num_replicas` replicas coupled all to all, ``(1 - g) / (1 + (N - 1) g)``, for g
-    in [0, 1].
+    """`rho` of N = `num_replicas` replicas coupled all to all: ``(1 - g) / (1 + (N - 1) g)`` for g in [0, 1], the same
+    for every difference mode (theory, eq. 6.8).
 
     Raises:
       ValueError: fewer than 2 replicas, which have no difference.
@@ -40,51 +40,52 @@ def rho_n(g: jax.Array, num_replicas: int) -> jax.Array:
     return (1 - g) / (1 + (num_replicas - 1) * g)
 
 
-def gated_weights(q: jax.Array, k: jax.Array, gate: jax.Array, coupling: Coupling) -> jax.Array:
-    """Attention weights of coupled replicas, a plain transcription for checks: q, k (R, T, d) -> (R, T, R, T).
+def gated_weights(q: jax.Array, k: jax.Array, gate: jax.Array, kind: GateKind) -> jax.Array:
+    """Attention weights of coupled replicas, a plain transcription of eq. 6.1 of the theory, for checks.
 
     Args:
+      q, k: (R, T, d) queries and keys.
       gate: (R, R), non-negative: entry (a, b) weighs replica b's keys for replica a's queries.
-      coupling: ``"joint"``: one softmax over all keys, whose exponentials the gate multiplies. ``"blend"``: a softmax
+      kind: ``"joint"``: one softmax over all keys, whose exponentials the gate multiplies. ``"blend"``: a softmax
         per replica of keys, averaged with the gate's rows as weights.
 
     Returns:
-      axes: query replica, query, key replica, key; each query's weights sum to 1.
+      (R, T, R, T): query replica, query, key replica, key; each query's weights sum to 1.
 
     Raises:
-      ValueError: another coupling; a gate that is negative, or closed to all keys of a replica's queries.
+      ValueError: another kind; a gate that is negative, or closed to all keys of a replica's queries.
     """
-    if coupling not in ("joint", "blend"):
-        raise ValueError(f"coupling {coupling!r} is neither 'joint' nor 'blend'")
+    if kind not in ("joint", "blend"):
+        raise ValueError(f"gate kind {kind!r} is neither 'joint' nor 'blend'")
     gate = jnp.asarray(gate)
     require(gate >= 0, f"a gate must not be negative, got {gate}")
     require(gate.sum(-1) > 0, f"every row of a gate must be open somewhere, got {gate}")
     logits = jnp.einsum("aqd,bkd->aqbk", q, k, precision="highest") / q.shape[-1] ** 0.5
-    if coupling == "blend":
+    if kind == "blend":
         largest = logits.max(-1, keepdims=True)
-    else:  # of the keys that are seen, whatever those are that are not
+    else:  # the largest logit among the keys that the gate lets through
         largest = jnp.where(gate[:, None, :, None] > 0, logits, -jnp.inf).max((-2, -1), keepdims=True)
-    # bounded where the gate is closed, so that nothing there is infinite times 0
+    # logits behind a closed gate may be larger; the bound keeps their exponentials finite, so that 0 times them is 0
     exponentials = jnp.exp(jnp.minimum(logits - jax.lax.stop_gradient(largest), 80.0))
-    if coupling == "blend":
+    if kind == "blend":
         exponentials = exponentials / exponentials.sum(-1, keepdims=True)
     weights = gate[:, None, :, None] * exponentials
     return weights / weights.sum((-2, -1), keepdims=True)
 
 
-def gated_attention(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array, coupling: Coupling) -> jax.Array:
+def gated_attention(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array, kind: GateKind) -> jax.Array:
     """Output (R, T, d) of one head of coupled replicas; see `gated_weights`."""
-    return jnp.einsum("aqbk,bkd->aqd", gated_weights(q, k, gate, coupling), v, precision="highest")
+    return jnp.einsum("aqbk,bkd->aqd", gated_weights(q, k, gate, kind), v, precision="highest")
 
 
-def pair_weights(q: jax.Array, k: jax.Array, g: jax.Array, coupling: Coupling) -> jax.Array:
+def pair_weights(q: jax.Array, k: jax.Array, g: jax.Array, kind: GateKind) -> jax.Array:
     """`gated_weights` of a pair under the symmetric gate with cross weight `g`: q, k (2, T, d) -> (2, T, 2, T)."""
     own = jnp.eye(2)
-    return gated_weights(q, k, own + g * (1 - own), coupling)
+    return gated_weights(q, k, own + g * (1 - own), kind)
 
 
 class Difference(NamedTuple):
-    """Parts of a difference of outputs, each (..., T, d)."""
+    """The parts of a difference of attention outputs, each (..., T, d)."""
 
     routing: jax.Array  # through the values
     key: jax.Array  # through the pattern, by the keys
@@ -108,19 +109,23 @@ def _response(q, k, v, dq, dk, dv) -> Difference:
 
 
 def first_order_difference(q, k, v, dq, dk, dv, g: jax.Array) -> Difference:
-    """Linear response of ``O_A - O_B`` to replicas at ``q +- dq / 2`` and so on, the same for both couplings: that of
-    attention, with the gain `rho` on keys and values.
+    """Linear response of ``O_A - O_B`` to replicas at ``q +- dq / 2`` and so on (theory, eq. 6.3).
+
+    It is the response of attention itself, with the differences of keys and values multiplied by `rho`. Both kinds of
+    gate have the same one.
 
     Args:
       q, k, v, dq, dk, dv: (T, d), the common point and the differences.
-      g: coupling.
+      g: coupling in [0, 1].
     """
     return _response(q, k, v, dq, rho(g) * dk, rho(g) * dv)
 
 
 def first_order_response(q, k, v, dq, dk, dv, gate: jax.Array) -> Difference:
-    """Linear response (R, T, d) of the output of each replica a to replicas at ``q + dq[a]`` and so on, the same for
-    both couplings: that of attention, where a replica's keys and values move by the mean over its row of the gate.
+    """Linear response (R, T, d) of each replica's output to replicas at ``q + dq[a]`` and so on (theory, eq. 6.7).
+
+    It is the response of attention itself, where the keys and values of a replica move by the mean displacement of all
+    replicas, weighted by its row of the gate. Both kinds of gate have the same one.
 
     Args:
       q, k, v: (T, d), the common point.
@@ -132,11 +137,16 @@ def first_order_response(q, k, v, dq, dk, dv, gate: jax.Array) -> Difference:
     return _response(q, k, v, dq, dk, dv)
 
 
-def exact_difference(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, coupling: Coupling) -> Difference:
-    """The same split to all orders, for replicas q, k, v (2, T, d) at any distance.
+def exact_difference(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, kind: GateKind) -> Difference:
+    """The split of `first_order_difference` to all orders, for replicas at any distance (theory, section 6.3).
 
     The pattern part is divided between queries and keys by the two-player Shapley value: each difference is credited
-    with the average of what it changes when switched on first and second, symmetrised over its sign.
+    with the average of what it changes when it is switched on first and when second, symmetrised over its sign.
+
+    Args:
+      q, k, v: (2, T, d), one row per replica.
+      g: coupling of the symmetric gate.
+      kind: of the gate, see `gated_weights`.
     """
 
     def weights_at(dq_sign: int, dk_sign: int) -> jax.Array:
@@ -146,7 +156,7 @@ def exact_difference(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, cou
             mean, half = x.mean(0), (x[0] - x[1]) / 2
             return jnp.stack([mean + sign * half, mean - sign * half])
 
-        return pair_weights(scaled(q, dq_sign), scaled(k, dk_sign), g, coupling)
+        return pair_weights(scaled(q, dq_sign), scaled(k, dk_sign), g, kind)
 
     weights = weights_at(1, 1)
     self_mean = (weights[0, :, 0] + weights[1, :, 1]) / 2
@@ -156,7 +166,7 @@ def exact_difference(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, cou
 
     def pattern(dq_sign, dk_sign):
         a = weights_at(dq_sign, dk_sign)
-        # own and other keys change places between the replicas; their sum does not
+        # what are a replica's own keys are the other's cross keys; the sum over both is free of that exchange
         return _matmul((a[0] - a[1]).sum(1), mean_v)
 
     # exchanging the replicas flips dq, dk and the difference, so two of the four sign choices suffice

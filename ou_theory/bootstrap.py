@@ -4,7 +4,8 @@ import numpy as np
 
 
 def resample(seed: int, num_pairs: int, draws: int) -> np.ndarray:
-    """How often each pair enters each bootstrap sample: (draws, num_pairs) int, rows sum to `num_pairs`.
+    """How often each pair enters each bootstrap sample: (draws, num_pairs) int, whose rows sum to `num_pairs`. The same
+    arguments give the same numbers.
 
     Raises:
       ValueError: fewer than two pairs, which have no spread.
@@ -16,15 +17,18 @@ def resample(seed: int, num_pairs: int, draws: int) -> np.ndarray:
 
 
 def basic_interval(estimate, draws, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The basic bootstrap interval ``[2 e - q_high, 2 e - q_low]``.
+    """The basic bootstrap interval ``[2 e - q_high, 2 e - q_low]`` (theory, eq. 7.6).
 
     Args:
       estimate: (...) point estimates e.
-      draws: (draws, ...) the same on resampled pairs.
+      draws: (draws, ...) the same estimates on resampled pairs.
       level: nominal coverage.
 
     Returns:
       lower and upper ends (...); NaN where the estimate or any draw is not finite.
+
+    Raises:
+      ValueError: `level` is not in (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")

@@ -1,9 +1,9 @@
 """Noise schedules, respacing, and the clocks that go with them (docs/theory.md, section 2).
 
-Four names of one quantity, the noise level: the signal power `alpha_bar` of the variance-preserving frame, the
-noise variance ``sigma2 = (1 - alpha_bar) / alpha_bar`` of the rescaled frame, the log-SNR ``ell = -log(sigma2)``
-and the Ornstein-Uhlenbeck time ``t = -log(alpha_bar) / 2``. Tables are NumPy float64: they are constants of a
-run, and their precision must not depend on JAX's x64 flag.
+The noise level has four names: the signal power `alpha_bar` of the variance-preserving frame, the noise variance
+``sigma2 = (1 - alpha_bar) / alpha_bar`` of the rescaled frame, the log-SNR ``ell = -log(sigma2)`` and the
+Ornstein-Uhlenbeck time ``t = -log(alpha_bar) / 2``. Tables are NumPy float64: they are constants of a run, and their
+precision must not depend on JAX's x64 flag.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ BETA_MAX = 0.02
 
 
 def linear_betas(num: int = NUM_TRAIN_STEPS, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> FloatArray:
-    """The linear DDPM schedule: `num` noise increments from `beta_min` to `beta_max`, (num,) float64."""
+    """The linear DDPM schedule (theory, eq. 2.2): `num` increments from `beta_min` to `beta_max`, (num,) float64."""
     return np.linspace(beta_min, beta_max, num, dtype=np.float64)
 
 

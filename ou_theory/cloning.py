@@ -2,11 +2,9 @@
 (docs/theory.md, sections 13.6 to 13.8).
 
 Clones branch from one state of noise variance sigma^2 and go on with independent noise under the reverse SDE, so that
-they are independent draws of the posterior. Of a Gaussian mode the correlation of their ends is
-`gain_model.q_uncoupled`. Functions broadcast, and work under jit, vmap and grad, unless they say otherwise.
+their ends are independent draws of the posterior. The ends of a Gaussian mode correlate by `gain_model.q_uncoupled`.
+Functions broadcast, and work under jit, vmap and grad, unless they say otherwise.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ou_theory.clock import BETA_MAX, BETA_MIN, NUM_TRAIN_STEPS, Clock
-from ou_theory.commitment import latch, relative_energy, threshold_step
-from ou_theory.gain_model import commitment_log_snr
-from ou_theory.laws import Clusters, mmse, sign_correlation, wiener_gain
+from ou_theory.cluster_laws import Clusters, mmse, sign_correlation
+from ou_theory.estimator import latch, relative_energy, threshold_step
+from ou_theory.gain_model import commitment_log_snr, wiener_gain
 from ou_theory.process import transition_time
 from ou_theory.recursion import recursion_energy
 from ou_theory.roots import falling_root, require
@@ -26,13 +24,22 @@ from ou_theory.special import exprel
 
 
 def same_cluster_probability(kappa: ArrayLike) -> jax.Array:
-    """Probability ``(1 + T(kappa)) / 2`` that two clones end in the same of two clusters; any shape."""
+    """Probability ``(1 + T(kappa)) / 2`` that two clones end in the same of two clusters; kappa of any shape."""
     return (1 + sign_correlation(jnp.asarray(kappa, float))) / 2
 
 
 def clone_correlation(law: Clusters, sigma2: ArrayLike) -> jax.Array:
-    """Correlation of the ends of two clones in each mode (..., M), ``1 - mmse / Var``, for levels (...): the Q of any
-    law. Not below ``X / (1 + X)`` with ``X = Var / sigma^2``, its value for a Gaussian law of the same variance."""
+    """Correlation ``1 - mmse / Var`` of the ends of two clones in each mode: the Q of any law (theory, eq. 4.1).
+
+    It is at least ``X / (1 + X)`` with ``X = Var / sigma^2``, which is its value for a Gaussian law of that variance.
+
+    Args:
+      law: of M modes.
+      sigma2: (...) noise variances at which the clones branch.
+
+    Returns:
+      (..., M).
+    """
     return 1 - mmse(law, jnp.asarray(sigma2, float)) / law.total_variance()
 
 
@@ -41,10 +48,10 @@ def _missing_correlation(kappa, q):
 
 
 def kappa_level(q: ArrayLike = 0.5) -> jax.Array:
-    """The kappa at which ``T(kappa) = q``: the labels of clones correlate by q. Differentiable for q in (0, 1).
+    """The kappa at which ``T(kappa) = q``, so that the labels of clones correlate by q. Differentiable for q in (0, 1).
 
-    0 at q = 0, infinite at 1. At one half it is 0.850844, so that clones commit a little before speciation, which is
-    at kappa = 1.
+    It is 0 at q = 0 and infinite at q = 1. At one half it is 0.850844: clones commit a little before speciation, which
+    is at kappa = 1.
 
     Raises:
       ValueError: q is outside [0, 1].
@@ -60,24 +67,25 @@ def kappa_level(q: ArrayLike = 0.5) -> jax.Array:
 def cluster_cloning_time(
     centre: ArrayLike, variance: ArrayLike, q: ArrayLike = 0.5, rate: ArrayLike = 1.0, noise: ArrayLike = 1.0
 ) -> jax.Array:
-    """OU time at which the labels of clones of a mode with clusters ``+-m`` correlate by q in (0, 1): the clock at
-    ``m^2 / kappa_q - s^2``; 0 if they always correlate by less."""
+    """OU time at which the labels of clones correlate by q in (0, 1), for one mode with clusters ``+-m`` of variance
+    s^2: `transition_time` of the spread ``m^2 / kappa_q - s^2``. It is 0 if they correlate by less at every time."""
     spread = jnp.asarray(centre, float) ** 2 / kappa_level(q) - jnp.asarray(variance, float)
     return transition_time(rate, spread, noise)
 
 
 def coupled_cloning_variance(variance: ArrayLike, x_end: ArrayLike, x_branch: ArrayLike, rho: ArrayLike) -> jax.Array:
-    """Variance, in the rescaled frame, of the difference mode of two clones that branch at the SNR `x_branch` and run
-    coupled, with the difference gain `rho`, under the ancestral SDE to `x_end`.
+    """Variance of the difference mode of two coupled clones, in the rescaled frame (theory, eq. 13.12).
 
-    With the noise shares ``z = 1 / (1 + X)``, ``S z_e^(2 - 2 rho) / (1 - z_e)^2 [z_b^(2 rho - 1) - z_e^(2 rho - 1)] /
-    (2 rho - 1)``, removable at rho = 1/2. As the noise ends it tends to 0 for every rho < 1, and for rho = 1 to the
-    posterior variance at the branch.
+    The clones branch at the SNR `x_branch` and run under the ancestral SDE, with the gain `rho` on their difference, to
+    the SNR `x_end`. With the noise shares ``z = 1 / (1 + X)`` the variance is
+    ``S z_e^(2 - 2 rho) / (1 - z_e)^2 [z_b^(2 rho - 1) - z_e^(2 rho - 1)] / (2 rho - 1)``, computed without loss of
+    digits around rho = 1/2. As the noise vanishes it tends to 0 for every rho < 1, and to the posterior variance at the
+    branch for rho = 1.
 
     Args:
       variance: S > 0.
       x_end: ``S / sigma^2 > 0`` at the end, not below `x_branch`.
-      x_branch: at the branch, >= 0.
+      x_branch: ``S / sigma^2 >= 0`` at the branch.
       rho: gain in [0, 1].
     """
     variance, x_end, x_branch, rho = (jnp.asarray(v, float) for v in (variance, x_end, x_branch, rho))
@@ -91,77 +99,57 @@ def coupled_cloning_variance(variance: ArrayLike, x_end: ArrayLike, x_branch: Ar
 
 
 def rescaled_growth_flow(variance: ArrayLike, sigma2: ArrayLike) -> jax.Array:
-    """Rate of a difference of rescaled states per unit of ``log(1 / sigma)`` under the flow, Gaussian mode:
-    ``-sigma^2 / (S + sigma^2)``, always contracting."""
+    """Growth rate of a difference of rescaled states of a Gaussian mode under the flow, per unit of ``log(1 / sigma)``:
+    ``-sigma^2 / (S + sigma^2)``. It is always negative."""
     sigma2 = jnp.asarray(sigma2, float)
     return -sigma2 / (jnp.asarray(variance, float) + sigma2)
 
 
 def rescaled_growth_sde(variance: ArrayLike, sigma2: ArrayLike) -> jax.Array:
-    """The same under the reverse SDE with shared noise: twice that of the flow."""
+    """The rate of `rescaled_growth_flow` under the reverse SDE with shared noise, which is twice as large."""
     return 2 * rescaled_growth_flow(variance, sigma2)
 
 
 def state_growth(variance: ArrayLike, alpha_bar: ArrayLike) -> jax.Array:
-    """Rate of a difference of variance-preserving states per reverse OU time under the flow, Gaussian mode:
-    ``(S - 1) alpha_bar / P`` with ``P = 1 + (S - 1) alpha_bar``. Its sign is that of S - 1 at all times: it says
-    nothing about commitment."""
+    """Growth rate of a difference of variance-preserving states of a Gaussian mode under the flow, per reverse OU time:
+    ``(S - 1) alpha_bar / P`` with ``P = 1 + (S - 1) alpha_bar``. Its sign is that of S - 1 at all times, so that it
+    says nothing about commitment."""
     excess = (jnp.asarray(variance, float) - 1) * jnp.asarray(alpha_bar, float)
     return excess / (1 + excess)
 
 
 def denoised_growth(variance: ArrayLike, alpha_bar: ArrayLike) -> jax.Array:
-    """Rate of a difference of what is predicted, per reverse OU time under the flow, Gaussian mode: ``1 / P > 0``."""
+    """Growth rate of a difference of predictions of a Gaussian mode under the flow, per reverse OU time: ``1 / P > 0``
+    with the P of `state_growth`."""
     return 1 / (1 + (jnp.asarray(variance, float) - 1) * jnp.asarray(alpha_bar, float))
 
 
 def cluster_growth(kappa: ArrayLike, variance: ArrayLike, sigma2: ArrayLike) -> jax.Array:
-    """Rate of a difference of rescaled states at the symmetric point of clusters, along the centre, per unit of
-    ``log(1 / sigma)`` under the flow: ``sigma^2 / (s^2 + sigma^2) (kappa - 1)``. Speciation is its change of sign."""
+    """Growth rate of a difference of rescaled states along the centre, at the symmetric point of two clusters, under
+    the flow, per unit of ``log(1 / sigma)``: ``sigma^2 / (s^2 + sigma^2) (kappa - 1)``. It changes sign at speciation.
+    """
     return -rescaled_growth_flow(variance, sigma2) * (jnp.asarray(kappa, float) - 1)
 
 
 def coupled_energy_growth(x: ArrayLike, rho: ArrayLike) -> jax.Array:
-    """Rate of the energy of the predicted difference per nat of log-SNR under the flow with the gain `rho`:
-    ``(1 - (1 - rho) X) / (1 + X)``, which changes sign at ``X = 1 / (1 - rho)``."""
+    """Growth rate of the energy of the predicted difference under the flow with the gain `rho`, per nat of log-SNR:
+    ``(1 - (1 - rho) X) / (1 + X)``. It changes sign at ``X = 1 / (1 - rho)``."""
     x, rho = jnp.asarray(x, float), jnp.asarray(rho, float)
     return (1 - (1 - rho) * x) / (1 + x)
 
 
-# --- one step of a discrete sampler, and what its size costs
-
-
-class Step(NamedTuple):
-    """``y' = factor y + sqrt(noise) xi`` in the rescaled frame."""
-
-    factor: jax.Array
-    noise: jax.Array
-
-
-def ddim_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> Step:
-    """Of DDIM with the linear denoiser ``gain y``: ``y' = [G + (1 - G) sigma' / sigma] y``."""
-    gain = jnp.asarray(gain, float)
-    factor = gain + (1 - gain) * jnp.asarray(sigma_next, float) / jnp.asarray(sigma, float)
-    return Step(factor, jnp.zeros_like(factor))
-
-
-def ancestral_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> Step:
-    """Of the ancestral sampler with the posterior variance: ``y' = [q + (1 - q) G] y + sigma' sqrt(1 - q) xi`` with
-    ``q = sigma'^2 / sigma^2``."""
-    gain, sigma, sigma_next = (jnp.asarray(v, float) for v in (gain, sigma, sigma_next))
-    q = (sigma_next / sigma) ** 2
-    factor = q + (1 - q) * gain
-    return Step(factor, jnp.broadcast_to(sigma_next**2 * (1 - q), factor.shape))
+# --- what the finite steps of a sampler cost
 
 
 def half_energy_bias(clock: Clock, variances: ArrayLike, eta: float = 0.0) -> np.ndarray:
-    """Sampler step (B,) at which an uncoupled Gaussian mode has half of its final energy, less its SNR = 1 step.
+    """The sampler step at which an uncoupled Gaussian mode has half of its final energy, minus its SNR = 1 step.
 
-    Negative: a discrete sampler is early, by less than 1 step for DDIM and about 2 for the ancestral sampler, however
-    many steps there are. Theory and network must go through the same recursion. Not for tracing.
+    The result (B,) is negative: a discrete sampler is early, by less than 1 step for DDIM and by about 2 for the
+    ancestral sampler, however many steps it takes (theory, section 13.8). Theory and network must therefore go through
+    the same recursion. Not for traced values.
 
     Args:
-      clock: the sampler's.
+      clock: of the sampler.
       variances: (B,) positive.
       eta: as in `recursion.recursion_energy`.
 
@@ -179,23 +167,20 @@ def half_energy_bias(clock: Clock, variances: ArrayLike, eta: float = 0.0) -> np
 # --- bands and spectra
 
 
-def effective_variance_bounds(variances: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The mean of S and ``sum S^2 / sum S`` over the last axis, between which `gain_model.effective_variance` lies."""
-    s = jnp.asarray(variances, float)
-    return s.mean(-1), (s**2).sum(-1) / s.sum(-1)
-
-
-def power_law_level_gap(exponent: ArrayLike, num: ArrayLike) -> jax.Array:
-    """Log-SNR between the commitments of the first and the last of the modes ``S_1 k^-a``, k = 1..num:
-    ``a log(num)``, without bound where the gap in time (`gain_model.power_law_time_gap`) saturates."""
-    return jnp.asarray(exponent, float) * jnp.log(jnp.asarray(num, float))
-
-
 def power_law_step_gap(
     steps: ArrayLike, first: ArrayLike, exponent: ArrayLike, num: ArrayLike, q: ArrayLike = 0.5
 ) -> jax.Array:
-    """The same in steps of a sampler of the linear schedule, roughly: ``0.317 n [sqrt(log(1 + c S_1)) - sqrt(log(1 +
-    c S_num))]`` with ``c = (1 - q) / q``. It saturates, as few steps lie at small noise. `Clock.step` is exact."""
+    """Rough number of sampler steps between the commitments of the first and the last of the modes ``S_1 k^-a``,
+    k = 1..num, on the linear schedule (theory, eq. 13.13); `Clock.step` is exact. Broadcasts.
+
+    It is ``0.317 n [sqrt(log(1 + c S_1)) - sqrt(log(1 + c S_num))]`` with ``c = (1 - q) / q``. It saturates as the
+    exponent grows, since few steps lie at small noise, whereas the gap in log-SNR is ``a log(num)``, without bound.
+
+    Args:
+      steps: n of the sampler.
+      first, exponent, num: S_1, a and the number of modes.
+      q: share to which a mode is decided where it counts as committed.
+    """
     steps, first, exponent, num, q = (jnp.asarray(v, float) for v in (steps, first, exponent, num, q))
     c = (1 - q) / q
     ends = jnp.sqrt(jnp.log1p(c * first)) - jnp.sqrt(jnp.log1p(c * first * num**-exponent))

@@ -1,7 +1,7 @@
 """Collapse: when the score of n stored samples condenses onto one of them (docs/theory.md, section 13.5).
 
-It happens where the mutual information of data and state equals ``log n``. Information is in nats and falls with t, so
-that more samples collapse later in generation, at a smaller t.
+It happens at the time t at which the mutual information of data and state equals ``log n``. Information is in nats and
+falls with t, so that a larger set of samples collapses later in generation, at a smaller t.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 
-from ou_theory.laws import field_average, sign_doubt
+from ou_theory.cluster_laws import field_average, sign_doubt
 from ou_theory.process import Process, mode_noise, transition_time
 from ou_theory.roots import falling_root, require
 from ou_theory.speciation import observation, whitener
@@ -24,11 +24,12 @@ _matmul = partial(jnp.matmul, precision="highest")
 
 
 def gaussian_information(process: Process, t: ArrayLike, covariance: ArrayLike) -> jax.Array:
-    """``log det(I + N_t^-1 C_0) / 2`` of Gaussian data under any drift, for times t > 0 of any shape.
+    """Information ``log det(I + N_t^-1 C_0) / 2`` that the state has about Gaussian data, under any drift (theory,
+    eq. 13.10), an array of t's shape.
 
     Args:
       process: drift (n, n).
-      t: times.
+      t: times > 0, any shape.
       covariance: (n, n) of the data, positive semidefinite.
     """
     covariance = jnp.asarray(covariance, float)
@@ -39,7 +40,8 @@ def gaussian_information(process: Process, t: ArrayLike, covariance: ArrayLike) 
 
 
 def mode_information(rate: ArrayLike, t: ArrayLike, variance: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """``log(1 + S / N_lambda(t)) / 2`` of one Gaussian mode; broadcasts. t must be positive."""
+    """Information ``log(1 + S / N_lambda(t)) / 2`` about one Gaussian mode at times t > 0; broadcasts (theory,
+    eq. 13.10)."""
     return jnp.log1p(jnp.asarray(variance, float) / mode_noise(rate, t, noise)) / 2
 
 
@@ -51,15 +53,15 @@ def _class_information(kappa: jax.Array) -> jax.Array:
 
 @_class_information.defjvp
 def _(primals, tangents):
-    # I' is half the mean square error of the label, which the quadrature of the derivative would lose near kappa = 0
+    # The slope is half the mean square error of the label. Differentiating the quadrature would lose it near kappa = 0.
     (kappa,), (moved,) = primals, tangents
     return _class_information(kappa), sign_doubt(kappa) / 2 * moved
 
 
 def class_information(kappa: ArrayLike) -> jax.Array:
-    """What the state tells about which of two equally likely clusters it comes from, in [0, log 2] nats:
-    ``I_c(kappa) = log 2 - E log(1 + exp[-2 (kappa + sqrt(kappa) z)])``, any shape. Its slope is ``(1 - T(kappa)) / 2``,
-    with the `laws.sign_correlation` T."""
+    """Information about which of two equally likely clusters the state comes from, in [0, log 2] nats (theory,
+    eq. 13.11): ``I_c(kappa) = log 2 - E log(1 + exp[-2 (kappa + sqrt(kappa) z)])`` with unit Gaussian z, kappa of any
+    shape. Its slope is ``(1 - T(kappa)) / 2`` with the `cluster_laws.sign_correlation` T."""
     kappa = jnp.asarray(kappa, float)
     return jnp.where(kappa == jnp.inf, np.log(2), _class_information(jnp.where(kappa == jnp.inf, 1.0, kappa)))
 
@@ -67,7 +69,8 @@ def class_information(kappa: ArrayLike) -> jax.Array:
 def cluster_information(
     rates: ArrayLike, t: ArrayLike, variances: ArrayLike, centre: ArrayLike, noise: ArrayLike = 1.0
 ) -> jax.Array:
-    """Of data in two clusters ``+-m`` with independent modes: what is learnt within the cluster and which it is.
+    """Information (...) about data in two clusters ``+-m`` with independent modes: about the state within its cluster,
+    plus about which cluster it is (theory, section 13.5).
 
     Args:
       rates: (..., n) of the modes.
@@ -86,7 +89,8 @@ def cluster_information(
 def collapse_time_isotropic(
     log_count_per_mode: ArrayLike, variance: ArrayLike, rate: ArrayLike = 1.0, noise: ArrayLike = 1.0
 ) -> jax.Array:
-    """Of n samples in d equal Gaussian modes: the clock at ``S / (n^(2 / d) - 1)``. Broadcasts.
+    """Collapse time of n samples in d equal Gaussian modes: `transition_time` of ``S / (n^(2 / d) - 1)``; broadcasts
+    (theory, eq. 13.10).
 
     Args:
       log_count_per_mode: ``alpha = log(n) / d >= 0``; at 0 the time is infinite.
@@ -110,7 +114,7 @@ def _at_one_sample(log_count: jax.Array, time: jax.Array) -> jax.Array:
 
 
 def _scale(variance: jax.Array, rate: jax.Array, noise: jax.Array, log_count: jax.Array) -> jax.Array:
-    """Guess of a collapse time: that of a mode of the given variance, short of the curvature of the clock."""
+    """Guess of a collapse time, to within the curvature of `transition_time`: that of modes of the given variance."""
     spread = variance / jnp.expm1(2 * jnp.clip(log_count, 1e-3, 20.0))
     spread = jnp.where(spread > 0, spread, 1.0)
     return spread / (jnp.abs(rate) * spread + 2 * noise)
@@ -121,8 +125,8 @@ def _gaussian_excess(t, process, covariance, log_count):
 
 
 def _gaussian_rounding(t, process, covariance, log_count):
-    """How far the information, at two times, may be off if each entry of the noise and of what is seen is off by ten
-    roundings of its size."""
+    """Bound on the rounding error of a difference of the information between two times, if each entry of the covariance
+    of the noise, and of the state, is wrong by ten times the rounding of its size."""
     factor, noise = observation(process, t)
     seen = noise + _matmul(_matmul(factor, covariance), factor.T)
 
@@ -135,10 +139,11 @@ def _gaussian_rounding(t, process, covariance, log_count):
 
 
 def collapse_time(process: Process, covariance: ArrayLike, log_count: ArrayLike) -> jax.Array:
-    """The time () at which ``gaussian_information`` is `log_count`, for any drift; differentiable.
+    """The time () at which `gaussian_information` equals `log_count`, for any drift (theory, section 13.5).
+    Differentiable.
 
-    0 for data without variance; infinite for one sample, and where an unstable drift never forgets that much, or not
-    for as long as it can be told.
+    It is 0 for data without variance. It is infinite for one sample, and where an unstable drift keeps that much
+    information for ever, or until rounding hides how it is lost.
 
     Args:
       process: drift (n, n).
@@ -174,9 +179,10 @@ def _modes_excess(t, rates, variances, log_count, noise):
 def collapse_time_modes(
     rates: ArrayLike, variances: ArrayLike, log_count: ArrayLike, noise: ArrayLike = 1.0
 ) -> jax.Array:
-    """The time at which independent Gaussian modes have lost all but ``log n`` of information; differentiable.
+    """The time (...) at which independent Gaussian modes have lost all information but ``log n`` (theory, section
+    13.5). Differentiable.
 
-    0 for data without variance; infinite for one sample, and where unstable modes never forget that much.
+    It is 0 for data without variance. It is infinite for one sample, and where unstable modes keep that much for ever.
 
     Args:
       rates: (..., n).
@@ -202,7 +208,8 @@ def _clusters_excess(t, rates, variances, centre, log_count, noise):
 def collapse_time_clusters(
     rates: ArrayLike, variances: ArrayLike, centre: ArrayLike, log_count: ArrayLike, noise: ArrayLike = 1.0
 ) -> jax.Array:
-    """As `collapse_time_modes`, of data in two clusters ``+-m`` (`cluster_information`); `centre` is (..., n).
+    """`collapse_time_modes` of data in two clusters ``+-m``, with the information of `cluster_information`; `centre` is
+    (..., n).
 
     Raises:
       ValueError: a variance or `log_count` is negative, or the noise strength not positive.
@@ -218,9 +225,9 @@ def collapse_time_clusters(
 class PairCollapse(NamedTuple):
     """Collapse times of a coupled pair."""
 
-    joint: jax.Array  # of the score of n stored pairs; not before either of the others
-    common: jax.Array  # of a score that knows the common modes alone
-    difference: jax.Array
+    joint: jax.Array  # of the score of n stored pairs; at no smaller t than the others
+    common: jax.Array  # of a score that knows only the common modes
+    difference: jax.Array  # of a score that knows only the difference modes
 
 
 def pair_collapse_times(
@@ -231,13 +238,16 @@ def pair_collapse_times(
     log_count: ArrayLike,
     noise: ArrayLike = 1.0,
 ) -> PairCollapse:
-    """Of `log_count` stored pairs with independent Gaussian modes under a symmetric coupling: rates b - g of the common
-    and b + g of the difference modes. Once the index of a pair is known both modes collapse, hence the joint time; the
-    other two are the collapse of scores learnt on one kind of mode **[ours]**.
+    """Collapse times of stored pairs with independent Gaussian modes under a symmetric coupling (theory, section 13.5).
+
+    The common modes have the rate b - g, the difference modes b + g. A pair is found again by all its modes together,
+    which gives the joint time. The other two times are those of scores learnt on one kind of mode **[ours]**.
 
     Args:
-      b, g, log_count, noise: (...).
+      b, g: (...) decay rate of a replica, and coupling as a rate.
       variances_common, variances_difference: (..., n) each.
+      log_count: (...) log of the number of stored pairs.
+      noise: (...) noise strength.
 
     Raises:
       ValueError: a variance or `log_count` is negative, or the noise strength not positive.
@@ -263,31 +273,26 @@ def pair_collapse_times(
     )
 
 
-def collapse_precedes_speciation(log_count_per_mode: ArrayLike, variance: ArrayLike, spread: ArrayLike) -> jax.Array:
-    """Whether, in generation, isotropic data of variance S collapse before clusters of the `spread` ``m^2 - s^2``
-    speciate: ``S / (n^(2 / d) - 1) > spread``, whatever the rate and the noise strength."""
-    excess = jnp.expm1(2 * jnp.asarray(log_count_per_mode, float))
-    return jnp.asarray(variance, float) > jnp.asarray(spread, float) * excess
-
-
 # --- one draw of a stored data set
 
 
 def condensation(stored: ArrayLike, draw: ArrayLike, noise: ArrayLike) -> jax.Array:
-    """Log of the weight that the empirical score gives the sample a state comes from, less that of all other samples
-    together; collapse is where its mean passes 0 as ``d -> inf`` at ``log n / d`` held. In tens of dimensions it is
-    several per cent off that.
+    """Log of the ratio of two weights in the empirical score: that of the sample which a state comes from, over that of
+    all other samples together (theory, section 13.10).
+
+    Collapse is where its mean passes 0, in the limit ``d -> inf`` at fixed ``log n / d``. In tens of dimensions the
+    time of that is several per cent off the limit.
 
     Args:
-      stored: (n, d) samples, of which the first is noised, in the frame of the data.
+      stored: (n, d) samples in the frame of the data; the state comes from the first.
       draw: (d,) unit noise; the state is ``stored[0] + sqrt(noise) draw``.
-      noise: (..., d) noise variances > 0; infinite where a mode is not seen.
+      noise: (..., d) noise variances > 0; an infinite one hides its mode.
 
     Returns:
       (...).
 
     Raises:
-      ValueError: shapes do not belong together, a single sample, or noise that is not positive.
+      ValueError: shapes do not belong together, there is a single sample, or noise is not positive.
     """
     stored, draw, noise = (jnp.asarray(v, float) for v in (stored, draw, noise))
     if stored.ndim != 2 or len(stored) < 2 or draw.shape != stored.shape[1:] or noise.shape[-1:] != draw.shape:

@@ -1,9 +1,9 @@
 """Reverse simulation of ensembles with exact denoisers (docs/theory.md, section 12.9).
 
-Steps of the reverse SDE are draws from the exact ``p(x_s | x_t)``, so that a path of any step sizes has the law of the
-continuum; steps of the probability flow are of second and fourth order. A step is a function ``(key, x, level) -> x``
-of one path, and `simulate` carries many; call it inside ``jax.jit``, or every call compiles anew. Random numbers belong
-to (seed, path, step): they do not depend on how many paths run together.
+Steps of the reverse SDE are draws from the exact ``p(x_s | x_t)``, so that a path has the law of the continuum at any
+step sizes. Steps of the probability flow are of second and fourth order. A step is a function ``(key, x, level) -> x``
+of one path; `simulate` carries many paths. Call it inside ``jax.jit``, or every call compiles anew. Random numbers
+belong to (seed, path, step), and do not depend on how many paths run together.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 from ou_theory.mixture import Mixture, flow_drift, gaussian_root
 from ou_theory.process import Process, Transition
 from ou_theory.roots import require
@@ -24,11 +24,12 @@ Level = TypeVar("Level")
 Step = Callable[[jax.Array, jax.Array, Level], jax.Array]
 
 _einsum = partial(jnp.einsum, precision="highest")
-_CACHE = 2**22  # bytes of state that run together on a CPU: enough for all cores, few enough for their caches
+_CACHE = 2**22  # bytes of state that run together on a CPU: enough to use all cores, few enough to fit their caches
 
 
 def path_keys(seed: ArrayLike, paths: ArrayLike, step: ArrayLike) -> jax.Array:
-    """Keys of (seed, path, step), of the shape of `paths`, whole numbers from 0 on; step 0 is the start."""
+    """Random keys of (seed, path, step), of the shape of `paths`; paths and steps are whole numbers from 0 on, and step
+    0 is the start."""
     paths = jnp.asarray(paths)
     root = jax.random.key(seed)
     keys = jax.vmap(lambda path: jax.random.fold_in(jax.random.fold_in(root, path), step))(paths.reshape(-1))
@@ -46,25 +47,26 @@ def simulate(
     first: ArrayLike = 1,
     block: int | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Carries an ensemble through all levels, as one compilation.
+    """Carries an ensemble through all levels in one compiled scan.
 
     Args:
       step: ``step(key, x, level)``, x (n,), of one path.
       start: (N, n).
-      levels: what the steps are told, arrays or a tree of arrays with the steps as leading axis, in their order.
+      levels: what each step is given: an array, or a tree of arrays, with the steps as leading axis in their order.
       seed: of the random numbers.
-      paths: (N,) int, the names of the paths in the random numbers; 0..N-1 by default.
-      observe: ``observe(x)`` after every step is kept, and nothing else; without it memory is the same at any number
-        of steps.
-      first: number of the first step in the random numbers. A run in two legs gives its second one the number that
-        follows, or both draw the same noise.
-      block: paths that run together. By default as many as the caches of a CPU hold, all elsewhere.
+      paths: (N,) int, which name the paths for their random numbers; 0..N-1 by default.
+      observe: ``observe(x)`` is kept after every step, and nothing else is; without it memory does not grow with the
+        number of steps.
+      first: number of the first step for the random numbers. A run in two parts must give the second part the number
+        that follows the first, or both draw the same noise.
+      block: number of paths that run together. By default as many as the caches of a CPU hold, and all on other
+      devices.
 
     Returns:
-      the last states (N, n), and what was observed with the axes (N, steps) in front.
+      the last states (N, n), and what was observed, with the axes (N, steps) in front.
 
     Raises:
-      ValueError: shapes do not belong together, paths that are no whole numbers, or a block without paths.
+      ValueError: shapes do not belong together, paths are not whole numbers, or a block holds no path.
     """
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(levels)}
     if len(counts) != 1 or () in counts:
@@ -107,26 +109,27 @@ class NoiseStep(NamedTuple):
     after: jax.Array
 
 
-def falling(noise: ArrayLike) -> NoiseStep:
-    """Levels for `simulate` of noise variances (T,) or (T, n) in the order of generation, T - 1 steps.
+def noise_steps(noise: ArrayLike) -> NoiseStep:
+    """The T - 1 steps between noise variances (T,) or (T, n) in the order of generation: levels for `simulate`.
 
     Raises:
-      ValueError: fewer than two levels, noise that rises on the way, is negative or no finite number.
+      ValueError: there are fewer than two levels, or the noise rises on the way, is negative or not finite.
     """
     noise = jnp.asarray(noise, float)
     require(jnp.isfinite(noise), "noise has overflowed: start at an earlier time, or use mixture_sde")
     if noise.ndim not in (1, 2) or len(noise) < 2:
         raise ValueError(f"noise {noise.shape} must be (T,) or (T, n) with two levels or more")
-    require(jnp.diff(noise, axis=0) <= 0, "noise must fall in the order of generation; turn it round")
+    require(jnp.diff(noise, axis=0) <= 0, "noise must fall in the order of generation; reverse its order")
     require(noise >= 0, f"noise variances must not be negative, got {noise.min()}")
     return NoiseStep(noise[:-1], noise[1:])
 
 
 def noised_clusters(law: Clusters, noise: ArrayLike, seed: ArrayLike, paths: ArrayLike) -> jax.Array:
-    """States ``x_0 + sqrt(noise) xi`` (N, n) of the law, one for each of the paths (N,).
+    """Noised draws ``x_0 + sqrt(noise) xi`` (N, n) from the law, one for each of the paths (N,): a start for
+    `simulate`.
 
     Raises:
-      ValueError: noise that is negative or no finite number.
+      ValueError: noise is negative or not finite.
     """
     require((jnp.asarray(noise) >= 0) & jnp.isfinite(jnp.asarray(noise)), f"noise variances must be >= 0, got {noise}")
 
@@ -139,10 +142,12 @@ def noised_clusters(law: Clusters, noise: ArrayLike, seed: ArrayLike, paths: Arr
 
 
 def clusters_sde(law: Clusters) -> Step[NoiseStep]:
-    """Exact step of the reverse SDE: signs from their posterior, then the Gaussian bridge that they leave.
+    """Exact step of the reverse SDE: it draws the signs from their posterior, then the state from the Gaussian bridge
+    that the signs leave (theory, eq. 12.15).
 
-    In the frame of the data, ``y = x_0 + nu`` with noise of independent increments, whose variances are `NoiseStep`;
-    with one number per mode that is a coupled process in its modes, its coupling changing in time if wanted.
+    The state is ``y = x_0 + nu`` in the frame of the data, where the noise has independent increments. Its variances
+    before and after the step are a `NoiseStep`. With one variance for each mode this is a coupled process in its modes,
+    whose coupling may change in time.
     """
 
     def step(key: jax.Array, y: jax.Array, level: NoiseStep) -> jax.Array:
@@ -159,8 +164,9 @@ def clusters_sde(law: Clusters) -> Step[NoiseStep]:
 
 
 def clusters_flow(law: Clusters) -> Step[NoiseStep]:
-    """Step of the probability flow, exact for a Gaussian law and of second order in its size otherwise: the expected
-    signs are held at the mean of their values before and after. The noise may fall to 0 if no variance is 0."""
+    """Step of the probability flow (theory, section 12.9). It is exact for a Gaussian law, and of second order in the
+    step size otherwise: the expected signs are taken as the mean of their values before and after the step. The noise
+    may fall to 0 if no variance of the law is 0."""
 
     def step(key: jax.Array, y: jax.Array, level: NoiseStep) -> jax.Array:
         level = NoiseStep(*(v.astype(y.dtype) for v in level))
@@ -180,23 +186,24 @@ def clusters_flow(law: Clusters) -> Step[NoiseStep]:
 
 
 class Bridge(NamedTuple):
-    """The law of the state before a reverse step (later in t), by component, and what each component makes of it."""
+    """One reverse step of a mixture, by component: the law of the state before the step (later in t), and the Gaussian
+    law of the state after it, given the state before and the component."""
 
     log_scale: jax.Array  # (c,) log weight less log volume
     whiten: jax.Array  # (c, n, n) inverse Cholesky factor of the covariance before
     before: jax.Array  # (c, n) mean before
     after: jax.Array  # (c, n) mean after
-    gain: jax.Array  # (c, n, n) of the mean after in the state before
-    root: jax.Array  # (c, n, n) of the covariance that is left
+    gain: jax.Array  # (c, n, n) by which the mean after follows the state before
+    root: jax.Array  # (c, n, n) square root of the covariance after
 
 
-def passed(law: Mixture, steps: Transition) -> Mixture:
-    """Laws of the state at all times of a grid, by components with the times (T,) as leading axis.
+def state_laws(law: Mixture, steps: Transition) -> Mixture:
+    """Laws of the state at all T times of a grid: a `Mixture` whose arrays have the times as leading axis.
 
     Args:
       law: of the data, at the first time.
       steps: factor and covariance (T - 1, n, n) from each time to the next, for example
-        ``transition(process, jnp.diff(times))``; of a drift that changes, one transition for each of its values.
+        ``transition(process, jnp.diff(times))``. If the drift changes, one transition for each of its values.
 
     Raises:
       ValueError: the steps are not of the size of the law.
@@ -218,8 +225,9 @@ def passed(law: Mixture, steps: Transition) -> Mixture:
 
 
 def bridges(law: Mixture, steps: Transition) -> Bridge:
-    """Levels for `simulate` of `mixture_sde`, (T - 1, ...) in the order of generation; arguments as of `passed`."""
-    laws = passed(law, steps)
+    """The T - 1 steps of `mixture_sde` in the order of generation: levels for `simulate`; arguments as of `state_laws`
+    (theory, eq. 12.14)."""
+    laws = state_laws(law, steps)
     before, after = (jax.tree.map(lambda v, part=part: v[part], laws) for part in (slice(1, None), slice(None, -1)))
 
     def bridge(weight, mean, covariance, mean_after, covariance_after, factor, noise):
@@ -227,7 +235,7 @@ def bridges(law: Mixture, steps: Transition) -> Bridge:
         whiten = solve_triangular(lower, jnp.eye(mean.size), lower=True)
         gain = _einsum("ij,kj,lk,lm->im", covariance_after, factor, whiten, whiten)
         rest = jnp.eye(mean.size) - _einsum("ij,jk->ik", gain, factor)
-        # not P - G F P, which cancels where the step is small or the noise is
+        # the form P - G F P would cancel where the step or the noise is small
         left = _einsum("ij,jk,lk->il", rest, covariance_after, rest) + _einsum("ij,jk,lk->il", gain, noise, gain)
         log_scale = jnp.log(weight) - jnp.log(jnp.diagonal(lower)).sum()
         return Bridge(log_scale, whiten, mean, mean_after, gain, gaussian_root(left))
@@ -246,8 +254,8 @@ def bridges(law: Mixture, steps: Transition) -> Bridge:
 
 
 def mixture_sde(key: jax.Array, x: jax.Array, level: Bridge) -> jax.Array:
-    """Exact step of the reverse SDE of a mixture under any drift: a component from its posterior, then the Gaussian
-    bridge that it leaves. Its levels are `bridges`."""
+    """Exact step of the reverse SDE of a mixture under any drift: it draws a component from its posterior, then the
+    state from the Gaussian bridge that the component leaves (theory, eq. 12.14). Its levels are `bridges`."""
     for_component, for_noise = jax.random.split(key)
     apart = x - level.before
     log_chance = level.log_scale - jnp.square(_einsum("aij,aj->ai", level.whiten, apart)).sum(-1) / 2
@@ -264,8 +272,8 @@ class TimeStep(NamedTuple):
     after: jax.Array
 
 
-def backwards(times: ArrayLike) -> TimeStep:
-    """Levels for `simulate` of increasing times (T,), T - 1 steps in the order of generation.
+def time_steps(times: ArrayLike) -> TimeStep:
+    """The T - 1 steps between increasing times (T,), in the order of generation: levels for `simulate`.
 
     Raises:
       ValueError: fewer than two times, or they do not increase.
@@ -278,8 +286,8 @@ def backwards(times: ArrayLike) -> TimeStep:
 
 
 def mixture_flow(law: Mixture, process: Process) -> Step[TimeStep]:
-    """Step of the probability flow of a mixture under any drift by the classical fourth-order rule of Runge and Kutta;
-    at t = 0 the law must have a density."""
+    """Step of the probability flow of a mixture under any drift, by the classical fourth-order rule of Runge and Kutta.
+    If a step ends at t = 0, the law must have a density."""
 
     def step(key: jax.Array, x: jax.Array, level: TimeStep) -> jax.Array:
         h = level.before - level.after

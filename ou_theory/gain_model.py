@@ -1,8 +1,8 @@
 """Closed forms for Gaussian modes, alone and under a constant difference gain (docs/theory.md, sections 4 and 5).
 
-`x` is the signal-to-noise ratio ``X = S exp(ell)`` of a mode, `rho` in [0, 1] the gain of the difference mode, `x0`
-the ratio at the start of generation. All functions broadcast, and work under jit, vmap and grad.
-"""
+`x` is the signal-to-noise ratio ``X = S exp(ell)`` of a mode, `x0` its value at the start of generation, and `rho` in
+[0, 1] the gain of the difference mode. Functions broadcast, and work under jit, vmap and grad, unless they say
+otherwise."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -21,7 +21,7 @@ Flow = Literal["ode", "sde"]
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Root between two points of opposite sign, to rounding."""
+    """Root of a function between two points where it has opposite signs, to rounding."""
     root = brentq(function, low, high, xtol=1e-15)
     assert isinstance(root, float)
     return root
@@ -30,14 +30,26 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 # --- one mode, uncoupled
 
 
+def wiener_gain(variance: jax.Array, sigma2: jax.Array) -> jax.Array:
+    """Gain ``S / (S + sigma^2)`` in [0, 1] of the posterior mean of a centred Gaussian mode, in the rescaled frame
+    (theory, eq. 4.2).
+
+    Args:
+      variance: data variance S >= 0 of the mode.
+      sigma2: noise variance > 0; broadcasts with `variance`.
+    """
+    return variance / (variance + sigma2)
+
+
 def q_uncoupled(x: ArrayLike) -> jax.Array:
-    """Q of a Gaussian mode without coupling, ``X / (1 + X)``."""
+    """Q of a Gaussian mode without coupling, ``X / (1 + X)`` (theory, eq. 4.2)."""
     x = jnp.asarray(x, float)
     return x / (1 + x)
 
 
 def commitment_log_snr(variance: ArrayLike, q: ArrayLike = 0.5) -> jax.Array:
-    """Log-SNR at which a Gaussian mode is decided to the share `q` in (0, 1); at 1/2, where its SNR is 1."""
+    """Log-SNR, in nats, at which a Gaussian mode is decided to the share `q` in (0, 1). For q = 1/2 its SNR is 1 there
+    (theory, eq. 4.3)."""
     q = jnp.asarray(q, float)
     return jnp.log(q) - jnp.log1p(-q) - jnp.log(variance)
 
@@ -45,15 +57,17 @@ def commitment_log_snr(variance: ArrayLike, q: ArrayLike = 0.5) -> jax.Array:
 def commitment_time(
     variance: ArrayLike, q: ArrayLike = 0.5, rate: ArrayLike = 1.0, noise: ArrayLike = 1.0
 ) -> jax.Array:
-    """OU time at which a Gaussian mode is decided to the share `q`."""
+    """OU time at which a Gaussian mode is decided to the share `q` in (0, 1), on the clock of its rate and the noise
+    strength (theory, eq. 4.4)."""
     q = jnp.asarray(q, float)
     return transition_time(rate, jnp.asarray(variance) * (1 - q) / q, noise)
 
 
 def effective_variance(variances: ArrayLike) -> float:
-    """Variance of the single mode that commits halfway when a band of several does.
+    """Variance of the single mode that is half decided where a band of several variances is (theory, eq. 4.5).
 
-    Solves ``sum S^2 / (S + S_eff) = sum S / 2``; between the mean of S and ``sum S^2 / sum S``.
+    It solves ``sum S^2 / (S + S_eff) = sum S / 2``, and lies between the mean of S and ``sum S^2 / sum S``. Not for
+    traced values.
 
     Raises:
       ValueError: a variance is not positive.
@@ -68,13 +82,13 @@ def effective_variance(variances: ArrayLike) -> float:
 
 
 def power_law(first: ArrayLike, exponent: ArrayLike, num: int) -> jax.Array:
-    """Variances ``S_1 k^-a`` of modes k = 1..num."""
+    """Variances (num,) ``S_1 k^-a`` of the modes k = 1..num (theory, section 4.3)."""
     return jnp.asarray(first, float) * jnp.arange(1, num + 1, dtype=float) ** -jnp.asarray(exponent, float)
 
 
 def power_law_time_gap(first: ArrayLike, exponent: ArrayLike, num: int, q: ArrayLike = 0.5) -> jax.Array:
-    """OU time between the commitments of the lowest and the highest mode of a power law; in log-SNR it is
-    ``a log(num)``."""
+    """OU time between the commitments of the first and the last mode of a power law (theory, eq. 4.6); in log-SNR they
+    are ``a log(num)`` apart."""
     c = (1 - jnp.asarray(q, float)) / jnp.asarray(q, float)
     ends = power_law(first, exponent, num)[jnp.array([0, -1])]
     return 0.5 * (jnp.log1p(c * ends[0]) - jnp.log1p(c * ends[1]))
@@ -84,41 +98,42 @@ def power_law_time_gap(first: ArrayLike, exponent: ArrayLike, num: int, q: Array
 
 
 def q_ode(x: ArrayLike, rho: ArrayLike, x0: ArrayLike = 0.0) -> jax.Array:
-    """Q of the difference mode under the probability flow."""
+    """Q of the difference mode under the probability flow (theory, eq. 5.4)."""
     x, rho, x0 = (jnp.asarray(v, float) for v in (x, rho, x0))
     return rho**2 * x * jnp.exp((1 - rho) * jnp.log1p(x0) - (2 - rho) * jnp.log1p(x))
 
 
 def q_sde(x: ArrayLike, rho: ArrayLike, x0: ArrayLike = 0.0) -> jax.Array:
-    """Q of the difference mode under the ancestral SDE with independent noise in the replicas."""
+    """Q of the difference mode under the ancestral SDE with independent noise in the replicas (theory, eq. 5.5)."""
     x, rho, x0 = (jnp.asarray(v, float) for v in (x, rho, x0))
     log_n, log_n0 = -jnp.log1p(x), -jnp.log1p(x0)  # logs of the noise shares 1 / (1 + X)
-    b = 2 * rho - 1  # removable at rho = 1/2
+    b = 2 * rho - 1  # 0 at rho = 1/2, where exprel takes the limit
     started = -jnp.expm1(log_n0) * jnp.exp((b - 1) * log_n0)
     gathered = jnp.exp(b * log_n) * (log_n0 - log_n) * exprel(b * (log_n0 - log_n))
     return rho**2 * jnp.exp((1 - b) * log_n) * (started + gathered)
 
 
 def peak_ode(rho: ArrayLike) -> jax.Array:
-    """SNR at which `q_ode` peaks, ``1 / (1 - rho)``."""
+    """SNR at which `q_ode` peaks: ``1 / (1 - rho)``, infinite at rho = 1 (theory, eq. 5.6)."""
     return 1 / (1 - jnp.asarray(rho, float))
 
 
 def peak_sde(rho: ArrayLike) -> jax.Array:
-    """SNR at which `q_sde` peaks (x0 = 0); infinite at rho = 1."""
-    return jnp.expm1(log1prel(1 - 2 * jnp.asarray(rho, float)))  # -log(2 (1 - rho)) / (2 rho - 1) inside
+    """SNR at which `q_sde` peaks, for x0 = 0; infinite at rho = 1 (theory, eq. 5.6)."""
+    return jnp.expm1(log1prel(1 - 2 * jnp.asarray(rho, float)))  # log1prel is -log(2 (1 - rho)) / (2 rho - 1)
 
 
 def w_ode(rho: ArrayLike) -> jax.Array:
-    """Peak of `q_ode` (x0 = 0): the share of a band that is ever decided individually; 1 at rho = 1, where its
-    slope is infinite; 0 at rho = 0."""
+    """Peak of `q_ode` for x0 = 0: the share of a band that is ever decided individually (theory, eq. 5.7). It is 0 at
+    rho = 0, and 1 at rho = 1, where its slope is infinite."""
     rho = jnp.asarray(rho, float)
     rest = 1 - rho
     return rho**2 * jnp.exp(-entr(rest) - (1 + rest) * jnp.log1p(rest))
 
 
 def w_sde(rho: ArrayLike) -> jax.Array:
-    """Peak of `q_sde` (x0 = 0). Its slope at rho = 1 is infinite too."""
+    """Peak of `q_sde` for x0 = 0 (theory, eq. 5.7). It is 0 at rho = 0, and 1 at rho = 1, where its slope is
+    infinite."""
     rho = jnp.asarray(rho, float)
     z = 1 - 2 * rho
     near = jnp.abs(z) < 0.5  # around the removable point rho = 1/2
@@ -128,7 +143,8 @@ def w_sde(rho: ArrayLike) -> jax.Array:
 
 
 def critical_rho(threshold: float, flow: Flow = "ode") -> float:
-    """Gain at which the peak falls to `threshold` in (0, 1): below it no band ever reaches that share.
+    """Gain at which the peak w falls to `threshold` in (0, 1); below this gain no band ever reaches that share (theory,
+    section 7.5). Not for traced values.
 
     Raises:
       ValueError: the threshold is not in (0, 1).
@@ -148,21 +164,25 @@ def critical_rho(threshold: float, flow: Flow = "ode") -> float:
 
 
 def relative_ratio(x: ArrayLike, rho: ArrayLike, x0: ArrayLike = 0.0) -> jax.Array:
-    """R: difference energy over common energy under the flow, ``rho^2 ((1 + X0) / (1 + X))^(1 - rho)``."""
+    """Ratio R of difference energy to common energy under the flow: ``rho^2 ((1 + X0) / (1 + X))^(1 - rho)`` (theory,
+    eq. 5.8)."""
     x, rho, x0 = (jnp.asarray(v, float) for v in (x, rho, x0))
     return rho**2 * jnp.exp((1 - rho) * (jnp.log1p(x0) - jnp.log1p(x)))
 
 
 def synchronization_snr(threshold: ArrayLike, rho: ArrayLike, x0: ArrayLike = 0.0) -> jax.Array:
-    """SNR at which R falls to `threshold`; not above `x0` if the modes are synchronised from the start."""
+    """SNR at which `relative_ratio` falls to `threshold` (theory, eq. 5.8). It is at most `x0` if the replicas are
+    synchronised from the start."""
     threshold, rho, x0 = (jnp.asarray(v, float) for v in (threshold, rho, x0))
     return jnp.expm1(jnp.log1p(x0) + jnp.log(rho**2 / threshold) / (1 - rho))
 
 
 def latched_level_ode(variance: ArrayLike, rho: ArrayLike, ell_end: ArrayLike) -> jax.Array:
-    """Latched commitment level under the flow, window open at minus infinity, peak before `ell_end`.
+    """Latched commitment level under the flow, if the window opens at minus infinity and the peak lies before `ell_end`
+    (theory, eq. 7.4).
 
-    ``(1 - w) ell_end - a - w log S``; at rho = 1 it is ``-log S``, the SNR = 1 rule.
+    It is ``(1 - w) ell_end - a - w log S`` with an offset a that depends on rho alone. At rho = 1 it is ``-log S``, the
+    SNR = 1 rule.
     """
     rho = jnp.asarray(rho, float)
     rest = 1 - rho
@@ -175,14 +195,15 @@ def latched_level_ode(variance: ArrayLike, rho: ArrayLike, ell_end: ArrayLike) -
 
 
 def class_mean_difference(noise_share: ArrayLike, rho: ArrayLike, start_share: ArrayLike = 1.0) -> jax.Array:
-    """Difference of the states per difference of class means, under the flow from equal states.
+    """Difference of the states over the difference of the class means, under the flow from equal states (theory,
+    eq. 5.9).
+
+    It has no derivative in rho, because JAX's incomplete beta function has none in its first parameter.
 
     Args:
       noise_share: ``sigma^2 / (S + sigma^2)`` in (0, 1) at the level in question.
       rho: gain in [0, 1].
-      start_share: the same at the start.
-
-    It has no derivative in rho, as JAX's incomplete beta function has none in its first parameter.
+      start_share: noise share at the start.
     """
     x, rho, start = (jnp.asarray(v, float) for v in (noise_share, rho, start_share))
     a = (1 + rho) / 2

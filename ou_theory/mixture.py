@@ -2,8 +2,8 @@
 sections 12.6 to 12.8).
 
 Functions take a law, a process, one time t >= 0 and states x (..., n); vmap over more times. They work under jit, vmap
-and grad. At t = 0 the density and the score are those of the data, and the posterior is the state itself; a law without
-width in some direction has no density then (NaN).
+and grad. At t = 0 the density and the score are those of the data, and the posterior is the state itself. A law without
+width in some direction has no density there (NaN).
 """
 
 from functools import partial
@@ -15,7 +15,6 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from ou_theory.gain_model import power_law
 from ou_theory.process import Process, transition
 from ou_theory.roots import require
 
@@ -23,18 +22,26 @@ _einsum = partial(jnp.einsum, precision="highest")
 
 
 class Mixture(NamedTuple):
-    """``sum_a w_a N(mu_a, C_a)``."""
+    """A Gaussian mixture ``sum_a w_a N(mu_a, C_a)`` of c components in n dimensions. `mixture` makes one whose parts
+    are checked."""
 
-    weights: jax.Array  # (c,) >= 0, of sum 1
+    weights: jax.Array  # (c,) >= 0, with the sum 1
     means: jax.Array  # (c, n)
     covariances: jax.Array  # (c, n, n), positive semidefinite
+
+    def draw(self, key: jax.Array, count: int) -> jax.Array:
+        """Independent samples (count, n)."""
+        for_labels, for_noise = jax.random.split(key)
+        labels = jax.random.categorical(for_labels, _log_weights(self), shape=(count,))
+        noise = jax.random.normal(for_noise, (count, self.means.shape[1]), self.means.dtype)
+        return self.means[labels] + _einsum("kij,kj->ki", gaussian_root(self.covariances)[labels], noise)
 
 
 # --- laws
 
 
 def mixture(weights: ArrayLike, means: ArrayLike, covariances: ArrayLike) -> Mixture:
-    """A law of any number of components, whose parts are checked.
+    """A mixture of any number of components, whose parts are checked; see `Mixture` for their shapes.
 
     Raises:
       ValueError: shapes do not belong together, weights are negative or do not add up to 1, or a covariance is not
@@ -58,17 +65,12 @@ def mixture(weights: ArrayLike, means: ArrayLike, covariances: ArrayLike) -> Mix
 
 
 def gaussian(mean: ArrayLike, covariance: ArrayLike) -> Mixture:
-    """One component: mean (n,), covariance (n, n)."""
+    """A mixture of one component with mean (n,) and covariance (n, n)."""
     return mixture(jnp.ones(1), jnp.asarray(mean, float)[None], jnp.asarray(covariance, float)[None])
 
 
-def power_law_gaussian(first: ArrayLike, exponent: ArrayLike, num: int) -> Mixture:
-    """Independent centred modes of the variances ``S_1 k^-a``, k = 1..num."""
-    return gaussian(jnp.zeros(num), jnp.diag(power_law(first, exponent, num)))
-
-
 def two_clusters(centre: ArrayLike, covariance: ArrayLike) -> Mixture:
-    """Two equally likely clusters at ``+-m``: centre (n,) m, covariance (n, n) within each."""
+    """Two equally likely clusters at ``+-m`` with centre (n,) m and covariance (n, n) within each."""
     centre, covariance = jnp.asarray(centre, float), jnp.asarray(covariance, float)
     return mixture(jnp.full(2, 0.5), jnp.stack([centre, -centre]), jnp.stack([covariance, covariance]))
 
@@ -83,9 +85,14 @@ def mode_mixture(
     variance_common: ArrayLike,
     variance_difference: ArrayLike,
 ) -> Mixture:
-    """A pair (x1, x2) whose common and difference mode are independent, clustered at ``+-m`` of their own **[ours]**.
+    """A pair (x1, x2) whose common and difference mode are independent and each clustered at its own ``+-m`` **[ours]**
+    (theory, section 12.6).
 
-    Every formula then holds mode by mode. Four components, of the signs ++, +-, -+, -- of (u, v).
+    Every formula then holds mode by mode. The four components have the signs ++, +-, -+, -- of (u, v).
+
+    Args:
+      centre_common, centre_difference: m of the two modes.
+      variance_common, variance_difference: s^2 of the two modes within a cluster.
     """
     centres = jnp.stack([jnp.asarray(v, float) for v in (centre_common, centre_difference)])
     variances = jnp.stack([jnp.asarray(v, float) for v in (variance_common, variance_difference)])
@@ -97,9 +104,10 @@ def mode_mixture(
 def replica_mixture(
     centre: ArrayLike, variance: ArrayLike, label_correlation: ArrayLike = 0.0, within_correlation: ArrayLike = 0.0
 ) -> Mixture:
-    """A pair (x1, x2) each clustered at ``+-m``, with correlated labels and correlated states within **[ours]**.
+    """A pair (x1, x2) whose replicas are each clustered at ``+-m``, with correlated labels, and correlated states
+    within the clusters **[ours]** (theory, section 12.6).
 
-    Labels have ``P(c1, c2) = (1 + r_c c1 c2) / 4``. Four components, of the labels ++, +-, -+, --.
+    The labels have ``P(c1, c2) = (1 + r_c c1 c2) / 4``. The four components have the labels ++, +-, -+, --.
 
     Args:
       centre, variance: m and s^2 of each replica.
@@ -113,27 +121,21 @@ def replica_mixture(
 
 
 def gaussian_root(covariance: jax.Array) -> jax.Array:
-    """R (..., n, n) with ``R R^T`` the covariance; it exists, unlike Cholesky's, where a direction has no width."""
+    """Square root R (..., n, n) with ``R R^T`` the covariance. Unlike Cholesky's factor, it exists where a direction
+    has no width."""
     values, vectors = jnp.linalg.eigh(covariance)
     return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
-
-
-def sample(law: Mixture, key: jax.Array, count: int) -> jax.Array:
-    """Independent draws (count, n)."""
-    for_labels, for_noise = jax.random.split(key)
-    labels = jax.random.categorical(for_labels, _log_weights(law), shape=(count,))
-    noise = jax.random.normal(for_noise, (count, law.means.shape[1]), law.means.dtype)
-    return law.means[labels] + _einsum("kij,kj->ki", gaussian_root(law.covariances)[labels], noise)
 
 
 # --- the law of the state
 
 
 def noised(law: Mixture, process: Process, t: ArrayLike) -> Mixture:
-    """Law of the state at the time t: means ``F mu_a`` and covariances ``P_a = F C_a F^T + Sigma``.
+    """Law of the state at time t: a mixture with means ``F mu_a`` and covariances ``P_a = F C_a F^T + Sigma`` (theory,
+    section 12.6).
 
     Raises:
-      ValueError: more than one time, a negative one, or a drift that is not of the size of the law.
+      ValueError: t is more than one time or negative, or the drift is not of the size of the law.
     """
     size = law.means.shape[-1]
     if jnp.ndim(t) or jnp.shape(process.drift) != (size, size):
@@ -152,7 +154,7 @@ def _log_weights(law: Mixture) -> jax.Array:
 
 
 class _Seen(NamedTuple):
-    """States (k, n) seen from the components of their law."""
+    """Where states (k, n) lie relative to the components of their law."""
 
     root: jax.Array  # (c, n, n) Cholesky factor of P_a
     whitened: jax.Array  # (c, n, k) root^-1 (x - F mu_a)
@@ -179,19 +181,19 @@ def _flat(law: Mixture, x: ArrayLike) -> tuple[jax.Array, tuple[int, ...]]:
 
 
 def log_density(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Array:
-    """``log p_t(x)`` (...)."""
+    """Log density ``log p_t(x)`` (...) at states x (..., n)."""
     flat, shape = _flat(law, x)
     return jax.nn.logsumexp(_see(noised(law, process, t), flat).log_joint, -1).reshape(shape)
 
 
 def responsibilities(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Array:
-    """Posterior probabilities (..., c) of the components."""
+    """Posterior probabilities ``pi_a(x)`` (..., c) of the components at states x (..., n) (theory, section 12.7)."""
     flat, shape = _flat(law, x)
     return jax.nn.softmax(_see(noised(law, process, t), flat).log_joint, -1).reshape(*shape, law.weights.size)
 
 
 def score(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Array:
-    """``grad log p_t(x) = -sum_a pi_a P_a^-1 (x - F mu_a)``, (..., n)."""
+    """Score ``grad log p_t(x) = -sum_a pi_a P_a^-1 (x - F mu_a)`` (..., n) (theory, eq. 12.10)."""
     flat, shape = _flat(law, x)
     seen = _see(noised(law, process, t), flat)
     pull = _einsum("ka,aik->ki", jax.nn.softmax(seen.log_joint, -1), _pulls(seen))
@@ -202,7 +204,7 @@ def score(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Arr
 
 
 def _unless_data(t: ArrayLike, value: jax.Array, at_data: jax.Array) -> jax.Array:
-    """At t = 0 a law without width has no density, but what is seen is the data all the same."""
+    """`value`, but `at_data` where t = 0 and the law has no density: there the state is the data all the same."""
     return jnp.where((jnp.asarray(t) == 0) & jnp.isnan(value), at_data, value)
 
 
@@ -213,7 +215,8 @@ def _means(law: Mixture, process: Process, t: ArrayLike, seen: _Seen) -> jax.Arr
 
 
 def posterior_mean(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Array:
-    """``E[x_0 | x_t = x] = sum_a pi_a [mu_a + C_a F^T P_a^-1 (x - F mu_a)]``, (..., n)."""
+    """Posterior mean ``E[x_0 | x_t = x] = sum_a pi_a [mu_a + C_a F^T P_a^-1 (x - F mu_a)]`` (..., n) (theory,
+    eq. 12.10)."""
     flat, shape = _flat(law, x)
     seen = _see(noised(law, process, t), flat)
     mean = _einsum("ka,kai->ki", jax.nn.softmax(seen.log_joint, -1), _means(law, process, t, seen))
@@ -221,7 +224,8 @@ def posterior_mean(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -
 
 
 def posterior_covariance(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Array:
-    """``Cov[x_0 | x_t = x]`` (..., n, n): within the components, and between their means."""
+    """Posterior covariance ``Cov[x_0 | x_t = x]`` (..., n, n): the covariance within the components plus that between
+    their means (theory, eq. 12.11)."""
     flat, shape = _flat(law, x)
     seen = _see(noised(law, process, t), flat)
     share, means = jax.nn.softmax(seen.log_joint, -1), _means(law, process, t, seen)
@@ -231,7 +235,7 @@ def posterior_covariance(law: Mixture, process: Process, t: ArrayLike, x: ArrayL
     def within(root, prior):
         gain = jax.scipy.linalg.cho_solve((root, True), jnp.matmul(factor, prior, precision="highest")).T
         rest = jnp.eye(len(prior)) - jnp.matmul(gain, factor, precision="highest")
-        # not C - gain F C, which cancels at low noise
+        # the form C - gain F C would cancel at low noise
         return _einsum("ij,jk,lk->il", rest, prior, rest) + _einsum("ij,jk,lk->il", gain, covariance, gain)
 
     inside = _einsum("ka,aij->kij", share, jax.vmap(within)(seen.root, law.covariances))
@@ -240,16 +244,16 @@ def posterior_covariance(law: Mixture, process: Process, t: ArrayLike, x: ArrayL
 
 
 def tweedie_mean(process: Process, t: ArrayLike, x: ArrayLike, score: ArrayLike) -> jax.Array:
-    """Posterior mean ``F^-1 (x + Sigma score)`` of any data law from its score at states x, both (..., n). It loses
-    digits as F decays."""
+    """Posterior mean ``F^-1 (x + Sigma score)`` (..., n) of any data law, from its score (..., n) at states x (..., n)
+    (theory, eq. 12.12). It loses digits as F decays."""
     factor, covariance = transition(process, t)
     moved = jnp.asarray(x, float) + _einsum("ij,...j->...i", covariance, jnp.asarray(score, float))
     return jnp.linalg.solve(factor, moved[..., None])[..., 0]
 
 
 def tweedie_covariance(process: Process, t: ArrayLike, hessian: ArrayLike) -> jax.Array:
-    """Posterior covariance ``F^-1 (Sigma + Sigma H Sigma) F^-T`` of any data law from the Hessian H (..., n, n) of its
-    log density; see `tweedie_mean`."""
+    """Posterior covariance ``F^-1 (Sigma + Sigma H Sigma) F^-T`` (..., n, n) of any data law, from the Hessian H
+    (..., n, n) of its log density (theory, eq. 12.12). It loses digits as F decays."""
     factor, covariance = transition(process, t)
     bent = covariance + _einsum("ij,...jk,kl->...il", covariance, jnp.asarray(hessian, float), covariance)
     half = jnp.linalg.solve(factor, bent)
@@ -260,12 +264,14 @@ def tweedie_covariance(process: Process, t: ArrayLike, hessian: ArrayLike) -> ja
 
 
 def reverse_drift(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Array:
-    """Drift ``K x + 2 D score`` (..., n) of the reverse SDE ``dx = drift dt' + sqrt(2 D) dW``, t' running against t."""
+    """Drift ``K x + 2 D score`` (..., n) of the reverse SDE ``dx = drift dt' + sqrt(2 D) dW``, in which t' runs against
+    t (theory, eq. 12.13)."""
     return _drift(law, process, t, x, 2.0)
 
 
 def flow_drift(law: Mixture, process: Process, t: ArrayLike, x: ArrayLike) -> jax.Array:
-    """Velocity ``K x + D score`` (..., n) of the probability flow against t, which moves states without noise."""
+    """Velocity ``K x + D score`` (..., n) of the probability flow, which moves states without noise, in t' that runs
+    against t (theory, eq. 12.13)."""
     return _drift(law, process, t, x, 1.0)
 
 

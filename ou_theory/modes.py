@@ -26,8 +26,8 @@ def _transform(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array
 
 
 def dct2(x: jax.Array) -> jax.Array:
-    """Orthonormal 2-d DCT-II of images (..., H, W, C), same shape: unit white noise keeps unit variance in every
-    coefficient. As two small matrix products, which beat a transform at these sizes."""
+    """Orthonormal 2-d DCT-II of images (..., H, W, C), of the same shape (theory, eq. 3.1). White noise of unit
+    variance has unit variance in every coefficient. Two small matrix products beat a fast transform at these sizes."""
     return _transform(x, _dct_matrix(x.shape[-3]), _dct_matrix(x.shape[-2]))
 
 
@@ -37,10 +37,14 @@ def idct2(x: jax.Array) -> jax.Array:
 
 
 def pair_modes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """DCT coefficients of the common and the difference mode, ``(x_A + x_B) / sqrt(2)`` and ``(x_A - x_B) / sqrt(2)``.
+    """DCT coefficients of the common mode ``(x_A + x_B) / sqrt(2)`` and of the difference mode
+    ``(x_A - x_B) / sqrt(2)``, each (..., H, W, C) (theory, eq. 1.2).
 
     Args:
       x: (2, ..., H, W, C), the replica axis in front.
+
+    Raises:
+      ValueError: there are not two replicas.
     """
     if x.shape[0] != 2:
         raise ValueError(f"a pair has two replicas, got {x.shape[0]}")
@@ -74,15 +78,16 @@ class Bands:
         return (self.index[..., None] == np.arange(len(self))) / self.count
 
     def with_index(self, index: np.ndarray) -> "Bands":
-        """The same bands over another assignment of coefficients."""
+        """The same bands with another assignment (H, W) of coefficients to them."""
         return dataclasses.replace(self, index=index)
 
 
 def radial_bands(height: int, width: int, num: int = 6) -> Bands:
-    """DC in a band of its own, then `num` annuli of equal width of the radius ``sqrt((i / H)^2 + (j / W)^2)``.
+    """Bands by radius ``sqrt((i / H)^2 + (j / W)^2)``: DC in a band of its own, then `num` annuli of equal width
+    (theory, section 3).
 
     Raises:
-      ValueError: a band would be empty.
+      ValueError: `num` is less than 1, or a band would be empty.
     """
     if num < 1:
         raise ValueError(f"num bands must be at least 1, got {num}")
@@ -99,7 +104,8 @@ def radial_bands(height: int, width: int, num: int = 6) -> Bands:
 def band_mean(coefficients: jax.Array, bands: Bands) -> jax.Array:
     """Mean over the coefficients of each band and over channels: (..., H, W, C) -> (..., B).
 
-    Of squared coefficients it is the band energy; of a product of two sets, their inner product per coefficient.
+    The mean of squared coefficients is the band energy; that of the product of two sets is their inner product per
+    coefficient (theory, eq. 3.3).
     """
     weights = jnp.asarray(bands.averaging, coefficients.dtype)
     return jnp.einsum("...hwc,hwb->...b", coefficients, weights, precision="highest") / coefficients.shape[-1]

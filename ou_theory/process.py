@@ -1,8 +1,9 @@
 """The coupled Ornstein-Uhlenbeck process ``dx = -K x dt + sqrt(2 D) dW`` (docs/theory.md, sections 12.1 to 12.4).
 
 K is any real drift matrix: stable or not, normal or not, defective, rotating. A state at time t is
-``x_t = F_t (x_0 + nu_t)``, F_t the factor and nu_t Gaussian with the pulled-back noise N_t as covariance. Functions
-work under jit, vmap and grad. Where a bound is violated they raise; where values are traced, the result is NaN.
+``x_t = F_t (x_0 + nu_t)``, where F_t is the factor and nu_t is Gaussian with the pulled-back noise N_t as covariance.
+Functions work under jit, vmap and grad. They raise where a bound is violated; if the values are traced, the result is
+NaN.
 """
 
 from functools import partial
@@ -20,7 +21,7 @@ _matmul = partial(jnp.matmul, precision="highest")
 
 
 class Process(NamedTuple):
-    """A drift and a strength of noise; `symmetric_pair`, `replicas` and `coupled` make those of coupled replicas."""
+    """A drift and a noise strength. `symmetric_pair`, `replicas` and `coupled` make those of coupled replicas."""
 
     drift: jax.Array  # (n, n) K
     noise: jax.Array  # () D > 0
@@ -37,12 +38,12 @@ class Transition(NamedTuple):
 
 
 def symmetric_pair(b: ArrayLike, g: ArrayLike, noise: ArrayLike = 1.0) -> Process:
-    """Two replicas, ``K = [[b, -g], [-g, b]]``: rate b - g of the common and b + g of the difference mode."""
+    """Two replicas with ``K = [[b, -g], [-g, b]]``. The common mode has the rate b - g, the difference mode b + g."""
     return replicas(b, g, 2, noise)
 
 
 def replicas(b: ArrayLike, g: ArrayLike, count: int, noise: ArrayLike = 1.0) -> Process:
-    """`count` replicas all to all: rate ``b - (count - 1) g`` of the common and b + g of the other modes.
+    """`count` replicas, coupled all to all. The common mode has the rate ``b - (count - 1) g``, all others b + g.
 
     Raises:
       ValueError: no replicas, not numbers, or the noise strength is not positive.
@@ -53,7 +54,7 @@ def replicas(b: ArrayLike, g: ArrayLike, count: int, noise: ArrayLike = 1.0) -> 
 
 
 def coupled(b: ArrayLike, adjacency: ArrayLike, g: ArrayLike, noise: ArrayLike = 1.0) -> Process:
-    """Replicas coupled along a graph, ``K = b I - g A``: rates ``b - g a``, a the eigenvalues of A.
+    """Replicas coupled along a graph: ``K = b I - g A``, whose rates are ``b - g a`` for the eigenvalues a of A.
 
     Args:
       adjacency: (n, n) A: entry (i, j) weighs what replica j does to replica i.
@@ -81,32 +82,36 @@ def _drift(process: Process) -> jax.Array:
 
 
 def mode_factor(rate: ArrayLike, t: ArrayLike) -> jax.Array:
-    """``exp(-rate t)``."""
+    """Factor ``exp(-rate t)`` by which a mode has decayed at time t; broadcasts (theory, eq. 12.5)."""
     return jnp.exp(-jnp.asarray(rate, float) * jnp.asarray(t, float))
 
 
 def mode_noise(rate: ArrayLike, t: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """Pulled-back noise ``N_lambda(t) = D / lambda (exp(2 lambda t) - 1)`` of a mode, 2 D t at rate 0; broadcasts."""
+    """Pulled-back noise ``N_lambda(t) = D / lambda (exp(2 lambda t) - 1)`` of a mode, which is 2 D t at rate 0;
+    broadcasts (theory, eq. 12.5)."""
     rate, t, noise = (jnp.asarray(v, float) for v in (rate, t, noise))
     z = 2 * rate * t
-    far = jnp.abs(z) > 1  # there t may be infinite
+    far = jnp.abs(z) > 1  # this branch takes an infinite t
     near = 2 * noise * jnp.where(far, 0.0, t) * exprel(jnp.where(far, 0.0, z))
     return jnp.where(far, noise / jnp.where(far, rate, 1.0) * jnp.expm1(jnp.where(far, z, 0.0)), near)
 
 
 def mode_variance(rate: ArrayLike, t: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """Variance ``D / lambda (1 - exp(-2 lambda t))`` that a mode has gathered, 2 D t at rate 0; broadcasts."""
+    """Variance ``D / lambda (1 - exp(-2 lambda t))`` of the noise that a mode has gathered by time t, which is 2 D t at
+    rate 0; broadcasts (theory, eq. 12.5)."""
     return mode_noise(-jnp.asarray(rate, float), t, noise)
 
 
 def transition_time(rate: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """OU time at which the pulled-back noise of a mode reaches `spread`: ``log(1 + rate spread / D) / (2 rate)``.
+    """OU time at which the pulled-back noise of a mode reaches `spread`: ``log(1 + rate spread / D) / (2 rate)``, the
+    clock f of eq. 4.4 of the theory. Broadcasts.
 
-    0 for ``spread <= 0``, infinite for ``rate spread / D <= -1`` and for an infinite spread, ``spread / 2D`` at rate 0.
+    It is ``spread / 2D`` at rate 0, 0 for ``spread <= 0``, and infinite for ``rate spread / D <= -1`` and for an
+    infinite spread.
     """
     rate, spread, noise = (jnp.asarray(v, float) for v in (rate, spread, noise))
     z = rate * spread / noise
-    reached = ~(z <= -1) & (spread < jnp.inf)  # what is no number stays none
+    reached = ~(z <= -1) & (spread < jnp.inf)  # NaN stays NaN
     time = spread / (2 * noise) * log1prel(jnp.where(reached, z, 0.0))
     return jnp.where(spread <= 0, 0.0, jnp.where(reached | jnp.isnan(spread), time, jnp.inf))
 
@@ -114,20 +119,20 @@ def transition_time(rate: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) 
 # --- any drift
 
 _DOUBLINGS = 64
-_STEP = 0.5  # |K| t up to which the matrix exponential is asked
+_STEP = 0.5  # largest |K| t for which the matrix exponential is computed directly
 
 
 def transition(process: Process, t: ArrayLike) -> Transition:
     """Factor ``exp(-K t)`` and covariance ``2 D int_0^t exp(-K s) exp(-K^T s) ds``, each (..., n, n).
 
-    A matrix exponential for a short time, doubled by the semigroup law: nothing is subtracted, so that the error is
-    that of the drift, eps |K| t relative to each decaying mode. An infinite time gives the stationary state of a stable
-    drift.
+    The matrix exponential of a short time is doubled by the semigroup law (theory, section 12.1). Nothing is
+    subtracted, so the error is that of the drift: eps |K| t relative to each decaying mode. An infinite time gives the
+    stationary state of a stable drift.
 
     Args:
       process: drift (n, n).
-      t: times >= 0, any shape (...). NaN where an unstable drift overflows, and beyond ``|K| t = 2^63`` unless the
-        factor has decayed to 0.
+      t: times >= 0, any shape (...). The result is NaN where an unstable drift overflows, and beyond
+        ``|K| t = 2^63`` unless the factor has decayed to 0.
 
     Raises:
       ValueError: a time is negative, or the drift is not one square matrix.
@@ -148,7 +153,7 @@ def _transition(drift: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.A
     doublings = jnp.clip(jnp.ceil(steps), 0, _DOUBLINGS).astype(int)
     step = bounded * jnp.ldexp(jnp.ones_like(t), -doublings)
 
-    # Van Loan: the exponential of one block matrix has the factor and what, times its transpose, is the covariance
+    # Van Loan: one block of the exponential is the factor F, and another one times F^T is the covariance
     drift = drift * step
     n = drift.shape[0]
     block = expm(jnp.block([[-drift, jnp.eye(n)], [jnp.zeros((n, n)), drift.T]]))
@@ -157,7 +162,7 @@ def _transition(drift: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.A
 
     def double(i, state):
         goes = i < doublings
-        factor, integral = (jnp.where(goes, v, 0.0) for v in state)  # no overflow where nothing is to be doubled
+        factor, integral = (jnp.where(goes, v, 0.0) for v in state)  # 0 when done, so as not to overflow
         added = _matmul(_matmul(factor, integral), factor.T)
         doubled = _matmul(factor, factor), integral + (added + added.T) / 2
         return tuple(jnp.where(goes, new, old) for new, old in zip(doubled, state, strict=True))
@@ -169,9 +174,11 @@ def _transition(drift: jax.Array, noise: jax.Array, t: jax.Array) -> tuple[jax.A
 
 
 def pulled_noise(process: Process, t: ArrayLike) -> jax.Array:
-    """N_t (..., n, n), the noise as if it had been added before the drift: ``2 D int_0^t exp(K s) exp(K^T s) ds``.
+    """Pulled-back noise ``N_t = 2 D int_0^t exp(K s) exp(K^T s) ds`` (..., n, n) at times t (...): the covariance that
+    the noise would have, had it been added before the drift acted (theory, eq. 12.4).
 
-    The covariance of the process with the drift -K. It increases with t, and overflows (NaN) early for a stable K.
+    It is the covariance of the process with the drift -K. It increases with t, and overflows (NaN) early if K is
+    stable.
     """
     return transition(process._replace(drift=-_drift(process)), t).covariance
 
@@ -184,33 +191,37 @@ def _rounding(drift: jax.Array) -> jax.Array:
 
 
 def is_stable(process: Process) -> jax.Array:
-    """Whether a stationary state exists: all rates have a positive real part, by more than rounding (n eps |K|)."""
+    """Whether a stationary state exists, () bool: whether the real parts of all rates exceed rounding, n eps |K|."""
     drift = _drift(process)
     return jnp.linalg.eigvals(jax.lax.stop_gradient(drift)).real.min() > _rounding(drift)
 
 
 def is_contracting(process: Process) -> jax.Array:
-    """Whether no difference of two states ever grows, ``|F_t| <= 1`` for all t: ``K + K^T`` is positive semidefinite,
-    to rounding. Stricter than `is_stable` but for the margin; a stable drift that fails amplifies transiently."""
+    """Whether no difference of two states ever grows, () bool: whether ``|F_t| <= 1`` for all t, which is that
+    ``K + K^T`` is positive semidefinite, to rounding. A stable drift that is not contracting amplifies some differences
+    for a while."""
     drift = _drift(process)
     return jnp.linalg.eigvalsh(jax.lax.stop_gradient(drift + drift.T) / 2).min() >= -_rounding(drift)
 
 
 def has_real_modes(process: Process) -> jax.Array:
-    """Whether all rates are real, so that no two modes rotate into each other: imaginary parts up to ``sqrt(eps) |K|``
-    count as zero, which is how far rounding moves a double rate."""
+    """Whether all rates are real, () bool, so that no two modes rotate into each other. Imaginary parts up to
+    ``sqrt(eps) |K|`` count as zero, because rounding moves a double rate by that much."""
     drift = jax.lax.stop_gradient(_drift(process))
     tolerance = jnp.finfo(drift.dtype).eps ** 0.5 * jnp.linalg.norm(drift)
     return jnp.abs(jnp.linalg.eigvals(drift).imag).max() <= tolerance
 
 
 class CouplingRange(NamedTuple):
+    """The open interval of couplings with a stationary state."""
+
     low: jax.Array
     high: jax.Array
 
 
 def symmetric_bound(b: ArrayLike, count: int = 2) -> CouplingRange:
-    """Couplings between which `count` replicas all to all have a stationary state: ``-b < g < b / (count - 1)``.
+    """The couplings ``-b < g < b / (count - 1)`` for which `count` replicas, coupled all to all, have a stationary
+    state (theory, section 12.3).
 
     Raises:
       ValueError: fewer than 2 replicas, or b is not positive, where no coupling is stable.
@@ -223,8 +234,9 @@ def symmetric_bound(b: ArrayLike, count: int = 2) -> CouplingRange:
 
 
 def speciation_bound(b: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """Coupling ``b + D / spread`` from which on the common mode of a symmetric pair never merges its clusters; weaker
-    than stability. Infinite for ``spread <= 0``, where nothing is to be merged."""
+    """The coupling ``b + D / spread`` above which a symmetric pair never merges the clusters of its common mode; the
+    pair is already unstable above b. Infinite for ``spread <= 0``, where there are no clusters to merge. Broadcasts
+    (theory, section 12.3)."""
     b, spread, noise = (jnp.asarray(v, float) for v in (b, spread, noise))
     return jnp.where(spread > 0, b + noise / jnp.where(spread > 0, spread, 1.0), jnp.inf)
 
@@ -241,8 +253,9 @@ def stationary_covariance(process: Process) -> jax.Array:
 
 
 def entropy_production(process: Process) -> jax.Array:
-    """Entropy () in nats that the stationary state produces per unit of time; 0 exactly for a symmetric drift, where
-    detailed balance holds. It does not depend on the strength of the noise.
+    """Entropy () in nats that the stationary state produces per unit of time (theory, eq. 12.6).
+
+    It is exactly 0 for a symmetric drift, where detailed balance holds, and does not depend on the noise strength.
 
     Raises:
       ValueError: the drift is not stable.
@@ -256,15 +269,17 @@ def entropy_production(process: Process) -> jax.Array:
 
 
 class LeftModes(NamedTuple):
-    """Projections ``z = l^T x``, each of them a process of one mode with the same noise strength."""
+    """The projections ``z = l^T x`` of the state. Each is a process of one mode with the same noise strength."""
 
     rates: jax.Array  # (n,) ascending
     modes: jax.Array  # (n, n), row a the unit left eigenvector l_a
 
 
 def left_modes(process: Process) -> LeftModes:
-    """Left eigenvectors of a drift with real rates; orthogonal if it is symmetric, parallel for a double mode of a
-    defective one; the first large component is positive. Derivatives exist at simple rates.
+    """Unit left eigenvectors of a drift with real rates, by ascending rate (theory, section 12.2).
+
+    They are orthogonal if the drift is symmetric; a defective drift has two parallel ones at its double rate. Their
+    first large component is positive. Derivatives exist at simple rates.
 
     Raises:
       ValueError: two modes rotate into each other.

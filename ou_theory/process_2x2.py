@@ -3,7 +3,7 @@ section 12.5).
 
 All arguments broadcast; results have two more axes. With the mean rate ``k = (b1 + b2) / 2`` and ``w2 = ((b1 - b2) /
 2)^2 + g12 g21`` the rates are ``k +- sqrt(w2)``: real, double or rotating, which these forms pass through smoothly, as
-they pass the bounds of stability. Errors are of the rounding of the largest entry.
+they pass the bounds of stability. Errors are of the size of the rounding of the largest entry.
 """
 
 from typing import NamedTuple
@@ -55,10 +55,11 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
 def _moments(a: jax.Array, y: jax.Array) -> _Moments:
-    """Each branch is smooth in y; the rest of the plane of (a, y) is where none of its differences cancels."""
+    """The integrals of `_Moments`, by one of three formulas. Each is used in the part of the (a, y) plane where none of
+    its differences cancels, and each is smooth in y there."""
     one = exprel(-a)
 
-    # neither large: a quadrature of analytic functions
+    # where neither a nor y is large: Gauss quadrature of analytic functions
     small = (jnp.abs(a) < 2) & (jnp.abs(y) < 4)
     s = jnp.asarray((_NODES + 1) / 2, a.dtype)
     weight = jnp.asarray(_WEIGHTS / 2, a.dtype)
@@ -67,13 +68,13 @@ def _moments(a: jax.Array, y: jax.Array) -> _Moments:
     _, half = _waves(a_small * s / 2, y_small * s**2 / 4)  # exp(-a) (cosh w - 1) / w^2 = (exp(-a/2) sinh(w/2) / w)^2 2
     quadrature = ((weight * v).sum(-1) for v in (cosh, s * sinh, (s * half) ** 2 / 2))
 
-    # w comparable to a: differences of the integral of one exponential
+    # where w is real and comparable to a: sums and differences of the integrals of two exponentials
     apart = ~small & (jnp.abs(y) > a**2 / 4)
     real = apart & (y > 0)
     w = jnp.sqrt(jnp.where(real, y, 1.0))
     slow, fast = exprel(jnp.where(real, w - a, 0.0)), exprel(jnp.where(real, -w - a, 0.0))
 
-    # else, also for any rotation: the integrals done, with the denominator a^2 - w^2
+    # elsewhere, and for any rotating y: the antiderivatives, whose denominator is a^2 - w^2
     plain = ~small & ~real
     a_plain, y_plain = jnp.where(plain, a, 2.0), jnp.where(plain, y, 0.0)
     c, sn = _waves(a_plain, y_plain)
@@ -90,7 +91,8 @@ def _moments(a: jax.Array, y: jax.Array) -> _Moments:
 def transition_2x2(
     b1: ArrayLike, b2: ArrayLike, g12: ArrayLike, g21: ArrayLike, t: ArrayLike, noise: ArrayLike = 1.0
 ) -> Transition:
-    """Factor and covariance (..., 2, 2) at finite times >= 0; see `process.transition`, of which they are a check.
+    """Factor and covariance (..., 2, 2) at finite times >= 0 (theory, eq. 12.8): an independent route to
+    `process.transition`.
 
     Raises:
       ValueError: a time is negative.
@@ -103,7 +105,7 @@ def transition_2x2(
     s = t * s
     factor = _matrix(c - h * s, g12 * s, g21 * s, c + h * s)
 
-    # exp(-K s) times its transpose, integrated term by term; K - k has the rows (h, -g12) and (-g21, -h)
+    # the integral of exp(-K s) exp(-K s)^T, term by term; K - k has the rows (h, -g12) and (-g21, -h)
     one, cosh, sinh, bend = _moments(2 * k * t, 4 * w2 * t**2)
     own, first, second = t * (one + cosh), 2 * t**2 * sinh, 4 * t**3 * bend
     cross = first * (g12 + g21) + second * h * (g12 - g21)
@@ -113,10 +115,12 @@ def transition_2x2(
 
 
 def stationary_2x2(b1: ArrayLike, b2: ArrayLike, g12: ArrayLike, g21: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """``D K^-1 (1 + a J)``, ``J = [[0, 1], [-1, 0]]``, ``a = (g21 - g12) / (b1 + b2)``, (..., 2, 2).
+    """Stationary covariance (..., 2, 2): ``D K^-1 (1 + a J)`` with ``J = [[0, 1], [-1, 0]]`` and
+    ``a = (g21 - g12) / (b1 + b2)`` (theory, eq. 12.9).
 
     Raises:
-      ValueError: not stable, which takes ``b1 + b2 > 0`` and ``g12 g21 < b1 b2``; NaN where values are traced.
+      ValueError: the pair is not stable, which takes ``b1 + b2 > 0`` and ``g12 g21 < b1 b2``. If the values are
+        traced, the result is NaN.
     """
     b1, b2, g12, g21, noise = (jnp.asarray(v, float) for v in (b1, b2, g12, g21, noise))
     det = b1 * b2 - g12 * g21
@@ -124,5 +128,5 @@ def stationary_2x2(b1: ArrayLike, b2: ArrayLike, g12: ArrayLike, g21: ArrayLike,
     require(stable, "no stationary state: b1 + b2 must be positive and g12 g21 less than b1 b2")
     a = (g21 - g12) / jnp.where(stable, b1 + b2, 1.0)
     scale = jnp.where(stable, noise / jnp.where(stable, det, 1.0), jnp.nan)
-    off = (a * (b2 - b1) + g12 + g21) / 2  # of two equal expressions the mean
+    off = (a * (b2 - b1) + g12 + g21) / 2  # the mean of two expressions that are equal but for rounding
     return scale[..., None, None] * _matrix(b2 - a * g12, off, off, b1 + a * g21)

@@ -1,15 +1,47 @@
-"""Exact energies of a difference mode under a sampler with a linear denoiser (docs/theory.md, section 5.3).
+"""Samplers with a linear denoiser: one step of a mode, and its exact energy after every step (docs/theory.md,
+sections 5.3 and 13.8).
 
-A network whose one-pass gain has been measured is followed by these recursions without any fitted parameter; the
-continuum formulas of `ou_theory.gain_model` are their limit of many steps.
+The recursion follows a network from its measured one-pass gain, with no fitted parameter. In the limit of many steps it
+tends to the continuum formulas of `ou_theory.gain_model`.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+class ModeStep(NamedTuple):
+    """One step of a sampler, for one mode of the rescaled frame: ``y' = factor y + sqrt(noise) xi``, xi unit noise."""
+
+    factor: jax.Array
+    noise: jax.Array
+
+
+def mode_ddim_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> ModeStep:
+    """The DDIM step of a mode whose denoised is ``gain y``: factor ``G + (1 - G) sigma' / sigma``, no noise.
+
+    Args:
+      gain: G of the denoiser; all three broadcast.
+      sigma, sigma_next: noise levels of the rescaled frame before and after the step.
+    """
+    gain = jnp.asarray(gain, float)
+    factor = gain + (1 - gain) * jnp.asarray(sigma_next, float) / jnp.asarray(sigma, float)
+    return ModeStep(factor, jnp.zeros_like(factor))
+
+
+def mode_ancestral_step(gain: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> ModeStep:
+    """The ancestral step of a mode, with the posterior variance: the factor is ``q + (1 - q) G`` and the noise
+    ``sigma'^2 (1 - q)``, with ``q = sigma'^2 / sigma^2``; arguments as of `mode_ddim_step`."""
+    gain, sigma, sigma_next = (jnp.asarray(v, float) for v in (gain, sigma, sigma_next))
+    q = (sigma_next / sigma) ** 2
+    factor = q + (1 - q) * gain
+    return ModeStep(factor, jnp.broadcast_to(sigma_next**2 * (1 - q), factor.shape))
 
 
 def recursion_energy(gain: jax.Array, sigma: jax.Array, start_variance: jax.Array, eta: float = 0.0) -> jax.Array:
-    """Variance of the denoised mode at every step.
+    """Variance of the denoised mode at every step (theory, eq. 5.11).
 
     In the rescaled frame one step multiplies the mode by ``G + (1 - G) c / sigma`` and adds noise of variance
     ``n^2 = eta^2 sigma'^2 (1 - sigma'^2 / sigma^2)``, with ``c^2 = sigma'^2 - n^2`` and ``sigma'`` the next level

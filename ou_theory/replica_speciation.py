@@ -21,8 +21,8 @@ TRICRITICAL_KAPPA = 3.0  # a mode that speciates at a larger kappa of its own do
 
 
 class ReplicaPair(NamedTuple):
-    """Law of a pair: labels with ``P(c1, c2) = (1 + r_c c1 c2) / 4``, replicas at ``c_i m`` with the variance s^2 and
-    the correlation r_w within a cluster."""
+    """Law of a pair of clustered replicas: the labels have ``P(c1, c2) = (1 + r_c c1 c2) / 4``; replica i lies at
+    ``c_i m`` with the variance s^2; within a cluster, the replicas correlate by r_w."""
 
     centre: ArrayLike  # m
     variance: ArrayLike  # s^2
@@ -31,7 +31,7 @@ class ReplicaPair(NamedTuple):
 
 
 class Modes(NamedTuple):
-    """A number for either mode of a pair."""
+    """One number for each mode of a pair."""
 
     common: jax.Array
     difference: jax.Array
@@ -44,21 +44,22 @@ def _spreads(pair: ReplicaPair) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def replica_kappas(pair: ReplicaPair, b: ArrayLike, g: ArrayLike, t: ArrayLike, noise: ArrayLike = 1.0) -> Modes:
-    """``2 m^2 / (s^2 (1 +- r_w) + N)`` of both modes."""
+    """Curvature ratios ``2 m^2 / (s^2 (1 +- r_w) + N)`` of both modes (theory, eq. 13.8)."""
     square, common, difference = _spreads(pair)
     b, g = jnp.asarray(b, float), jnp.asarray(g, float)
     return Modes(square / (common + mode_noise(b - g, t, noise)), square / (difference + mode_noise(b + g, t, noise)))
 
 
 def aligned_weight(kappas: Modes, label_correlation: ArrayLike) -> jax.Array:
-    """Posterior probability, at the symmetric point, that the labels are equal:
-    ``1 / (1 + (1 - r_c) / (1 + r_c) exp[(kappa_u - kappa_v) / 2])``."""
+    """Posterior probability that the labels are equal, at the symmetric point:
+    ``1 / (1 + (1 - r_c) / (1 + r_c) exp[(kappa_u - kappa_v) / 2])`` (theory, eq. 13.8)."""
     r = jnp.asarray(label_correlation, float)
     return jax.nn.sigmoid(jnp.log1p(r) - jnp.log1p(-r) - (kappas.common - kappas.difference) / 2)
 
 
 def _instabilities(pair: ReplicaPair, b: ArrayLike, g: ArrayLike, t: ArrayLike, noise: ArrayLike) -> Modes:
-    """Kappa times the weight of the states that are clustered in the mode; the mode is unstable where it exceeds 1."""
+    """Kappa of each mode times the weight of the states that are clustered in it. A mode is unstable where this
+    exceeds 1."""
     kappas = replica_kappas(pair, b, g, t, noise)
     r = jnp.asarray(pair.label_correlation, float)
     opposite = aligned_weight(Modes(kappas.difference, kappas.common), -r)  # 1 - aligned_weight, no cancellation
@@ -66,8 +67,8 @@ def _instabilities(pair: ReplicaPair, b: ArrayLike, g: ArrayLike, t: ArrayLike, 
 
 
 def replica_curvatures(pair: ReplicaPair, b: ArrayLike, g: ArrayLike, t: ArrayLike, noise: ArrayLike = 1.0) -> Modes:
-    """Curvatures of ``-log p_t`` at the symmetric point along u and v (it is diagonal in them):
-    ``(1 - kappa_u pi) / P_u`` and ``(1 - kappa_v (1 - pi)) / P_v``."""
+    """Curvatures of ``-log p_t`` at the symmetric point along u and v: ``(1 - kappa_u pi) / P_u`` and
+    ``(1 - kappa_v (1 - pi)) / P_v`` (theory, eq. 13.8). The Hessian is diagonal in u and v."""
     b, g, t, noise = (jnp.asarray(v, float) for v in (b, g, t, noise))
     _, common, difference = _spreads(pair)
     grown = _instabilities(pair, b, g, t, noise)
@@ -79,9 +80,12 @@ def replica_curvatures(pair: ReplicaPair, b: ArrayLike, g: ArrayLike, t: ArrayLi
 
 
 def replica_quartic(weight: ArrayLike) -> jax.Array:
-    """Coefficient ``q (q - 1/3) / 8`` of ``z^4`` in ``-log p`` along a mode, in which states of the weight q at the
-    origin are clustered and ``z = sqrt(kappa) x / sqrt(P)``. At onset ``q = 1 / kappa``: negative, and the transition
-    discontinuous, for a kappa above `TRICRITICAL_KAPPA`."""
+    """Coefficient ``q (q - 1/3) / 8`` of ``z^4`` in ``-log p`` along a mode, where ``z = sqrt(kappa) x / sqrt(P)`` and
+    q is the weight, at the origin, of the states that are clustered in the mode (theory, section 13.4).
+
+    At the onset ``q = 1 / kappa``. If kappa is above `TRICRITICAL_KAPPA` there, the coefficient is negative and the
+    transition discontinuous.
+    """
     weight = jnp.asarray(weight, float)
     return weight * (weight - 1 / 3) / 8
 
@@ -90,8 +94,9 @@ _GRID = np.exp2(-np.linspace(0, 40, 1025))
 
 
 def _last_onset(excess, latest: jax.Array, rate: jax.Array, parameters) -> jax.Array:
-    """Largest root in t of ``excess(t, *parameters)``, which is negative from `latest` on. Where that is infinite,
-    so is the root, if the excess is still positive when the noise of the unstable mode (`rate` < 0) is at its limit."""
+    """Largest root in t of ``excess(t, *parameters)``, which is negative after `latest`. If `latest` is infinite, the
+    root is infinite too where the excess stays positive while the noise of the unstable mode (`rate` < 0) reaches its
+    limit."""
     bounded = jnp.isfinite(latest)
     top = jnp.where(bounded, 1.001 * latest, 20 / jnp.abs(jnp.where(bounded, 1.0, rate)))
     top = jax.lax.stop_gradient(jnp.where(top > 0, top, 1.0))
@@ -121,7 +126,7 @@ def _speciation_times(pair: ReplicaPair, b, g, noise) -> Modes:
     parameters = jnp.broadcast_arrays(*(jnp.asarray(v, float) for v in (*pair, b, g, noise)))
     *law, b, g, noise = parameters
     square, common, difference = _spreads(ReplicaPair(*law))
-    # kappa times a weight is at most kappa, so that no root lies beyond kappa = 1
+    # kappa times a weight is at most kappa, so that every root lies where kappa is at least 1
     latest = Modes(transition_time(b - g, square - common, noise), transition_time(b + g, square - difference, noise))
     return Modes(
         _last_onset(_excess_common, latest.common, b - g, parameters),
@@ -130,10 +135,11 @@ def _speciation_times(pair: ReplicaPair, b, g, noise) -> Modes:
 
 
 def replica_speciation_times(pair: ReplicaPair, b: ArrayLike, g: ArrayLike, noise: ArrayLike = 1.0) -> Modes:
-    """Largest time, for either mode, at which its curvature changes sign; it may do so more than once.
+    """Speciation times of both modes: the largest time at which the curvature along the mode changes sign, which it may
+    do more than once (theory, section 13.4). Differentiable.
 
-    0 if a mode is never unstable, infinite if an unstable process never makes it stable. Roots are looked for on a
-    grid of times 3 % apart; two closer than that may be missed together. Differentiable.
+    A time is 0 if the mode is never unstable, and infinite if an unstable process never makes it stable. Roots are
+    looked for on a grid of times 3 % apart; two roots that are closer than that may both be missed.
 
     Raises:
       ValueError: a label correlation not inside (-1, 1), or one within clusters outside [-1, 1].
@@ -145,11 +151,11 @@ def replica_speciation_times(pair: ReplicaPair, b: ArrayLike, g: ArrayLike, nois
 
 
 def independent_gap_third_order(b: ArrayLike, g: ArrayLike, spread: ArrayLike, centre: ArrayLike, noise: ArrayLike = 1):
-    """Gap ``t_u - t_v`` of independent labels (r_c = r_w = 0) to the lowest order in g, the third; negative for g > 0.
+    """Gap ``t_u - t_v`` for independent labels (r_c = r_w = 0) to the lowest order in g, which is the third (theory,
+    eq. 13.9). It is negative for g > 0.
 
-    With lengths in units of ``sqrt(D / b)``, ``-2 g^3 / (3 b^4 m^4) [(1 + z) log(1 + z) - z]^3 / (1 + z)``, where z is
-    the `spread` ``m^2 - s^2 > 0``.
-    """
+    With lengths in units of ``sqrt(D / b)`` it is ``-2 g^3 / (3 b^4 m^4) [(1 + z) log(1 + z) - z]^3 / (1 + z)``, where
+    z is the `spread` ``m^2 - s^2 > 0``."""
     b, g, spread, centre, noise = (jnp.asarray(v, float) for v in (b, g, spread, centre, noise))
     unit = b / noise
     z = spread * unit
@@ -157,17 +163,19 @@ def independent_gap_third_order(b: ArrayLike, g: ArrayLike, spread: ArrayLike, c
     return -2 * (g / b) ** 3 / (3 * b * (centre**2 * unit) ** 2) * bracket**3 / (1 + z)
 
 
-# --- one mode alone: the marginal law is clustered with the weight w, and a single cluster at 0 with 1 - w
+# --- one mode alone: its marginal law has two clusters with the weight w, and one cluster at 0 with the weight 1 - w
 
 
 def marginal_threshold() -> float:
-    """Least weight ``1 / (1 + 2 exp(-3/2)) = 0.691438`` of the clustered states at which a mode's marginal density
-    ever has a maximum away from 0 that grows out of it. Independent labels have 1/2: their marginals never speciate."""
+    """The least weight of the clustered states, ``1 / (1 + 2 exp(-3/2)) = 0.691438``, at which the marginal density of
+    a mode ever becomes unstable at 0 (theory, section 13.4). Independent labels have the weight 1/2, so that their
+    marginals never speciate."""
     return float(1 / (1 + 2 * np.exp(-1.5)))
 
 
 def marginal_instability(kappa: ArrayLike, weight: ArrayLike) -> jax.Array:
-    """Kappa times the posterior weight of the clustered states at the origin of the marginal; unstable above 1."""
+    """Kappa times the posterior weight of the clustered states at the origin of the marginal, which is unstable where
+    this exceeds 1 (theory, section 13.4)."""
     kappa, weight = jnp.asarray(kappa, float), jnp.asarray(weight, float)
     return kappa * jax.nn.sigmoid(jnp.log(weight) - jnp.log1p(-weight) - kappa / 2)
 
@@ -178,8 +186,8 @@ def _marginal_excess(kappa, weight):
 
 @jax.jit
 def marginal_onset(weight: ArrayLike) -> jax.Array:
-    """Kappa in (1, 3] at which the marginal of a mode becomes unstable as the noise falls; NaN below
-    `marginal_threshold`. The slope in the weight is infinite at the threshold."""
+    """The kappa in (1, 3] at which the marginal of a mode becomes unstable as the noise falls; NaN for weights below
+    `marginal_threshold`, where its slope is infinite (theory, section 13.4)."""
     weight = jnp.asarray(weight, float)
     exists = weight >= marginal_threshold()
     safe = jnp.where(exists, weight, 0.8)

@@ -1,4 +1,5 @@
-"""Roots in time that work under jit, vmap and grad, derivatives by the implicit function theorem."""
+"""Roots in time that work under jit, vmap and grad. Their derivatives follow from the implicit function theorem
+(docs/theory.md, section 13.1)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,15 +14,20 @@ _HALVINGS = 64
 
 
 def require(holds: ArrayLike, message: str) -> None:
-    """ValueError unless `holds` everywhere; nothing is checked while values are traced."""
+    """Raises ValueError with `message` unless `holds` is true everywhere. Traced values are not checked."""
     if not isinstance(holds, Tracer) and not np.all(holds):
         raise ValueError(message)
 
 
 def bisect(function: Callable[..., jax.Array], low: jax.Array, high: jax.Array, *parameters) -> jax.Array:
-    """Bracket (low, high) of a fall through 0, to rounding, halved until it does not shrink.
+    """Narrows a bracket by halving until it is as tight as rounding allows.
 
-    `function` maps (t, *parameters) to an array of t's shape, element by element.
+    Args:
+      function: maps (t, *parameters) to an array of t's shape, element by element.
+      low, high: ends of the bracket; the function is positive at `low` and falls through 0 before `high`.
+
+    Returns:
+      the ends (low, high) of the tight bracket.
     """
 
     def halve(_, bracket):
@@ -34,9 +40,12 @@ def bisect(function: Callable[..., jax.Array], low: jax.Array, high: jax.Array, 
 
 
 def implicit(function: Callable[..., jax.Array], root: jax.Array, found: jax.Array, *parameters) -> jax.Array:
-    """A root found without derivatives, with all its derivatives in the parameters where `found`, and none elsewhere.
+    """Gives a root that was found without derivatives its derivatives in the parameters.
 
-    `function` maps (t, *parameters) to an array of t's shape, element by element.
+    Args:
+      function: maps (t, *parameters) to an array of t's shape, element by element; it is 0 at the root.
+      root: value of the root.
+      found: whether there is a root; elsewhere `root` is returned as a constant.
     """
     root = jax.lax.stop_gradient(root)
 
@@ -59,15 +68,17 @@ def falling_root(
 
     Args:
       function: maps (t, *parameters) to an array of t's shape, element by element. It may be NaN, by overflow or
-        rounding, at times far below and far above `scale`; a root is then found in between.
-      scale: guess of t, of the shape of the result; wrong by a factor of 2^50 it still serves, and `function` must be
-        a number there.
+        rounding, at times far below and far above `scale`; the root is then looked for in between.
+      scale: a guess of t, of the shape of the result. It may be wrong by a factor of 2^50, but `function` must not be
+        NaN there.
       parameters: arrays or trees of arrays; the result is differentiable in these.
-      rounding: of the form of `function`: how far its value may be off. Beyond `scale` it is seen to fall to 0 only
-        if it falls by more than that over the last tenth of the time, else a level just above 0 may pass for a root.
+      rounding: maps the arguments of `function` to the rounding error of its value. A root beyond `scale` then counts
+        only if the function falls by more than this error over the last tenth of the time. Without it, a function
+        that levels off just above 0 may seem to have a root.
 
     Returns:
-      0 if the function is nowhere seen above 0, infinity if it is not seen to fall to 0, NaN if it is NaN at `scale`.
+      the root; 0 if the function is not positive anywhere, infinity if it does not fall to 0, NaN if it is NaN at
+      `scale`.
     """
     scale, fixed = jax.lax.stop_gradient((scale, parameters))
     reach = 60.0 if scale.dtype == jnp.float32 else 200.0
@@ -81,16 +92,18 @@ def falling_root(
 
     low, high = bisect(away_from_nan, jnp.full_like(scale, -reach), jnp.full_like(scale, reach), *fixed)
     root = scale * jnp.exp2(high)
-    # in turn: side by side, large batches of LAPACK's solves can wait for the same two threads for ever
+    # lax.map evaluates one time after another: large batches of LAPACK solves that run at once can deadlock, each
+    # waiting for threads that the others hold
     at_low, at_high, before, at_scale = jax.lax.map(
         lambda t: function(t, *fixed), jnp.stack([scale * jnp.exp2(low), root, 0.9 * root, scale])
     )
-    # that an end moved says what the value was; evaluated again, it may round to the other side of 0
+    # An end of the bracket moves only where the function was found positive (low) or negative (high). That record is
+    # used here, because the function, evaluated once more, may round to the other side of 0.
     starts = (low > -reach) & ~jnp.isnan(at_low)
     ends = (high < reach) & ~jnp.isnan(at_high)
     if rounding is not None:
         last, before = jax.lax.optimization_barrier((root, before))
-        ends &= (high <= 0) | (before > rounding(last, *fixed))  # a level that is never left lies late
+        ends &= (high <= 0) | (before > rounding(last, *fixed))  # only at late times can it level off
     found = starts & ends
     root = implicit(function, jnp.where(found, root, scale), found, *parameters)
     return jnp.where(found, root, jnp.where(jnp.isnan(at_scale), jnp.nan, jnp.where(starts, jnp.inf, 0.0)))

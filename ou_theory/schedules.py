@@ -1,9 +1,9 @@
 """Rates and noise that change in time (docs/theory.md, sections 12.4 and 13.9).
 
 A symmetric pair keeps its modes under any coupling g(t): the common mode has the rate ``b - g(t)``, the difference mode
-``b + g(t)``. Rates are constant between the times of a grid, and everything is exact for that at any step; of a smooth
-rate take the values in the middles of the steps, then the error is of second order in them. All functions work under
-jit, vmap and grad.
+``b + g(t)``. Rates are constant between the times of a grid, and everything is exact for such rates at any step size.
+For a smooth rate take its values in the middles of the steps; the error is then of second order in the step size. All
+functions work under jit, vmap and grad.
 """
 
 from typing import NamedTuple
@@ -28,14 +28,14 @@ def _grid(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike) -> tuple[j
 
 
 class ScheduledMode(NamedTuple):
-    """A mode at the times of a grid, given where it started."""
+    """The transition law of a mode from the first time of a grid to every time of it."""
 
     factor: jax.Array  # (..., T) ``exp(-int rate)``
     variance: jax.Array  # (..., T)
 
 
 def scheduled_modes(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike = 1.0) -> ScheduledMode:
-    """Factor and variance of a mode whose rate changes.
+    """Factor and variance of a mode whose rate changes (theory, eq. 12.7).
 
     Args:
       rate_values: (..., T - 1) rates between the times.
@@ -58,8 +58,9 @@ def scheduled_modes(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike =
 
 
 def scheduled_noise(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """Pulled-back noise ``N(t) = 2 D int_0^t exp(2 int_0^s rate) ds`` (..., T) of a mode whose rate changes; arguments
-    as in `scheduled_modes`. It increases, and overflows where the mode has forgotten all."""
+    """Pulled-back noise ``N(t) = 2 D int_0^t exp(2 int_0^s rate) ds`` (..., T) of a mode whose rate changes (theory,
+    section 13.9). Arguments are as in `scheduled_modes`. It increases, and overflows where the mode has forgotten the
+    data entirely."""
     rates, times, noise = _grid(rate_values, times, noise)
     steps = jnp.diff(times)
     start = jnp.zeros((*rates.shape[:-1], 1), rates.dtype)
@@ -69,10 +70,11 @@ def scheduled_noise(rate_values: ArrayLike, times: ArrayLike, noise: ArrayLike =
 
 
 def scheduled_time(rate_values: ArrayLike, times: ArrayLike, spread: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """Time (...) at which the pulled-back noise of a mode whose rate changes reaches `spread`: speciation for
-    ``m^2 - s^2``, commitment for ``S (1 - q) / q``, as `process.transition_time` for a constant rate.
+    """Time (...) at which the pulled-back noise of a mode whose rate changes reaches `spread` (theory, eq. 13.14).
 
-    The last rate goes on beyond the last time. 0 for ``spread <= 0``, infinite if the noise never gets there.
+    It is speciation for ``m^2 - s^2`` and commitment for ``S (1 - q) / q``, as `process.transition_time` is for a
+    constant rate. The last rate holds beyond the last time. The time is 0 for ``spread <= 0``, and infinite if the
+    noise never reaches the spread.
 
     Args:
       rate_values: (..., T - 1) rates between the times.
@@ -90,7 +92,8 @@ def scheduled_time(rate_values: ArrayLike, times: ArrayLike, spread: ArrayLike, 
     shape = jnp.broadcast_shapes(rates.shape[:-1], spread.shape)
     rates = jnp.broadcast_to(rates, (*shape, rates.shape[-1]))
 
-    # the log of what is missing, in the units of each step's beginning: the noise itself may overflow
+    # `log_missing` is the log of the noise that is still missing at the beginning of a step, in the units of that time;
+    # the noise itself may overflow
     def advance(state, step):
         log_missing, found, time = state
         rate, began, width, is_last = step
@@ -111,11 +114,11 @@ def scheduled_time(rate_values: ArrayLike, times: ArrayLike, spread: ArrayLike, 
     return jnp.where(positive, time, jnp.where(jnp.isnan(spread), jnp.nan, 0.0))
 
 
-_LARGE = 40.0  # of a log, above which one is nothing beside the exponential
+_LARGE = 40.0  # 1 is lost beside the exponential of a larger number
 
 
 def _clock(rate: jax.Array, log_spread: jax.Array, noise: jax.Array) -> jax.Array:
-    """`transition_time` of a spread given by its log."""
+    """`transition_time` of a spread that is given by its log."""
     large = log_spread > _LARGE
     rises = large & (rate > 0)
     safe = jnp.where(rises, rate, 1.0)
@@ -125,7 +128,7 @@ def _clock(rate: jax.Array, log_spread: jax.Array, noise: jax.Array) -> jax.Arra
 
 
 def _log_noise(rate: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-    """Log of `mode_noise`, t > 0."""
+    """Log of `mode_noise` at t > 0."""
     z = 2 * rate * t
     far = z > 1
     safe = jnp.where(far, z, 2.0)
@@ -134,16 +137,16 @@ def _log_noise(rate: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def schedule_response(rate: ArrayLike, spread: ArrayLike, times: ArrayLike, noise: ArrayLike = 1.0) -> jax.Array:
-    """How much later in t a mode speciates per unit of coupling that slows it at the time s and per unit of s:
-    ``[spread - N(s)] / (D + rate spread)`` before its time, 0 after it; broadcasts.
+    """Response of a mode's speciation time to a coupling that slows the mode at the time s, per unit of coupling and of
+    s: ``[spread - N(s)] / (D + rate spread)`` before the mode's own time, 0 after it (theory, eq. 13.15). Broadcasts.
 
-    The functional derivative of the time in the rate, with a minus, at a constant rate. It is largest at the clean end
-    and falls to 0 at the mode's own time: coupling at more noise than that changes nothing. NaN where the mode has no
-    finite time.
+    It is minus the functional derivative of the time in the rate, at a constant rate. It is largest at the data, s = 0,
+    and falls to 0 at the mode's own time: a coupling at more noise than that changes nothing. It is NaN where the mode
+    has no finite time.
 
     Args:
-      rate: of the mode.
-      spread: pulled-back noise at its time, for example ``m^2 - s^2``.
+      rate: constant rate of the mode.
+      spread: pulled-back noise at which the mode speciates, for example ``m^2 - s^2``.
       times: s >= 0.
 
     Raises:
@@ -153,17 +156,17 @@ def schedule_response(rate: ArrayLike, spread: ArrayLike, times: ArrayLike, nois
     require(~(times < 0), f"times must not be negative, got {times}")
     times = jnp.minimum(times, transition_time(rate, spread, noise))
     finite = noise + rate * spread > 0
-    slope = jnp.where(finite, noise + rate * spread, jnp.nan)  # half that of the noise at the mode's time
+    slope = jnp.where(finite, noise + rate * spread, jnp.nan)  # half the slope of the noise at the mode's own time
     return jnp.maximum(spread - mode_noise(rate, times, noise), 0.0) / slope
 
 
 def schedule_time(beta: ArrayLike, times: ArrayLike) -> jax.Array:
-    """OU times (..., T) ``int beta / 2`` of ``dx = -beta x / 2 ds + sqrt(beta) dW``, whose rate and noise strength on
-    this clock are 1.
+    """OU times ``int beta / 2`` (..., T) of the process ``dx = -beta x / 2 ds + sqrt(beta) dW``. In this time its rate
+    and noise strength are 1 (theory, section 12.4). `clock.ou_time` takes a table of signal powers instead.
 
     Args:
-      beta: (..., T), linear between the times. For a table of signal powers there is `clock.ou_time`.
-      times: (T,).
+      beta: (..., T), linear between the times.
+      times: (T,) increasing.
 
     Raises:
       ValueError: shapes do not belong together, or the times decrease.

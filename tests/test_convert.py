@@ -1,4 +1,4 @@
-"""``convert_weights.py`` from file to function."""
+"""``convert_weights.py`` and ``syncgap convert`` from file to function."""
 
 import importlib.util
 import json
@@ -14,6 +14,7 @@ import torch
 from flax import nnx
 
 from dit_jax.checkpoint import load_manifest, load_model
+from experiments.cli import main
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -209,3 +210,13 @@ convert_weights.main()
     assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
     assert load_model(out).config.depth == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_syncgap_convert_is_the_same_command(run, tmp_path, capsys):
+    options = ["--num-heads", "6", "--dtype", "bfloat16"]
+    status, told, _ = run(TINY, tmp_path / "script", *options)
+    assert main(["convert", str(TINY), str(tmp_path / "command"), *options]) == status == 0
+    assert capsys.readouterr().out == told.replace(str(tmp_path / "script"), str(tmp_path / "command"))
+    assert load_manifest(tmp_path / "command") == load_manifest(tmp_path / "script")
+    assert main(["convert", str(TINY), str(tmp_path / "command"), *options]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err

@@ -118,7 +118,7 @@ class Bench(Measured[C]):
         """
         config = cast(StudyConfig, self.config)
         options |= {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
-        options |= {"coupling": config.gate_kind, "guidance": config.guidance}
+        options |= {"kind": config.gate_kind, "guidance": config.guidance}
         if self.mesh is None:
             return network_denoiser(model, self.clock, gate, **options)
         mesh = self.mesh

@@ -7,8 +7,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from experiments.frame.steps import WINDOW_START
-from ou_theory import commitment as oc
-from ou_theory.commitment import Commitment
+from ou_theory import estimator as oc
+from ou_theory.estimator import Commitment
 
 FLOOR_LIMIT = 0.1  # largest Q at the opening of the window of a band whose own signal is still below it
 WEAK = 0.002  # decided fraction under which a commitment level rests on too little

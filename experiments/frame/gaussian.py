@@ -1,13 +1,13 @@
 """Exact Gaussian modes under a sampler's finite steps, in double precision and step by step.
 
-The formulas are those of `ou_theory.cloning`; here they are applied to the steps of a clock. A mode of variance S is
-denoised by its Wiener gain. All is in the rescaled frame y = x / sqrt(alpha_bar).
+The formulas are those of `ou_theory.recursion` and `ou_theory.cloning`; here they are applied to the steps of a clock.
+A mode of variance S is denoised by its Wiener gain. All is in the rescaled frame y = x / sqrt(alpha_bar).
 """
 
 import jax
 import numpy as np
 
-from ou_theory import cloning
+from ou_theory import cloning, recursion
 from ou_theory.clock import Clock
 
 
@@ -21,7 +21,7 @@ def ddim_factors(variance: np.ndarray, clock: Clock) -> np.ndarray:
     """What each DDIM step multiplies modes of variances (...) by: (K, ...)."""
     sigma = _levels(clock, variance)
     with jax.enable_x64(True):
-        return np.asarray(cloning.ddim_step(wiener_gains(variance, clock), sigma[:-1], sigma[1:]).factor)
+        return np.asarray(recursion.mode_ddim_step(wiener_gains(variance, clock), sigma[:-1], sigma[1:]).factor)
 
 
 def ancestral_steps(variance: np.ndarray, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ def ancestral_steps(variance: np.ndarray, clock: Clock) -> tuple[np.ndarray, np.
     that it adds to them, that of the exact posterior: (K, ...) each."""
     sigma = _levels(clock, variance)
     with jax.enable_x64(True):
-        step = cloning.ancestral_step(wiener_gains(variance, clock), sigma[:-1], sigma[1:])
+        step = recursion.mode_ancestral_step(wiener_gains(variance, clock), sigma[:-1], sigma[1:])
         return np.asarray(step.factor), np.asarray(step.noise)
 
 

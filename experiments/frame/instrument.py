@@ -11,18 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.attention import symmetric_gate
-from dit_jax.diffusion import Denoiser, Prediction, Sampler
+from dit_jax.diffusion import Denoiser, DenoiserOutput, Sampler
 from dit_jax.inside import PER_REPLICA
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from ou_theory.clock import Clock
-from ou_theory.laws import wiener_gain
+from ou_theory.gain_model import wiener_gain
 from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes, radial_bands
-
-
-def predicted(denoise: Denoiser, x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
-    """What a denoiser returns, as a `Prediction` whether or not it returns one."""
-    found = denoise(x, step, labels)
-    return found if isinstance(found, Prediction) else Prediction(found)
 
 
 def own_half(activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -65,11 +59,11 @@ def coupled_wiener(variance: jax.Array, clock: Clock) -> CoupledDenoiser:
     def coupled(gate: jax.Array) -> Denoiser:
         mixing = gate / gate.sum(-1, keepdims=True)
 
-        def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> jax.Array:
+        def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
             sigma2 = jnp.asarray(clock.sigma**2, x.dtype)[step]
             scale = jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step]
             each = wiener_gain(variance, sigma2) * dct2(scale * x)
-            return idct2(jnp.einsum("nab,bnhwc->anhwc", mixing, each, precision="highest"))
+            return DenoiserOutput(idct2(jnp.einsum("nab,bnhwc->anhwc", mixing, each, precision="highest")))
 
         return denoise
 
@@ -153,7 +147,7 @@ def one_pass(
 
     def at_step(inputs):
         step, x = inputs
-        denoised = predicted(denoise, jnp.repeat(x, count, 1), step, jnp.repeat(labels, count)).denoised
+        denoised = denoise(jnp.repeat(x, count, 1), step, jnp.repeat(labels, count)).denoised
         difference = pair_modes(denoised.reshape(2, size, count, *x.shape[2:]))[1]
         return band_mean(jnp.square(difference), bands).swapaxes(0, 1)
 

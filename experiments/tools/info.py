@@ -116,6 +116,8 @@ def _training(manifest: Mapping) -> dict[str, str]:
     lines = {}
     if data:
         lines["data"] = f"{_number(data.get('images'))} images, SHA-256 {data.get('sha256')}"
+        if transformation := _mapping(data, "transformation"):
+            lines["made of them"] = f"{transformation.get('name')}: {transformation.get('does')}"
     if training:
         told = {"steps": "steps", "batch_size": "batch", "learning_rate": "learning rate", "seed": "seed"}
         lines["training"] = ", ".join(f"{word} {training[name]}" for name, word in told.items() if name in training)

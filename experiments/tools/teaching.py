@@ -15,10 +15,10 @@ from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, draw_figur
 from experiments.frame.files import write_text
 from experiments.frame.page import embedded, templates
 from experiments.tools.playground import write_playground
-from ou_theory import cloning, gain_model, landau, laws, process, speciation
+from ou_theory import cloning, cluster_laws, gain_model, landau, process, speciation
 from ou_theory.attention import rho
 from ou_theory.clock import make_clock
-from ou_theory.commitment import commitment, relative_energy
+from ou_theory.estimator import commitment, relative_energy
 from ou_theory.recursion import recursion_energy
 
 COMMON, DIFFERENCE, THIRD = "#0072B2", "#D55E00", "#009E73"
@@ -135,7 +135,7 @@ def cloning_curves() -> Figure:
     sigma2 = np.exp(-ell)
     total = CENTRE2 + WIDTH2
     ax.plot(ell, np.asarray(gain_model.q_uncoupled(total / sigma2)), color=INK, linestyle="--", label="Gaussian mode")
-    law = laws.Clusters(jnp.array([WIDTH2]), jnp.array([[np.sqrt(CENTRE2)]]))
+    law = cluster_laws.Clusters(jnp.array([WIDTH2]), jnp.array([[np.sqrt(CENTRE2)]]))
     found = np.asarray(cloning.clone_correlation(law, jnp.asarray(sigma2)))[:, 0]
     ax.plot(ell, found, color=COMMON, label="two clusters")
     same = np.asarray(cloning.same_cluster_probability(law.kappa(jnp.asarray(sigma2))[:, 0]))
@@ -213,7 +213,7 @@ def discrete_sampler() -> Figure:
 
 def _energy(clock, gain: float, variances: np.ndarray = VARIANCES) -> jax.Array:
     """Exact difference energies (K, B) under DDIM with the gain `gain` on Wiener filters."""
-    gains = gain * laws.wiener_gain(jnp.asarray(variances), jnp.asarray(clock.sigma[:, None] ** 2))
+    gains = gain * gain_model.wiener_gain(jnp.asarray(variances), jnp.asarray(clock.sigma[:, None] ** 2))
     return recursion_energy(gains, jnp.asarray(clock.sigma), jnp.asarray(variances + clock.sigma[0] ** 2))
 
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dit_jax.attention as attention_module
-from dit_jax.attention import COUPLINGS, anisotropic_gate, attend, symmetric_gate
+from dit_jax.attention import GATE_KINDS, anisotropic_gate, attend, symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.model import DiT
 from dit_jax.replicas import grid_gates
 from ou_theory.attention import exact_difference, first_order_difference, rho_n
 
 HEADS, DIM, TOKENS, BATCH = 2, 4, 5, 3
-couplings = pytest.mark.parametrize("coupling", COUPLINGS)
+kinds = pytest.mark.parametrize("kind", GATE_KINDS)
 
 
 def qkv(replicas=2, seed=0, scale=1.0):
@@ -32,23 +32,23 @@ def gate(g, replicas=2):
 # --- limits
 
 
-@couplings
-def test_zero_gate_is_independent_attention(coupling):
+@kinds
+def test_zero_gate_is_independent_attention(kind):
     """To the rounding of products of another shape; without a gate bit for bit."""
     q, k, v = qkv()
-    coupled, _ = attend(q, k, v, gate(0.0), coupling)
+    coupled, _ = attend(q, k, v, gate(0.0), kind)
     free, _ = attend(q, k, v)
     np.testing.assert_allclose(coupled, free, atol=1e-6)
     alone = jnp.concatenate([attend(q[i : i + 1], k[i : i + 1], v[i : i + 1])[0] for i in range(2)])
     np.testing.assert_array_equal(free, alone)
 
 
-@couplings
-def test_zero_gate_has_a_finite_and_true_slope(coupling, x64):
+@kinds
+def test_zero_gate_has_a_finite_and_true_slope(kind, x64):
     q, k, v = qkv(seed=1).astype(jnp.float64)
 
     def total(g):
-        return jnp.sum(jnp.sin(attend(q, k, v, gate(g), coupling)[0]))
+        return jnp.sum(jnp.sin(attend(q, k, v, gate(g), kind)[0]))
 
     slope = jax.grad(total)(0.0)
     forward = jax.jvp(total, (0.0,), (1.0,))[1]
@@ -56,20 +56,20 @@ def test_zero_gate_has_a_finite_and_true_slope(coupling, x64):
     difference = (total(step) - total(0.0)) / step
     np.testing.assert_allclose(slope, forward, rtol=1e-10)
     np.testing.assert_allclose(slope, difference, rtol=1e-4)
-    by_input = jax.grad(lambda q: jnp.sum(attend(q, k, v, gate(0.0), coupling)[0] ** 2))(q)
+    by_input = jax.grad(lambda q: jnp.sum(attend(q, k, v, gate(0.0), kind)[0] ** 2))(q)
     uncoupled = jax.grad(lambda q: jnp.sum(attend(q, k, v)[0] ** 2))(q)
     np.testing.assert_allclose(by_input, uncoupled, atol=1e-12)
 
 
-@couplings
-def test_a_closed_replica_with_huge_logits_does_no_harm(coupling):
+@kinds
+def test_a_closed_replica_with_huge_logits_does_no_harm(kind):
     """Keys of the other replica that would dominate by e^400 are not read at g = 0, in value or slope."""
     q, k, v = qkv(seed=2)
     k = k.at[1].mul(200.0)
-    out, _ = attend(q, k, v, gate(0.0), coupling)
+    out, _ = attend(q, k, v, gate(0.0), kind)
     free, _ = attend(q, k, v)
     np.testing.assert_allclose(out, free, atol=1e-5)
-    assert np.isfinite(jax.grad(lambda g: attend(q, k, v, gate(g), coupling)[0].sum())(0.0))
+    assert np.isfinite(jax.grad(lambda g: attend(q, k, v, gate(g), kind)[0].sum())(0.0))
 
 
 @pytest.mark.parametrize("behind", [1.0, 60.0])  # the other replica's logits: of the same size, or far above
@@ -96,16 +96,16 @@ def test_joint_gates_of_any_size_act_through_their_log(g, behind, x64):
         np.testing.assert_allclose(slope, expected, atol=2e-3 * max(1, np.abs(expected).max()))
 
 
-@couplings
+@kinds
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(g=st.floats(0, 3))
-def test_identical_replicas_ignore_the_gate(coupling, g):
+def test_identical_replicas_ignore_the_gate(kind, g):
     q, k, v = (jnp.stack([x[0], x[0]]) for x in qkv())
-    coupled, _ = attend(q, k, v, gate(jnp.float32(g)), coupling)
+    coupled, _ = attend(q, k, v, gate(jnp.float32(g)), kind)
     np.testing.assert_allclose(coupled, attend(q, k, v)[0], atol=2e-6)
 
 
-def test_couplings_agree_where_blocks_weigh_the_same():
+def test_kinds_agree_where_blocks_weigh_the_same():
     """With one token per replica blend differs from joint; with equal block masses they are the same."""
     q, k, v = qkv()
     k = jnp.stack([k[0], k[0]])
@@ -119,20 +119,20 @@ def test_couplings_agree_where_blocks_weigh_the_same():
 # --- symmetries
 
 
-@couplings
-def test_exchanging_replicas_commutes(coupling):
+@kinds
+def test_exchanging_replicas_commutes(kind):
     q, k, v = qkv()
-    there = attend(q, k, v, gate(0.3), coupling)[0]
-    back = attend(q[::-1], k[::-1], v[::-1], gate(0.3), coupling)[0][::-1]
+    there = attend(q, k, v, gate(0.3), kind)[0]
+    back = attend(q[::-1], k[::-1], v[::-1], gate(0.3), kind)[0][::-1]
     np.testing.assert_allclose(there, back, atol=1e-6)
 
 
-@couplings
-def test_permuting_the_tokens_of_one_replica_permutes_its_output(coupling):
+@kinds
+def test_permuting_the_tokens_of_one_replica_permutes_its_output(kind):
     q, k, v = qkv()
     order = np.array([3, 0, 4, 1, 2])
     permuted = [x.at[1].set(x[1][:, order]) for x in (q, k, v)]
-    out, moved = (attend(*x, gate(0.3), coupling)[0] for x in ((q, k, v), permuted))
+    out, moved = (attend(*x, gate(0.3), kind)[0] for x in ((q, k, v), permuted))
     np.testing.assert_allclose(moved[0], out[0], atol=1e-6)
     np.testing.assert_allclose(moved[1], out[1][:, order], atol=1e-6)
 
@@ -144,31 +144,31 @@ def test_joint_inverse_gate_exchanges_own_and_other_keys():
     np.testing.assert_allclose(direct, exchanged, atol=2e-6)
 
 
-@couplings
-def test_pattern_rows_are_distributions_that_make_the_output(coupling):
+@kinds
+def test_pattern_rows_are_distributions_that_make_the_output(kind):
     q, k, v = qkv(3)
-    out, pattern = attend(q, k, v, gate(0.6, 3), coupling)
+    out, pattern = attend(q, k, v, gate(0.6, 3), kind)
     np.testing.assert_allclose(pattern.sum((-2, -1)), 1, atol=1e-6)
     assert (pattern >= 0).all()
     np.testing.assert_allclose(jnp.einsum("nhaqbk,bnkhd->anqhd", pattern, v), out, atol=2e-6)
 
 
-@couplings
-def test_gates_belong_to_their_pair(coupling):
+@kinds
+def test_gates_belong_to_their_pair(kind):
     q, k, v = qkv()
     couplings = jnp.array([0.0, 0.5, 2.0])
-    mixed, _ = attend(q, k, v, symmetric_gate(couplings), coupling)
+    mixed, _ = attend(q, k, v, symmetric_gate(couplings), kind)
     for n, g in enumerate(couplings):
-        np.testing.assert_allclose(mixed[:, n], attend(q, k, v, gate(g), coupling)[0][:, n], atol=1e-6)
+        np.testing.assert_allclose(mixed[:, n], attend(q, k, v, gate(g), kind)[0][:, n], atol=1e-6)
 
 
-@couplings
-def test_anisotropic_gate_is_one_way(coupling):
+@kinds
+def test_anisotropic_gate_is_one_way(kind):
     q, k, v = qkv()
     one_way = jnp.broadcast_to(anisotropic_gate(0.8, 0.0), (BATCH, 2, 2))
-    out, _ = attend(q, k, v, one_way, coupling)
+    out, _ = attend(q, k, v, one_way, kind)
     np.testing.assert_allclose(out[1], attend(q, k, v)[0][1], atol=1e-6)
-    np.testing.assert_allclose(out[0], attend(q, k, v, gate(0.8), coupling)[0][0], atol=1e-6)
+    np.testing.assert_allclose(out[0], attend(q, k, v, gate(0.8), kind)[0][0], atol=1e-6)
 
 
 # --- the fused path
@@ -180,24 +180,24 @@ def random_gates(replicas, seed=0):
     return jnp.where(jnp.eye(replicas, dtype=bool), 1.0, values.at[0, 0, 1].set(0.0))
 
 
-@couplings
+@kinds
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_fused_and_explicit_agree_to_rounding(coupling, replicas):
+def test_fused_and_explicit_agree_to_rounding(kind, replicas):
     q, k, v = qkv(replicas, scale=2.0)
     for gates in (None, random_gates(replicas) if replicas > 1 else jnp.ones((1, 1, 1)), gate(0.0, replicas)):
-        explicit, pattern = attend(q, k, v, gates, coupling, "explicit")
-        fused, same_pattern = attend(q, k, v, gates, coupling, "fused")
+        explicit, pattern = attend(q, k, v, gates, kind, "explicit")
+        fused, same_pattern = attend(q, k, v, gates, kind, "fused")
         np.testing.assert_allclose(fused, explicit, atol=2e-6)
         np.testing.assert_array_equal(pattern, same_pattern)
 
 
-@couplings
-def test_fused_and_explicit_agree_in_float64_and_in_their_slopes(coupling, x64):
+@kinds
+def test_fused_and_explicit_agree_in_float64_and_in_their_slopes(kind, x64):
     q, k, v = qkv().astype(jnp.float64)
     gates = random_gates(2).astype(jnp.float64)
 
     def total(implementation):
-        return lambda q, gates: jnp.sum(jnp.sin(attend(q, k, v, gates, coupling, implementation)[0]))
+        return lambda q, gates: jnp.sum(jnp.sin(attend(q, k, v, gates, kind, implementation)[0]))
 
     for argument in (0, 1):
         opened = gates if argument == 0 else jnp.maximum(gates, 0.1)  # no slope at a closed gate on the fused path
@@ -206,15 +206,15 @@ def test_fused_and_explicit_agree_in_float64_and_in_their_slopes(coupling, x64):
         np.testing.assert_allclose(slopes[1], slopes[0], atol=3e-6)
 
 
-@couplings
-def test_bfloat16_attention_is_within_its_rounding_on_both_paths(coupling):
+@kinds
+def test_bfloat16_attention_is_within_its_rounding_on_both_paths(kind):
     """Three units in the last place (2^-8) of the largest value, against float32 on the same rounded inputs: the gate
     adds no more than the inputs do, because its log is carried in three parts."""
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv(scale=1.5))
     gates = random_gates(2)
-    reference, _ = attend(*(x.astype(jnp.float32) for x in (q, k, v)), gates, coupling, "explicit")
+    reference, _ = attend(*(x.astype(jnp.float32) for x in (q, k, v)), gates, kind, "explicit")
     for implementation in ("explicit", "fused"):
-        out, _ = attend(q, k, v, gates, coupling, implementation)
+        out, _ = attend(q, k, v, gates, kind, implementation)
         assert out.dtype == jnp.bfloat16
         assert np.abs(out.astype(jnp.float32) - reference).max() < 3 * 2**-8 * np.abs(reference).max()
 
@@ -230,8 +230,8 @@ def test_the_log_of_a_gate_survives_bfloat16(x64):
         np.testing.assert_allclose(logs, exact, rtol=1e-6)
 
 
-@couplings
-def test_a_gate_needs_no_bias_tensor_on_the_fused_path(coupling, monkeypatch):
+@kinds
+def test_a_gate_needs_no_bias_tensor_on_the_fused_path(kind, monkeypatch):
     q, k, v = qkv()
     calls = []
     stock = jax.nn.dot_product_attention
@@ -241,13 +241,13 @@ def test_a_gate_needs_no_bias_tensor_on_the_fused_path(coupling, monkeypatch):
         return stock(q, k, v, bias, mask, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
-    attend(q, k, v, gate(0.3), coupling, "fused")
+    attend(q, k, v, gate(0.3), kind, "fused")
     (queries, keys, bias, mask), *others = calls
     assert not others
     assert bias is None
     assert mask is None
     joined = (BATCH, 2 * TOKENS, HEADS, 8)  # 4 features, 2 for the gate, filled to 8
-    assert queries == keys == (joined if coupling == "joint" else (4 * BATCH, TOKENS, HEADS, DIM))
+    assert queries == keys == (joined if kind == "joint" else (4 * BATCH, TOKENS, HEADS, DIM))
 
 
 def test_a_closed_replica_stays_closed_on_the_fused_path():
@@ -290,7 +290,7 @@ def test_the_implementation_goes_by_the_default_device(monkeypatch):
     assert len(asked) == 3
 
 
-def test_unknown_couplings_and_implementations_are_told():
+def test_unknown_kinds_and_implementations_are_told():
     with pytest.raises(ValueError, match="'mixed' is not one of joint, blend"):
         attend(*qkv(), gate(0.1), "mixed")
     with pytest.raises(ValueError, match="'flash' is not one of auto, explicit, fused"):
@@ -304,15 +304,15 @@ def heads(x):  # (R, N, T, h, d) -> list of single-head (R, T, d)
     return [x[:, n, :, h] for n in range(BATCH) for h in range(HEADS)]
 
 
-@couplings
+@kinds
 @pytest.mark.parametrize("g", [0.0, 0.2, 1.0, 2.5])
-def test_first_order_difference(coupling, g, x64):
+def test_first_order_difference(kind, g, x64):
     q, k, v = qkv(1).astype(jnp.float64)
     dq, dk, dv = qkv(1, seed=7).astype(jnp.float64)
 
     def difference(size):
         pair = [jnp.concatenate([x + size * d / 2, x - size * d / 2]) for x, d in ((q, dq), (k, dk), (v, dv))]
-        out = attend(*pair, gate(g), coupling)[0]
+        out = attend(*pair, gate(g), kind)[0]
         return out[0] - out[1]
 
     value, slope = jax.jvp(difference, (0.0,), (1.0,))
@@ -323,11 +323,11 @@ def test_first_order_difference(coupling, g, x64):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
-@couplings
+@kinds
 @pytest.mark.parametrize("g", [0.2, 1.0])
-def test_exact_difference(coupling, g, x64):
+def test_exact_difference(kind, g, x64):
     q, k, v = qkv(seed=3, scale=1.5).astype(jnp.float64)
-    out, pattern = attend(q, k, v, gate(g), coupling)
+    out, pattern = attend(q, k, v, gate(g), kind)
     own = (pattern[:, :, 0, :, 0] + pattern[:, :, 1, :, 1]) / 2
     other = (pattern[:, :, 0, :, 1] + pattern[:, :, 1, :, 0]) / 2
     change = (pattern[:, :, 0] - pattern[:, :, 1]).sum(-2)
@@ -337,16 +337,16 @@ def test_exact_difference(coupling, g, x64):
     np.testing.assert_allclose(out[0] - out[1], routing + by_pattern, atol=1e-12)
     for i, part in enumerate(zip(heads(q), heads(k), heads(v), strict=True)):
         n, h = divmod(i, HEADS)
-        split = exact_difference(*part, g, coupling)
+        split = exact_difference(*part, g, kind)
         np.testing.assert_allclose(split.routing, routing[n, :, h], atol=1e-12)
         np.testing.assert_allclose(split.key + split.query, by_pattern[n, :, h], atol=1e-12)
         if g == 1:
             np.testing.assert_allclose(split.key, 0, atol=1e-12)
 
 
-@couplings
+@kinds
 @pytest.mark.parametrize("replicas", [2, 3, 5])
-def test_difference_modes_of_many_replicas(coupling, replicas, x64):
+def test_difference_modes_of_many_replicas(kind, replicas, x64):
     """Values and keys of a difference mode carry rho_N, queries 1; the common mode carries 1."""
     q, k, v = qkv(1, seed=4).astype(jnp.float64)
     dq, dk, dv = qkv(1, seed=5).astype(jnp.float64)
@@ -358,7 +358,7 @@ def test_difference_modes_of_many_replicas(coupling, replicas, x64):
 
         def outputs(size):
             moved = [x + size * weights.reshape(shape) * d for x, d in ((q, dq), (k, dk), (v, dv))]
-            return attend(*moved, gate(g, replicas), coupling)[0]
+            return attend(*moved, gate(g, replicas), kind)[0]
 
         return jax.jvp(outputs, (0.0,), (1.0,))[1]
 
@@ -399,7 +399,7 @@ def test_impossible_gates_are_refused_unless_traced(bad, model, pair):
     assert run(model, *pair, bad).shape == (2, 2, 8, 8, 6)
 
 
-def test_unknown_coupling_is_named():
+def test_an_unknown_kind_is_named():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="sum"):
         attend(q, k, v, gate(0.1), "sum")  # pyright: ignore[reportArgumentType]

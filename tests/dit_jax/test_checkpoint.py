@@ -86,6 +86,20 @@ def test_same_bits_back(tmp_path):
     assert manifest["versions"]["jax"] == jax.__version__
 
 
+def test_orbax_that_cannot_spare_its_copy_writes_the_same(tmp_path, monkeypatch):
+    """Before 0.12.5 its handler of NumPy arrays has no such option."""
+    newer = checkpoint.ocp.type_handlers.NumpyHandler
+
+    class Older(newer):
+        def __init__(self, metadata_key=None, ocdbt_process_id=None):
+            super().__init__(metadata_key, ocdbt_process_id)
+
+    save_weights(CONFIG, random_weights(), tmp_path / "newer")
+    monkeypatch.setattr(checkpoint.ocp.type_handlers, "NumpyHandler", Older)
+    save_weights(CONFIG, random_weights(), tmp_path / "older")
+    assert equal(arrays_of(load_model(tmp_path / "older")), arrays_of(load_model(tmp_path / "newer")))
+
+
 def test_saved_model_computes_the_same_function(folder):
     inputs = jnp.ones((2, 4, 4, 3)), jnp.array([5, 900]), jnp.array([0, 3])
     call = nnx.jit(lambda model, *args: model(*args))
@@ -364,6 +378,18 @@ def test_shipped_model_names():
 def test_shipped_model_is_found(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHIPPED", folder.parent)
     assert shipped_model("model") == folder
+
+
+def test_a_folder_comes_before_a_shipped_model_of_its_name(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHIPPED", folder.parent)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shipped = arrays_of(load_model("model"))
+    assert equal(shipped, arrays_of(load_model(folder)))
+    save_weights(CONFIG, random_weights(seed=1), "model")
+    assert not equal(shipped, arrays_of(load_model("model")))
+    with pytest.raises(CheckpointError, match="nobody is not a model folder"):
+        load_model("nobody")
 
 
 def training_state():

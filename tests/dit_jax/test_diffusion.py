@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dit_jax.model as model_module
-from dit_jax.diffusion import Prediction, ancestral_step, ddim_step, guide, guided_output, network_denoiser, sample
+from dit_jax.diffusion import DenoiserOutput, ancestral_step, ddim_step, guide, guided_output, network_denoiser, sample
 from dit_jax.objective import posterior_tables
 from ou_theory.clock import make_clock
 
@@ -133,7 +133,7 @@ def test_ddim_updates_from_the_recorded_predictions(trajectories, x64):
     states = np.concatenate([trajectories["ddim10_xT"][None], trajectories["ddim10_samples_f64c"]]).astype(np.float64)
     update = ddim_step(clock)
     for step in range(len(clock)):
-        prediction = Prediction(jnp.asarray(trajectories["ddim10_pred_xstart_f64c"][step]))
+        prediction = DenoiserOutput(jnp.asarray(trajectories["ddim10_pred_xstart_f64c"][step]))
         after = update(step, jnp.asarray(states[step]), prediction, None)
         close(after, states[step + 1], 1e-11)
 
@@ -161,7 +161,7 @@ def test_ancestral_updates_from_the_recorded_predictions(trajectories, x64):
         after = update(
             step,
             jnp.asarray(states[step]),
-            Prediction(jnp.asarray(trajectories["ddpm10_pred_xstart_f64c"][step]), jnp.asarray(full)),
+            DenoiserOutput(jnp.asarray(trajectories["ddpm10_pred_xstart_f64c"][step]), jnp.asarray(full)),
             jnp.asarray(noises[step]),
         )
         close(np.asarray(after)[large], states[step + 1][large], 1e-10)
@@ -209,7 +209,7 @@ VARIANCE = 0.7
 def linear(x, step, labels):
     """Exact denoiser of a centred Gaussian of variance `VARIANCE`."""
     ab = jnp.asarray(CLOCK.alpha_bar, x.dtype)[step]
-    return jnp.sqrt(ab) * VARIANCE / (ab * VARIANCE + 1 - ab) * x
+    return DenoiserOutput(jnp.sqrt(ab) * VARIANCE / (ab * VARIANCE + 1 - ab) * x)
 
 
 def draws(seed=0):
@@ -228,7 +228,7 @@ def test_eta_one_is_the_ancestral_sampler_without_learned_variance():
 def test_a_perfect_denoiser_is_returned_by_the_last_step():
     clean = jax.random.normal(jax.random.key(2), (64, 8))
     for options in ({}, {"eta": 0.5, "noise": draws()}, {"sampler": "ancestral", "noise": draws()}):
-        out, _ = sample(lambda x, step, labels: clean, jnp.zeros((64, 8)), CLOCK, LABELS, **options)
+        out, _ = sample(lambda x, step, labels: DenoiserOutput(clean), jnp.zeros((64, 8)), CLOCK, LABELS, **options)
         np.testing.assert_allclose(out, clean, atol=1e-5)
 
 
@@ -268,7 +268,7 @@ def test_the_observer_sees_what_the_denoiser_saw():
     np.testing.assert_array_equal(steps, np.arange(len(CLOCK)))
     np.testing.assert_array_equal(states[0], x)
     for k in (0, 5, 11):
-        np.testing.assert_allclose(denoised[k], linear(states[k], k, LABELS), rtol=1e-6)
+        np.testing.assert_allclose(denoised[k], linear(states[k], k, LABELS).denoised, rtol=1e-6)
     np.testing.assert_allclose(out, denoised[-1], atol=1e-6)
 
 

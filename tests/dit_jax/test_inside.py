@@ -41,9 +41,9 @@ def close(a, b, tolerance=2e-6):
     np.testing.assert_allclose(a, b, atol=tolerance * np.abs(np.asarray(b)).max())
 
 
-@nnx.jit(static_argnames=("tap", "edit", "coupling"))
-def run(model, x, gate=None, tap=None, edit=None, coupling="joint"):
-    return model(x, T, Y, gate, tap=tap, edit=edit, coupling=coupling)
+@nnx.jit(static_argnames=("tap", "edit", "kind"))
+def run(model, x, gate=None, tap=None, edit=None, kind="joint"):
+    return model(x, T, Y, gate, tap=tap, edit=edit, kind=kind)
 
 
 # --- taps
@@ -282,13 +282,13 @@ def test_run_pairs_takes_any_gates_and_agrees_with_the_scalar_form(model):
         run(model, jnp.ones((2, 3, 3)))
 
 
-@pytest.mark.parametrize("coupling", ["joint", "blend"])
-def test_more_replicas_come_through_the_same_path(model, coupling):
+@pytest.mark.parametrize("kind", ["joint", "blend"])
+def test_more_replicas_come_through_the_same_path(model, kind):
     """Three replicas of which two read each other and the third is alone: the pair, and the single run."""
     x = images(3)
     gate = jnp.eye(3).at[0, 1].set(0.4).at[1, 0].set(0.4)[None]
-    out = run(model, x, gate, None, None, coupling)
-    close(out[:2], run(model, x[:2], symmetric_gate(jnp.array([0.4])), None, None, coupling))
+    out = run(model, x, gate, None, None, kind)
+    close(out[:2], run(model, x[:2], symmetric_gate(jnp.array([0.4])), None, None, kind))
     close(out[2], run(model, x[2]))
 
 
@@ -354,15 +354,15 @@ def test_a_tap_under_guidance_sees_the_doubled_batch(model):
 # --- coupling of some heads, of queries, keys or values
 
 
-@pytest.mark.parametrize("coupling", ["joint", "blend"])
-def test_closed_heads_are_uncoupled_exactly(model, coupling):
+@pytest.mark.parametrize("kind", ["joint", "blend"])
+def test_closed_heads_are_uncoupled_exactly(model, kind):
     x, gate = images(), symmetric_gate(jnp.array([0.7]))
-    free, coupled = run(model, x), run(model, x, gate, coupling=coupling)
-    close(run(model, x, gate, None, close_heads([0, 1]), coupling), free, 1e-5)
-    close(run(model, x, gate, None, close_heads([]), coupling), coupled, 1e-5)
-    taps = run(model, x, gate, keep("head_out", "pattern"), close_heads([1], [0]), coupling)[1]
+    free, coupled = run(model, x), run(model, x, gate, kind=kind)
+    close(run(model, x, gate, None, close_heads([0, 1]), kind), free, 1e-5)
+    close(run(model, x, gate, None, close_heads([]), kind), coupled, 1e-5)
+    taps = run(model, x, gate, keep("head_out", "pattern"), close_heads([1], [0]), kind)[1]
     alone = run(model, x, None, keep("head_out"))[1]["head_out"][0]
-    both = run(model, x, gate, keep("head_out"), coupling=coupling)[1]["head_out"][0]
+    both = run(model, x, gate, keep("head_out"), kind=kind)[1]["head_out"][0]
     close(taps["head_out"][0][..., 1, :], alone[..., 1, :], 1e-5)
     close(taps["head_out"][0][..., 0, :], both[..., 0, :], 1e-5)
     assert np.abs(alone - both).max() > 1e-3
@@ -410,14 +410,14 @@ def test_sharing_by_pair_and_its_mean_and_difference(model):
     close(after[0] - after[1], rho * (before[0] - before[1]))
 
 
-@pytest.mark.parametrize("coupling", ["joint", "blend"])
-def test_sharing_keys_and_values_is_the_gate_to_first_order(model, coupling):
+@pytest.mark.parametrize("kind", ["joint", "blend"])
+def test_sharing_keys_and_values_is_the_gate_to_first_order(model, kind):
     """docs/theory.md, section 6: the queries' part of the difference is not coupled by either."""
     x = images()
     x = x.at[1].set(x[0] + 0.01 * x[1])
     shared = chain(share("k", 0.6), share("v", 0.6))
     gate = symmetric_gate(jnp.array([0.6]))
-    a, b, free = run(model, x, None, None, shared), run(model, x, gate, coupling=coupling), run(model, x)
+    a, b, free = run(model, x, None, None, shared), run(model, x, gate, kind=kind), run(model, x)
     close(a[0] - a[1], b[0] - b[1], 1e-3)
     assert np.abs((a - free)[0] - (a - free)[1]).max() > 0.05 * np.abs(free[0] - free[1]).max()
 

@@ -200,7 +200,33 @@ def with_pickle(plain: Path, body: bytes, legacy: bool = False) -> Path:
     return path
 
 
-def test_repacked_archives_are_read(plain, tmp_path, official):
+class OlderReader:
+    """PyTorch's reader of archives as it was before 2.12: it cannot tell the size of a record."""
+
+    def __init__(self, path: str):
+        reader = READER(path)
+        self.get_record, self.get_record_offset = reader.get_record, reader.get_record_offset
+
+
+READER = torch._C.PyTorchFileReader
+
+
+@pytest.fixture(params=["this PyTorch", "before 2.12"])
+def pytorch(request, monkeypatch):
+    if request.param == "before 2.12":
+        monkeypatch.setattr(torch._C, "PyTorchFileReader", OlderReader)
+        load = torch.load
+
+        def loaded(*args, **options):  # PyTorch's own loading needs its own reader
+            with monkeypatch.context() as patch:
+                patch.setattr(torch._C, "PyTorchFileReader", READER)
+                return load(*args, **options)
+
+        monkeypatch.setattr(torch, "load", loaded)
+    return request.param
+
+
+def test_repacked_archives_are_read(plain, tmp_path, official, pytorch):
     same(repacked(plain, tmp_path / "again.pt"), official)
 
 
@@ -210,7 +236,7 @@ def test_compressed_archive_is_refused_before_it_is_unpacked(plain, tmp_path):
     assert torch.load(packed, weights_only=True)  # PyTorch itself reads it
 
 
-def test_archive_that_python_and_pytorch_see_differently(plain, tmp_path):
+def test_archive_that_python_and_pytorch_see_differently(plain, tmp_path, pytorch):
     """Two directories in one archive: Python takes the one before the end, PyTorch the one at the offset given."""
     bomb = repacked(plain, tmp_path / "bomb.pt", bytes(2**22), zipfile.ZIP_DEFLATED).read_bytes()
     good = repacked(plain, tmp_path / "good.pt").read_bytes()
@@ -226,7 +252,7 @@ def test_archive_that_python_and_pytorch_see_differently(plain, tmp_path):
     path.write_bytes(bomb[:offset] + seen + shown + end)
     with zipfile.ZipFile(path) as file:
         assert {item.compress_type for item in file.infolist()} == {zipfile.ZIP_STORED}
-    refused(path, "its archive is compressed; save it with")
+    refused(path, "its archive is compressed; save it with" if pytorch == "this PyTorch" else "it is damaged")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -391,7 +417,7 @@ class Planted:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("place", ["entry", "folder", "args", "ema", "key"])
-def test_planted_code_never_runs(tmp_path, official, place, legacy):
+def test_planted_code_never_runs(tmp_path, official, place, legacy, pytorch):
     marker = tmp_path / "marker"
     planted, weights = Planted(marker), tensors(official)
     content = {
@@ -740,7 +766,7 @@ def test_pipes_in_parameters_are_not_waited_for(folder):
         content = path.read_bytes()
         path.unlink()
         os.mkfifo(path)
-        not_loaded(folder, "is no file")
+        not_loaded(folder, "is a link or no plain file")
         path.unlink()
         path.write_bytes(content)
     load_model(folder)

@@ -76,7 +76,10 @@ def single(tmp_path_factory):
 
 
 def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
+    """To the rounding of some steps: a product sums in another order where a device has fewer rows of it, by how much
+    depends on the processor (up to 1.2e-6 seen). A pair at the wrong place or with other noise differs by 0.1 and more.
+    """
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.slow
@@ -235,8 +238,8 @@ def sent(call):
     names = "all-gather", "all-to-all", "all-reduce", "collective-permute"
     return [name for name in names if f" {{name}}" in program]
 print("free", sent(lambda model, x, t, y, gate: model(x, t, y, attention="fused")))
-for coupling in ("joint", "blend"):
-    print(coupling, sent(lambda model, *args: model(*args, coupling=coupling, attention="fused")))
+for kind in ("joint", "blend"):
+    print(kind, sent(lambda model, *args: model(*args, kind=kind, attention="fused")))
 for halves in ("both", "conditional"):
     print(halves, sent(lambda model, *args: guided_output(model, *args, scale=2.0, guided_coupling=halves)))
 """

@@ -8,7 +8,7 @@ import xarray as xr
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from dit_jax.diffusion import network_denoiser, sample
+from dit_jax.diffusion import DenoiserOutput, network_denoiser, sample
 from dit_jax.objective import posterior_tables
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments.frame.store import RunFolder
@@ -201,9 +201,10 @@ def test_a_denoiser_without_variance_has_the_posteriors_noise():
 
     @jax.jit
     def run(pairs):
-        return measurements(
-            lambda x, step, labels: 0.5 * x, clock, BANDS, np.array([3, 5]), pairs, pairs, SHAPE, seed=0
-        )
+        def denoise(x, step, labels):
+            return DenoiserOutput(0.5 * x)
+
+        return measurements(denoise, clock, BANDS, np.array([3, 5]), pairs, pairs, SHAPE, seed=0)
 
     found = run(jnp.arange(2))
     np.testing.assert_allclose(found["noise"][0, :-1], np.exp(posterior_tables(clock)[2])[:-1], rtol=1e-5)

@@ -124,7 +124,7 @@ for arguments in (["--help"], ["compare", "--help"], ["depth", "--pairs", "x"], 
         cli.main(arguments)
     except SystemExit:
         pass
-print([name for name in ("jax", "flax", "xarray", "matplotlib", "torch", "numpy") if name in sys.modules])
+print([name for name in ("jax", "flax", "xarray", "matplotlib", "torch", "orbax") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

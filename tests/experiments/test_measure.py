@@ -9,7 +9,7 @@ from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_band
 from experiments.studies.compare.analysis import ideal_energy
 from ou_theory.attention import rho
 from ou_theory.clock import make_clock
-from ou_theory.laws import wiener_gain
+from ou_theory.gain_model import wiener_gain
 from ou_theory.modes import radial_bands
 
 SIZE, CHANNELS, PAIRS = 8, 2, 48

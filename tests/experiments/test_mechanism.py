@@ -249,7 +249,7 @@ def test_the_denoised_difference_is_that_of_the_main_instrument(bench, blended):
     every = jnp.zeros((len(clock), *bench.states.shape[1:])).at[steps].set(bench.states)
     known = jax.jit(
         lambda model, states: one_pass(
-            lambda gate: network_denoiser(model, clock, gate, coupling="blend"),
+            lambda gate: network_denoiser(model, clock, gate, kind="blend"),
             clock,
             bench.study.bands,
             jnp.asarray(COUPLINGS),

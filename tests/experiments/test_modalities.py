@@ -13,7 +13,7 @@ from experiments.studies.modalities.clone_reading import SPECIATION, end_of_line
 from experiments.studies.modalities.figures import gaps
 from experiments.studies.modalities.page import agree, deviations, largest, with_bounds
 from experiments.studies.modalities.settings import ModalitiesConfig
-from ou_theory.laws import sign_correlation
+from ou_theory.cluster_laws import sign_correlation
 from ou_theory.schedules import scheduled_noise
 
 FLAGS = ["--paths", "1600", "--steps", "3", "--trials", "400", "--quiet"]

@@ -22,8 +22,8 @@ from scipy.special import ndtr
 from experiments.tools import playground
 from ou_theory import attention, gain_model, landau, mixture, process, speciation
 from ou_theory.clock import make_clock, respace
-from ou_theory.commitment import commitment, gap, relative_energy
-from ou_theory.laws import wiener_gain
+from ou_theory.estimator import commitment, gap, relative_energy
+from ou_theory.gain_model import wiener_gain
 from ou_theory.recursion import recursion_energy
 
 PREBUILT = Path(__file__).parents[2] / "docs" / "playground.html"

@@ -15,7 +15,6 @@ from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser
 from experiments.frame.draws import pair_draws, resampled_mean, with_interval
 from experiments.frame.gaussian import ddim_factors
-from experiments.frame.instrument import predicted
 from experiments.frame.measured import Measured
 from experiments.frame.steps import window
 from experiments.frame.store import RunFolder
@@ -30,7 +29,7 @@ from experiments.studies.response.study import STUDY
 from experiments.studies.solvable.data import NAMES, SIZE, law, to_images, to_modes
 from experiments.studies.solvable.measure import exact_denoiser
 from ou_theory.clock import make_clock
-from ou_theory.laws import mmse
+from ou_theory.cluster_laws import mmse
 from ou_theory.modes import dct2, idct2, radial_bands
 
 pytestmark = pytest.mark.slow
@@ -169,7 +168,7 @@ def test_derivatives_agree_with_nearby_trajectories():
 
     @jax.jit
     def advance(model, step, scale, shrink, y):
-        clean = predicted(network_denoiser(model, CLOCK), scale * y, step, labels).denoised
+        clean = network_denoiser(model, CLOCK)(scale * y, step, labels).denoised
         return clean + shrink * (y - clean)
 
     def follow(y):

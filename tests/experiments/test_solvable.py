@@ -21,7 +21,7 @@ from experiments.studies.solvable.measure import SolvableInstrument, exact_denoi
 from experiments.studies.solvable.settings import SolvableConfig
 from experiments.studies.solvable.study import STUDY
 from experiments.studies.solvable.theory import band_theory, clone_theory, sign_theory
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -81,7 +81,7 @@ def test_exact_denoiser_is_the_posterior_mean_of_the_label(exact):
     clock = exact[0]
     denoise, step = exact_denoiser(clock), 120
     x = jax.random.normal(jax.random.key(0), (3, SIZE, SIZE, 2))
-    found = denoise(jnp.stack([x, 2 * x]), jnp.asarray(step), jnp.arange(3))
+    found = denoise(jnp.stack([x, 2 * x]), jnp.asarray(step), jnp.arange(3)).denoised
     for c, name in enumerate(NAMES):
         y = to_modes(2 * x[c]) / np.sqrt(clock.alpha_bar[step])
         expected = to_images(law(name).posterior_mean(y, jnp.asarray(clock.sigma[step] ** 2, jnp.float32)))

@@ -18,7 +18,7 @@ from ou_theory.attention import (
 )
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
-both = pytest.mark.parametrize("coupling", ["joint", "blend"])
+both = pytest.mark.parametrize("kind", ["joint", "blend"])
 gates = st.floats(0.01, 3)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -41,9 +41,9 @@ def random_pair(seed, tokens=4, dim=3):
     return tuple(jnp.asarray(z) for z in np.random.default_rng(seed).standard_normal((3, 2, tokens, dim)))
 
 
-def output(q, k, v, g, coupling):
+def output(q, k, v, g, kind):
     """(2, T, d) outputs of the pair."""
-    return jnp.einsum("aqbk,bkd->aqd", pair_weights(q, k, g, coupling), v)
+    return jnp.einsum("aqbk,bkd->aqd", pair_weights(q, k, g, kind), v)
 
 
 def split(pair):
@@ -66,20 +66,20 @@ def test_rho_is_its_own_inverse_and_bounds_xi(g):
 
 
 @both
-def test_weights_are_a_distribution(coupling):
+def test_weights_are_a_distribution(kind):
     q, k, _ = random_pair(0)
-    weights = pair_weights(q, k, 0.3, coupling)
+    weights = pair_weights(q, k, 0.3, kind)
     assert weights.shape == (2, 4, 2, 4)
     assert np.all(weights > 0)
     np.testing.assert_allclose(weights.sum((2, 3)), 1, rtol=1e-5)
 
 
 @both
-def test_identical_replicas_ignore_the_coupling(x64, coupling):
+def test_identical_replicas_ignore_the_coupling(x64, kind):
     pair = tuple(jnp.stack([z[0], z[0]]) for z in random_pair(1))
     alone = jax.nn.softmax(pair[0][0] @ pair[1][0].T / 3**0.5, -1) @ pair[2][0]
     for g in (1e-6, 0.3, 1.0, 4.0):
-        np.testing.assert_allclose(output(*pair, g, coupling), jnp.stack([alone, alone]), atol=1e-14)
+        np.testing.assert_allclose(output(*pair, g, kind), jnp.stack([alone, alone]), atol=1e-14)
 
 
 def test_inverse_gate_exchanges_own_and_cross_keys(x64):
@@ -90,15 +90,15 @@ def test_inverse_gate_exchanges_own_and_cross_keys(x64):
 
 
 @both
-def test_token_permutations_commute(x64, coupling):
+def test_token_permutations_commute(x64, kind):
     q, k, v = random_pair(3)
     order = np.array([2, 0, 3, 1])
 
     def permuted(z):  # replica A only
         return z.at[0].set(z[0, order])
 
-    got = output(permuted(q), permuted(k), permuted(v), 0.4, coupling)
-    np.testing.assert_allclose(got, permuted(output(q, k, v, 0.4, coupling)), atol=1e-14)
+    got = output(permuted(q), permuted(k), permuted(v), 0.4, kind)
+    np.testing.assert_allclose(got, permuted(output(q, k, v, 0.4, kind)), atol=1e-14)
 
 
 # --- first order
@@ -112,13 +112,13 @@ def test_first_order_reference(x64):
 
 @LAW
 @given(seeds, gates, st.sampled_from(["joint", "blend"]))
-def test_first_order_is_the_derivative(seed, g, coupling):
+def test_first_order_is_the_derivative(seed, g, kind):
     with jax.enable_x64(True):
         common, diff = split(random_pair(seed))
 
         def moved(size):
             pair = [jnp.stack([c + size * d / 2, c - size * d / 2]) for c, d in zip(common, diff, strict=True)]
-            out = output(*pair, g, coupling)
+            out = output(*pair, g, kind)
             return out[0] - out[1]
 
         expected = jax.jvp(moved, (0.0,), (1.0,))[1]
@@ -137,14 +137,14 @@ def test_first_order_parts_carry_their_gains(x64):
 
 
 @both
-def test_remainder_is_third_order(x64, coupling):
+def test_remainder_is_third_order(x64, kind):
     common, diff = split(random_pair(6))
     remainders = []
     for size in (0.04, 0.02):
         small = [size * d for d in diff]
         pair = [jnp.stack([c + d / 2, c - d / 2]) for c, d in zip(common, small, strict=True)]
         first = first_order_difference(*common, *small, 0.37)
-        exact = exact_difference(*pair, 0.37, coupling)
+        exact = exact_difference(*pair, 0.37, kind)
         parts = [jnp.abs(a - b).max() for a, b in zip(exact, first, strict=True)]
         remainders.append([float(p) for p in (*parts, jnp.abs(exact.total - first.total).max())])
     slopes = np.log2(np.array(remainders[0]) / remainders[1])
@@ -161,45 +161,45 @@ def test_exact_reference(x64):
 
 @LAW
 @given(seeds, gates, st.sampled_from(["joint", "blend"]))
-def test_exact_parts_add_up(seed, g, coupling):
+def test_exact_parts_add_up(seed, g, kind):
     with jax.enable_x64(True):
         pair = random_pair(seed)
-        out = output(*pair, g, coupling)
-        np.testing.assert_allclose(exact_difference(*pair, g, coupling).total, out[0] - out[1], atol=1e-13)
+        out = output(*pair, g, kind)
+        np.testing.assert_allclose(exact_difference(*pair, g, kind).total, out[0] - out[1], atol=1e-13)
 
 
 @LAW
 @given(seeds, gates, st.sampled_from(["joint", "blend"]))
-def test_exact_parts_are_odd_and_ignore_constants(seed, g, coupling):
+def test_exact_parts_are_odd_and_ignore_constants(seed, g, kind):
     with jax.enable_x64(True):
         q, k, v = random_pair(seed)
-        parts = exact_difference(q, k, v, g, coupling)
-        swapped = exact_difference(q[::-1], k[::-1], v[::-1], g, coupling)
-        shifted = exact_difference(q, k, v + 7.0, g, coupling)  # rows of the pattern difference sum to 0
+        parts = exact_difference(q, k, v, g, kind)
+        swapped = exact_difference(q[::-1], k[::-1], v[::-1], g, kind)
+        shifted = exact_difference(q, k, v + 7.0, g, kind)  # rows of the pattern difference sum to 0
         for a, b, c in zip(parts, swapped, shifted, strict=True):
             np.testing.assert_allclose(a, -b, atol=1e-13)
             np.testing.assert_allclose(a, c, atol=1e-13)
 
 
 @both
-def test_key_part_vanishes_at_unit_gate(x64, coupling):
+def test_key_part_vanishes_at_unit_gate(x64, kind):
     pair = random_pair(8)
-    assert np.abs(exact_difference(*pair, 0.5, coupling).key).max() > 1e-3
-    locked = exact_difference(*pair, 1.0, coupling)
+    assert np.abs(exact_difference(*pair, 0.5, kind).key).max() > 1e-3
+    locked = exact_difference(*pair, 1.0, kind)
     np.testing.assert_allclose(locked.key, 0, atol=1e-15)
     assert np.abs(locked.query).max() > 1e-2
 
 
 @both
-def test_parts_belong_to_their_causes(x64, coupling):
+def test_parts_belong_to_their_causes(x64, kind):
     q, k, v = random_pair(9)
 
     def same(z):
         return jnp.stack([z.mean(0)] * 2)
 
-    assert np.abs(exact_difference(same(q), k, v, 0.3, coupling).query).max() < 1e-14
-    assert np.abs(exact_difference(q, same(k), v, 0.3, coupling).key).max() < 1e-14
-    assert np.abs(exact_difference(q, k, same(v), 0.3, coupling).routing).max() == 0
+    assert np.abs(exact_difference(same(q), k, v, 0.3, kind).query).max() < 1e-14
+    assert np.abs(exact_difference(q, same(k), v, 0.3, kind).key).max() < 1e-14
+    assert np.abs(exact_difference(q, k, same(v), 0.3, kind).routing).max() == 0
 
 
 def test_xi_belongs_to_the_own_pattern_of_blend(x64):
@@ -218,22 +218,22 @@ def test_xi_belongs_to_the_own_pattern_of_blend(x64):
     assert np.abs(cross).max() > 0.1 * np.abs(own).max()
 
 
-# --- between the couplings, and without one
+# --- between the kinds of gate, and without coupling
 
 
 @both
-def test_closed_gate_is_uncoupled_in_value_and_slope(x64, coupling):
+def test_closed_gate_is_uncoupled_in_value_and_slope(x64, kind):
     q, k, v = random_pair(13)
     alone = jnp.stack(
-        [gated_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], jnp.ones((1, 1)), coupling)[0] for i in (0, 1)]
+        [gated_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], jnp.ones((1, 1)), kind)[0] for i in (0, 1)]
     )
-    np.testing.assert_allclose(gated_attention(q, k, v, jnp.eye(2), coupling), alone, atol=1e-15)
-    slope = jax.jacobian(lambda g: pair_weights(q, k, g, coupling))(0.0)
-    ahead = (pair_weights(q, k, 1e-6, coupling) - pair_weights(q, k, 0.0, coupling)) / 1e-6
+    np.testing.assert_allclose(gated_attention(q, k, v, jnp.eye(2), kind), alone, atol=1e-15)
+    slope = jax.jacobian(lambda g: pair_weights(q, k, g, kind))(0.0)
+    ahead = (pair_weights(q, k, 1e-6, kind) - pair_weights(q, k, 0.0, kind)) / 1e-6
     np.testing.assert_allclose(slope, ahead, atol=1e-4)
 
 
-def test_couplings_differ_at_third_order(x64):
+def test_kinds_differ_at_third_order(x64):
     """At zero distance both are the same; `joint` also moves weight between the replicas' keys."""
     pair = random_pair(14)
     gate = jnp.array([[1.0, 0.4], [0.4, 1.0]])
@@ -244,31 +244,31 @@ def test_couplings_differ_at_third_order(x64):
     gaps = []
     for size in (0.04, 0.02):
         near = [jnp.stack([c + size * d / 2, c - size * d / 2]) for c, d in zip(common, diff, strict=True)]
-        out = [gated_attention(*near, gate, coupling) for coupling in ("joint", "blend")]
+        out = [gated_attention(*near, gate, kind) for kind in ("joint", "blend")]
         gaps.append(float(jnp.abs((out[0][0] - out[0][1]) - (out[1][0] - out[1][1])).max()))
     assert np.log2(gaps[0] / gaps[1]) == pytest.approx(3, abs=0.05)
 
 
-@pytest.mark.parametrize("coupling", ["joint", "blend"])
-def test_keys_behind_a_closed_gate_may_be_of_any_size(coupling):
+@pytest.mark.parametrize("kind", ["joint", "blend"])
+def test_keys_behind_a_closed_gate_may_be_of_any_size(kind):
     """In single precision, where the exponentials of the other replica's keys are infinite."""
     q = jnp.ones((2, 3, 4))
     k = jnp.stack([jnp.zeros((3, 4)), jnp.full((3, 4), 1e4)])
-    weights = np.asarray(gated_weights(q, k, jnp.eye(2), coupling))
+    weights = np.asarray(gated_weights(q, k, jnp.eye(2), kind))
     np.testing.assert_allclose(weights[0, :, 0], 1 / 3, rtol=1e-6)
     np.testing.assert_allclose(weights[0, :, 1], 0)
-    slopes = jax.grad(lambda gate: gated_weights(q, k / 1e3, gate, coupling)[0, :, 1].sum())(jnp.eye(2))
+    slopes = jax.grad(lambda gate: gated_weights(q, k / 1e3, gate, kind)[0, :, 1].sum())(jnp.eye(2))
     assert np.all(np.isfinite(slopes))
 
 
 @pytest.mark.parametrize(
-    ("gate", "coupling", "match"),
+    ("gate", "kind", "match"),
     [
         ([[1.0, 0.5], [0.5, 1.0]], "blnd", "neither"),
         ([[1.0, -0.5], [0.5, 1.0]], "joint", "negative"),
         ([[0.0, 0.0], [0.5, 1.0]], "blend", "open somewhere"),
     ],
 )
-def test_bad_gates_are_refused(gate, coupling, match):
+def test_bad_gates_are_refused(gate, kind, match):
     with pytest.raises(ValueError, match=match):
-        gated_weights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.array(gate), coupling)
+        gated_weights(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.array(gate), kind)

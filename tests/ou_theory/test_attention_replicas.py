@@ -20,7 +20,7 @@ from ou_theory.attention import (
 from ou_theory.gain_model import w_ode
 
 LAW = settings(max_examples=15, deadline=None, derandomize=True)
-both = pytest.mark.parametrize("coupling", ["joint", "blend"])
+both = pytest.mark.parametrize("kind", ["joint", "blend"])
 seeds = st.integers(0, 2**32 - 1)
 TOKENS, DIM = 4, 3
 
@@ -44,11 +44,11 @@ def alone(q, k, v):
     return jax.nn.softmax(q @ k.T / q.shape[-1] ** 0.5, -1) @ v
 
 
-def slope(common, moved, gate, coupling):
+def slope(common, moved, gate, kind):
     """Derivative (R, T, d) of the outputs as the replicas leave the common point."""
 
     def outputs(size):
-        return gated_attention(*(c + size * d for c, d in zip(common, moved, strict=True)), gate, coupling)
+        return gated_attention(*(c + size * d for c, d in zip(common, moved, strict=True)), gate, kind)
 
     return jax.jvp(outputs, (0.0,), (1.0,))[1]
 
@@ -58,13 +58,13 @@ def slope(common, moved, gate, coupling):
 
 @both
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 5])
-def test_response_is_the_derivative_under_any_gate(x64, num, coupling):
+def test_response_is_the_derivative_under_any_gate(x64, num, kind):
     for seed in range(5):
         rng = np.random.default_rng([seed, num])
         common, moved = common_point(rng), displacements(rng, num)
         gate = jnp.asarray(rng.uniform(0, 2, (num, num)) + np.eye(num))
         got = first_order_response(*common, *moved, gate)
-        np.testing.assert_allclose(got.total, slope(common, moved, gate, coupling), atol=1e-12)
+        np.testing.assert_allclose(got.total, slope(common, moved, gate, kind), atol=1e-12)
         own = first_order_response(*common, *moved, jnp.eye(num))
         np.testing.assert_array_equal(got.query, own.query)  # no gate reaches the queries
         heeded = gate / gate.sum(1, keepdims=True)
@@ -86,26 +86,26 @@ def test_a_pair_is_two_replicas(seed, g):
 
 @both
 @pytest.mark.parametrize("num", [2, 3, 5])
-def test_all_to_all_difference_modes_carry_rho_n(x64, num, coupling):
+def test_all_to_all_difference_modes_carry_rho_n(x64, num, kind):
     """Every entry moves by amplitudes of its own, of which nothing is asked but that they add up to zero."""
     rng = np.random.default_rng(num)
     common, moved = common_point(rng), displacements(rng, num)
     moved = moved - moved.mean(1, keepdims=True)
     free = first_order_response(*common, *moved, jnp.eye(num))
     for g in (0.0, 0.25, 1.0, 2.5):
-        got = slope(common, moved, all_to_all(g, num), coupling)
+        got = slope(common, moved, all_to_all(g, num), kind)
         np.testing.assert_allclose(got, rho_n(g, num) * (free.routing + free.key) + free.query, atol=1e-12)
 
 
 @both
 @pytest.mark.parametrize("num", [2, 3, 5])
-def test_the_common_mode_feels_no_gate(x64, num, coupling):
+def test_the_common_mode_feels_no_gate(x64, num, kind):
     rng = np.random.default_rng(num)
     common, moved = common_point(rng), displacements(rng, 1)
     together = jnp.broadcast_to(moved, (3, num, TOKENS, DIM))
     gate = jnp.asarray(rng.uniform(0, 2, (num, num)) + np.eye(num))
     expected = jax.jvp(alone, tuple(common), tuple(moved[:, 0]))[1]
-    got = slope(common, together, gate, coupling)
+    got = slope(common, together, gate, kind)
     np.testing.assert_allclose(got, jnp.broadcast_to(expected, got.shape), atol=1e-12)
 
 
@@ -129,7 +129,7 @@ def test_rho_n_reference():
 
 
 @both
-def test_the_query_term_is_the_first_order_at_unit_gate(x64, coupling):
+def test_the_query_term_is_the_first_order_at_unit_gate(x64, kind):
     rng = np.random.default_rng(0)
     common, (diff, *_) = common_point(rng), displacements(rng, 2).swapaxes(0, 1)
     remainders = []
@@ -137,26 +137,26 @@ def test_the_query_term_is_the_first_order_at_unit_gate(x64, coupling):
         pair = jnp.stack([common + size * diff / 2, common - size * diff / 2], 1)
         query = first_order_difference(*common, *(size * diff), 1.0).query
         assert jnp.abs(query).max() > 0.1 * size
-        out = gated_attention(*pair, all_to_all(1.0, 2), coupling)
+        out = gated_attention(*pair, all_to_all(1.0, 2), kind)
         remainders.append(float(jnp.abs(out[0] - out[1] - query).max()))
     assert np.log2(remainders[0] / remainders[1]) == pytest.approx(3, abs=0.05)
 
 
 @both
-def test_shared_queries_leave_no_difference_at_unit_gate(x64, coupling):
+def test_shared_queries_leave_no_difference_at_unit_gate(x64, kind):
     """To all orders, for any number of replicas; and the key share of a pair is nil whatever the queries."""
     for num in (2, 4):
         rng = np.random.default_rng(num)
         q, k, v = displacements(rng, num)
         shared = jnp.broadcast_to(q.mean(0), q.shape)
-        out = gated_attention(shared, k, v, jnp.ones((num, num)), coupling)
+        out = gated_attention(shared, k, v, jnp.ones((num, num)), kind)
         np.testing.assert_allclose(out, jnp.broadcast_to(out[0], out.shape), atol=1e-15)
         for other in (
-            gated_attention(q, k, v, jnp.ones((num, num)), coupling),  # queries of their own
-            gated_attention(shared, k, v, all_to_all(0.9, num), coupling),  # or another gate
+            gated_attention(q, k, v, jnp.ones((num, num)), kind),  # queries of their own
+            gated_attention(shared, k, v, all_to_all(0.9, num), kind),  # or another gate
         ):
             assert jnp.abs(other - other[0]).max() > 1e-2
-    np.testing.assert_allclose(exact_difference(q[:2], k[:2], v[:2], 1.0, coupling).key, 0, atol=1e-15)
+    np.testing.assert_allclose(exact_difference(q[:2], k[:2], v[:2], 1.0, kind).key, 0, atol=1e-15)
 
 
 class Block(NamedTuple):
@@ -167,9 +167,9 @@ class Block(NamedTuple):
     up: jax.Array  # (d, 4 d)
     down: jax.Array  # (4 d, d)
 
-    def __call__(self, x, gate, coupling):
+    def __call__(self, x, gate, kind):
         """x (R, T, d) -> (R, T, d)."""
-        x = x + gated_attention(*(x @ w for w in self.inputs), gate, coupling) @ self.out
+        x = x + gated_attention(*(x @ w for w in self.inputs), gate, kind) @ self.out
         return x + jax.nn.gelu(x @ self.up) @ self.down
 
 
@@ -180,26 +180,26 @@ def random_block(seed, dim=8):
 
 
 @both
-def test_equal_replicas_stay_equal_and_run_uncoupled(x64, coupling):
+def test_equal_replicas_stay_equal_and_run_uncoupled(x64, kind):
     rng, blocks = np.random.default_rng(3), [random_block(seed) for seed in range(3)]
     for num, scale in ((2, 1.0), (4, 5.0)):
         start = jnp.asarray(rng.standard_normal((6, 8)))
         gate = jnp.asarray(rng.uniform(0, scale, (num, num)) + np.eye(num))
         together, single = jnp.broadcast_to(start, (num, 6, 8)), start[None]
         for block in blocks:
-            together, single = block(together, gate, coupling), block(single, jnp.ones((1, 1)), coupling)
+            together, single = block(together, gate, kind), block(single, jnp.ones((1, 1)), kind)
         np.testing.assert_allclose(together, jnp.broadcast_to(single, together.shape), rtol=1e-11)
 
 
 @both
-def test_a_residual_block_amplifies_differences_at_unit_gate(x64, coupling):
+def test_a_residual_block_amplifies_differences_at_unit_gate(x64, kind):
     """The gain of a difference at the synchronised point, root mean square over all directions: for each of these
     blocks above 1 at any gate, as the stream passes with gain 1, and less at g = 1 than without coupling."""
 
     @jax.jit
     def gain(block, x, g):
         def difference(delta):
-            out = block(jnp.stack([x + delta / 2, x - delta / 2]), all_to_all(g, 2), coupling)
+            out = block(jnp.stack([x + delta / 2, x - delta / 2]), all_to_all(g, 2), kind)
             return out[0] - out[1]
 
         return jnp.sqrt((jax.jacfwd(difference)(jnp.zeros_like(x)) ** 2).sum() / x.size)

@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from scipy.linalg import expm, solve_continuous_lyapunov
 
 from ou_theory import collapse as co
-from ou_theory.laws import sign_correlation
+from ou_theory.cluster_laws import sign_correlation
 from ou_theory.process import Process, symmetric_pair
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)

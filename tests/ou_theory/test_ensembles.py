@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp
 from ou_theory import ensembles as en
 from ou_theory import mixture as mx
 from ou_theory import process as ou
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 
 PAIR = ([1.0, 0.4, 0.2], [[1.5, -0.8, 0.0], [0.0, 0.0, 1.2]])  # variances within, centres of two signs
 LAW = ([0.4, 0.6], [[1.0, 0.5], [-1.0, 0.2]], [[[0.5, 0.1], [0.1, 0.4]], [[0.3, -0.05], [-0.05, 0.6]]])
@@ -52,7 +52,7 @@ def within_errors(got, expected, errors=5.0):
 
 @pytest.mark.parametrize("make", [en.clusters_sde, en.clusters_flow])
 def test_paths_do_not_depend_on_what_runs_beside_them(make):
-    levels = en.falling(np.geomspace(50, 1e-2, 6))
+    levels = en.noise_steps(np.geomspace(50, 1e-2, 6))
     whole, seen = generate(make, levels, 3, 50)
     blocked, seen_in_blocks = generate(make, levels, 3, 50, 16)
     some, _ = generate(make, levels, 3, 20)
@@ -68,7 +68,9 @@ def test_paths_do_not_depend_on_what_runs_beside_them(make):
 def test_a_run_in_two_legs_is_the_whole():
     law, ladder = clusters(), np.geomspace(50, 1e-2, 6)
     start = en.noised_clusters(law, 50.0, 3, jnp.arange(20))
-    run = jax.jit(lambda x, noise, first: en.simulate(en.clusters_sde(law), x, en.falling(noise), 3, first=first)[0])
+    run = jax.jit(
+        lambda x, noise, first: en.simulate(en.clusters_sde(law), x, en.noise_steps(noise), 3, first=first)[0]
+    )
     whole, half = run(start, ladder, 1), run(start, ladder[:3], 1)
     np.testing.assert_allclose(run(half, ladder[2:], 3), whole, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(run(half, ladder[2:], 1)) - whole).min() > 0
@@ -90,7 +92,7 @@ def test_nothing_is_kept_that_is_not_observed():
     """Memory of the compiled simulation does not grow with the steps."""
 
     def memory(steps, observe=None):
-        levels = en.falling(np.geomspace(50, 1e-2, steps + 1))
+        levels = en.noise_steps(np.geomspace(50, 1e-2, steps + 1))
         run = jax.jit(lambda x: en.simulate(en.clusters_sde(clusters()), x, levels, 0, observe=observe, block=64))
         found = run.lower(jnp.zeros((256, 3))).compile().memory_analysis()
         return found.temp_size_in_bytes + found.output_size_in_bytes
@@ -106,7 +108,7 @@ def test_nothing_is_kept_that_is_not_observed():
 def test_reverse_steps_of_any_size_return_the_data(steps):
     """20000 paths: first and second moments, products of the signs' directions, within 5 standard errors."""
     law = clusters()
-    levels = en.falling(np.append(np.geomspace(30, 0.05, steps), 0))
+    levels = en.noise_steps(np.append(np.geomspace(30, 0.05, steps), 0))
     y, _ = generate(en.clusters_sde, levels, 0, 20_000)
     within_errors(y, 0.0)
     within_errors(y**2, np.asarray(law.total_variance()))
@@ -118,13 +120,13 @@ def test_reverse_steps_of_any_size_return_the_data(steps):
 def test_one_step_is_many():
     """The joint law of a noisy and a clean state: 20000 paths in 1 and 20000 others in 30 steps, by the test of
     Kolmogorov and Smirnov."""
-    one, _ = generate(en.clusters_sde, en.falling(np.array([4.0, 0.1])), 0, 20_000)
-    many, _ = generate(en.clusters_sde, en.falling(np.geomspace(4.0, 0.1, 31)), 1, 20_000)
+    one, _ = generate(en.clusters_sde, en.noise_steps(np.array([4.0, 0.1])), 0, 20_000)
+    many, _ = generate(en.clusters_sde, en.noise_steps(np.geomspace(4.0, 0.1, 31)), 1, 20_000)
     first, second = (en.noised_clusters(clusters(), 4.0, seed, jnp.arange(20_000)) for seed in (0, 1))
     for a, b in ((one, many), (one * first, many * second), (one - 0.3 * first, many - 0.3 * second)):
         for i in range(3):
             assert ks_2samp(np.asarray(a)[:, i], np.asarray(b)[:, i]).pvalue > 1e-3
-    wrong = generate(en.clusters_sde, en.falling(np.array([4.0, 0.2])), 0, 20_000)[0]  # the check can fail
+    wrong = generate(en.clusters_sde, en.noise_steps(np.array([4.0, 0.2])), 0, 20_000)[0]  # the check can fail
     assert min(ks_2samp(np.asarray(wrong)[:, i], np.asarray(many)[:, i]).pvalue for i in range(3)) < 1e-3
 
 
@@ -133,7 +135,7 @@ def test_modes_may_have_noise_of_their_own():
     law, times = Clusters(jnp.array([0.25, 0.25]), jnp.array([[1.6, 0.0], [0.0, 1.2]])), np.linspace(2, 0, 21)
     noise = np.stack([ou.mode_noise(0.6, times), ou.mode_noise(1.4, times)], 1)
     start = en.noised_clusters(law, noise[0], 0, jnp.arange(20_000))
-    y, _ = jax.jit(lambda s: en.simulate(en.clusters_sde(law), s, en.falling(noise), 0))(start)
+    y, _ = jax.jit(lambda s: en.simulate(en.clusters_sde(law), s, en.noise_steps(noise), 0))(start)
     within_errors(y**2, [1.6**2 + 0.25, 1.2**2 + 0.25])
     within_errors(y[:, 0] * y[:, 1], 0.0)
     # the bridge of each mode: what is left of the start is what the forward process added
@@ -143,7 +145,7 @@ def test_modes_may_have_noise_of_their_own():
 def test_flow_of_a_gaussian_law_is_exact(x64):
     law = Clusters(jnp.array([3.0, 0.2]), jnp.zeros((0, 2)))
     start = jnp.array([[1.0, -2.0]])
-    got, _ = en.simulate(en.clusters_flow(law), start, en.falling(np.array([9.0, 0.7, 0.0])), 0)
+    got, _ = en.simulate(en.clusters_flow(law), start, en.noise_steps(np.array([9.0, 0.7, 0.0])), 0)
     np.testing.assert_allclose(got, start * np.sqrt(law.variance / (law.variance + 9)), rtol=1e-13)
 
 
@@ -164,7 +166,7 @@ def test_order_of_the_flow_of_clusters(x64):
     expected = jax.jit(jax.vmap(solve))(start)
     errors = []
     for steps in (40, 80, 160):
-        levels = en.falling(np.geomspace(9.0, 0.05, steps + 1))
+        levels = en.noise_steps(np.geomspace(9.0, 0.05, steps + 1))
         got, _ = jax.jit(lambda levels: en.simulate(en.clusters_flow(law), start, levels, 0))(levels)
         errors.append(np.abs(got - expected).max())
     assert errors[-1] < 2e-4
@@ -175,8 +177,8 @@ def test_order_of_the_flow_of_clusters(x64):
 
 
 def start_of(law, steps, count, seed=0):
-    laws = en.passed(law, steps)
-    return mx.sample(jax.tree.map(lambda v: v[-1], laws), jax.random.key(seed), count)
+    laws = en.state_laws(law, steps)
+    return jax.tree.map(lambda v: v[-1], laws).draw(jax.random.key(seed), count)
 
 
 @pytest.mark.parametrize("name", DRIFTS)
@@ -188,7 +190,7 @@ def test_reverse_steps_under_any_drift_return_the_data(name, steps):
     rungs = ou.transition(process, np.full(steps, 1.5 / steps))
     start = start_of(law, rungs, 20_000)
     x, _ = jax.jit(lambda s: en.simulate(en.mixture_sde, s, en.bridges(law, rungs), 1))(start)
-    data = np.asarray(mx.sample(law, jax.random.key(9), 400_000), np.float64)
+    data = np.asarray(law.draw(jax.random.key(9), 400_000), np.float64)
     weights, means, covariances = (np.asarray(v) for v in law)
     second = np.einsum("a,aij->ij", weights, covariances + means[:, :, None] * means[:, None])
     within_errors(x, weights @ means)
@@ -203,7 +205,7 @@ def test_drift_that_changes_in_time():
     the data."""
     law, parts = mx.mixture(*LAW), [ou.transition(process_of(name), 0.6) for name in ("one way", "rotating")]
     steps = ou.Transition(*(jnp.stack([a, b]) for a, b in zip(*parts, strict=True)))
-    laws = en.passed(law, steps)
+    laws = en.state_laws(law, steps)
     factor = parts[1].factor @ parts[0].factor
     np.testing.assert_allclose(laws.means[-1], law.means @ factor.T, rtol=1e-5, atol=1e-6)
     noise = parts[1].factor @ parts[0].covariance @ parts[1].factor.T + parts[1].covariance
@@ -242,7 +244,7 @@ def test_flow_of_a_mixture_is_diffraxs(x64):
         ).ys[0]  # fmt: skip
 
     expected = jax.jit(jax.vmap(solve))(start)
-    flow = jax.jit(lambda times: en.simulate(en.mixture_flow(law, process), start, en.backwards(times), 0)[0])
+    flow = jax.jit(lambda times: en.simulate(en.mixture_flow(law, process), start, en.time_steps(times), 0)[0])
     errors = [np.abs(flow(1.5 * np.linspace(0, 1, steps + 1)) - expected).max() for steps in (20, 40)]
     assert errors[1] < 1e-5
     assert 10 < errors[0] / errors[1] < 25
@@ -274,10 +276,10 @@ def test_reverse_sde_has_the_law_of_diffraxs(name):
 
 
 def test_levels_run_from_noise_to_data():
-    down = en.falling([3.0, 2.0, 0.0])
+    down = en.noise_steps([3.0, 2.0, 0.0])
     np.testing.assert_array_equal(down.before, [3, 2])
     np.testing.assert_array_equal(down.after, [2, 0])
-    back = en.backwards([0.0, 0.5, 2.0])
+    back = en.time_steps([0.0, 0.5, 2.0])
     np.testing.assert_array_equal(back.before, [2, 0.5])
     np.testing.assert_array_equal(back.after, [0.5, 0])
 
@@ -285,15 +287,15 @@ def test_levels_run_from_noise_to_data():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: en.falling([1.0, 2.0]), "must fall"),
-        (lambda: en.falling([1.0, -1.0]), "negative"),
-        (lambda: en.falling([1.0]), "two levels"),
-        (lambda: en.falling([np.inf, 1.0]), "overflowed"),
+        (lambda: en.noise_steps([1.0, 2.0]), "must fall"),
+        (lambda: en.noise_steps([1.0, -1.0]), "negative"),
+        (lambda: en.noise_steps([1.0]), "two levels"),
+        (lambda: en.noise_steps([np.inf, 1.0]), "overflowed"),
         (lambda: en.noised_clusters(clusters(), -1.0, 0, jnp.arange(2)), ">= 0"),
         (lambda: en.simulate(None, jnp.zeros((2, 1)), jnp.zeros(2), 0, paths=jnp.array([0.5, 1.0])), "whole numbers"),
         (lambda: en.simulate(None, jnp.zeros((0, 1)), jnp.zeros(2), 0), "not empty"),
-        (lambda: en.backwards([1.0, 0.5]), "increase"),
-        (lambda: en.backwards(1.0), "two times"),
+        (lambda: en.time_steps([1.0, 0.5]), "increase"),
+        (lambda: en.time_steps(1.0), "two times"),
         (lambda: en.simulate(None, jnp.zeros(3), jnp.zeros(2), 0), r"\(N, n\)"),
         (lambda: en.simulate(None, jnp.zeros((3, 1)), jnp.zeros(2), 0, paths=jnp.arange(2)), r"\(N,\)"),
         (lambda: en.simulate(None, jnp.zeros((3, 1)), (jnp.zeros(2), jnp.zeros(3)), 0), "leading axis"),

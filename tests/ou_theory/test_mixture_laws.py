@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
 from ou_theory import mixture as mx
-from ou_theory.laws import Clusters, wiener_gain
+from ou_theory.cluster_laws import Clusters
+from ou_theory.gain_model import power_law, wiener_gain
 from ou_theory.process import Process, symmetric_pair
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -44,7 +45,7 @@ def law_of(parts):
 
 
 def test_clusters_of_independent_modes_agree(x64):
-    """`laws.Clusters` in the rescaled frame of the variance-preserving process, b = D = 1."""
+    """`cluster_laws.Clusters` in the rescaled frame of the variance-preserving process, b = D = 1."""
     variance, centre, t = np.array([0.4, 1.3]), np.array([1.5, -0.7]), 0.6
     x = np.random.default_rng(0).normal(0, 1.5, (6, 2))
     process, sigma2 = process_of(np.eye(2), 1.0), jnp.expm1(2 * t)
@@ -95,7 +96,7 @@ def test_replica_mixture(x64):
 
 
 def test_power_law(x64):
-    law, t = mx.power_law_gaussian(4.0, 2.0, 3), 0.3
+    law, t = mx.gaussian(np.zeros(3), np.diag(power_law(4.0, 2.0, 3))), 0.3
     x = np.random.default_rng(0).normal(0, 1.5, (6, 3))
     variance = 4.0 / np.array([1, 4, 9])
     expected = wiener_gain(jnp.asarray(variance), jnp.expm1(2 * t)) * np.exp(t) * x
@@ -105,7 +106,7 @@ def test_power_law(x64):
 def test_samples():
     """40000 draws; means within 5 standard errors, second moments within 5 of theirs."""
     law, count = law_of(EXAMPLE), 40_000
-    x = np.asarray(jax.jit(mx.sample, static_argnums=2)(law, jax.random.key(0), count), np.float64)
+    x = np.asarray(jax.jit(mx.Mixture.draw, static_argnums=2)(law, jax.random.key(0), count), np.float64)
     weights, means, covariances = EXAMPLE
     mean = weights @ means
     apart = means - mean
@@ -114,7 +115,7 @@ def test_samples():
     assert np.all(np.abs(x.mean(0) - mean) < 5 * (np.diag(covariance) / count) ** 0.5)
     products = (x - mean)[:, :, None] * (x - mean)[:, None]
     assert np.all(np.abs(products.mean(0) - covariance) < 5 * products.std(0) / count**0.5)
-    flat = mx.sample(mx.two_clusters(np.array([1.0, 2.0]), np.diag([0.3, 0.0])), jax.random.key(1), 50)
+    flat = mx.two_clusters(np.array([1.0, 2.0]), np.diag([0.3, 0.0])).draw(jax.random.key(1), 50)
     np.testing.assert_allclose(np.abs(flat[:, 1]), 2, rtol=1e-6)
     assert len(np.unique(np.abs(flat[:, 0]))) == 50
 
@@ -162,9 +163,9 @@ def carried_back(law, process, x, grid):
 def test_flow_carries_samples_of_the_noised_law_to_the_data():
     """8000 draws; moments up to the third within 5 standard errors."""
     law, process, count = law_of(EXAMPLE), process_of(DRIFTS["one way"]), 8000
-    late = mx.sample(mx.noised(law, process, 1.5), jax.random.key(0), count)
+    late = mx.noised(law, process, 1.5).draw(jax.random.key(0), count)
     got = np.asarray(carried_back(law, process, late, 1.5 * jnp.linspace(1, 0, 41) ** 2), np.float64)
-    data = np.asarray(mx.sample(law, jax.random.key(1), 100_000), np.float64)
+    data = np.asarray(law.draw(jax.random.key(1), 100_000), np.float64)
     for power in (1, 2, 3):
         for i in range(2):
             error = np.std(got[:, i] ** power) * (1 / count + 1 / 100_000) ** 0.5

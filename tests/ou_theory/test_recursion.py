@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from ou_theory.attention import rho as rho_of
 from ou_theory.clock import make_clock
-from ou_theory.commitment import commitment, gap, relative_energy
-from ou_theory.gain_model import q_ode, q_sde, q_uncoupled
-from ou_theory.laws import wiener_gain
+from ou_theory.estimator import commitment, gap, relative_energy
+from ou_theory.gain_model import q_ode, q_sde, q_uncoupled, wiener_gain
 from ou_theory.recursion import recursion_energy
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from ou_theory import cloning, laws, speciation
+from ou_theory import cloning, cluster_laws, gain_model, speciation
 from ou_theory import ensembles as en
 from ou_theory import mixture as mx
 from ou_theory import process as ou
 from ou_theory.collapse import collapse_time_isotropic, condensation, mode_information, pair_collapse_times
-from ou_theory.commitment import commitment, relative_energy
+from ou_theory.estimator import commitment, relative_energy
 from ou_theory.gain_model import q_uncoupled
 
 PATHS = 8000
@@ -64,11 +64,11 @@ LEVELS = np.geomspace(1000.0, 1e-4, 61)  # noise variances
 @partial(jax.jit, static_argnums=0)
 def denoised_pairs(make):
     """Denoised states (2, PATHS, 60, 4) of replicas of a Gaussian spectrum from independent starts."""
-    law = laws.Clusters(jnp.asarray(VARIANCES, jnp.float32), jnp.zeros((0, 4)))
-    levels, step = en.falling(LEVELS), make(law)
+    law = cluster_laws.Clusters(jnp.asarray(VARIANCES, jnp.float32), jnp.zeros((0, 4)))
+    levels, step = en.noise_steps(LEVELS), make(law)
     start = en.noised_clusters(law, LEVELS[0], 0, jnp.arange(2 * PATHS))
     _, after = en.simulate(step, start, levels, 0, observe=lambda y: y)
-    gain = laws.wiener_gain(law.variance, levels.after[:, None].astype(jnp.float32))
+    gain = gain_model.wiener_gain(law.variance, levels.after[:, None].astype(jnp.float32))
     return (gain * after).reshape(2, PATHS, *after.shape[1:])
 
 
@@ -96,14 +96,14 @@ def test_a_gaussian_mode_commits_where_signal_is_noise(make):
 
 # --- clusters: one quantity, measured in three ways
 
-PAIR = laws.Clusters(jnp.array([0.2, 0.2, 0.08]), jnp.array([[1.6, 0.6, 0.0], [0.0, 0.0, 1.1]]))
+PAIR = cluster_laws.Clusters(jnp.array([0.2, 0.2, 0.08]), jnp.array([[1.6, 0.6, 0.0], [0.0, 0.0, 1.1]]))
 AT = (0.3, 1.5, 6.0)
 
 
 @partial(jax.jit, static_argnums=1)
 def clones(noise, steps):
     """A state each, and the ends of two clones of it."""
-    levels = en.falling(noise * jnp.linspace(1, 0, steps + 1) ** 2)
+    levels = en.noise_steps(noise * jnp.linspace(1, 0, steps + 1) ** 2)
     start = en.noised_clusters(PAIR, noise, 0, jnp.arange(PATHS))
     ends = [en.simulate(en.clusters_sde(PAIR), start, levels, seed)[0] for seed in (1, 2)]
     return start, *ends
@@ -140,21 +140,21 @@ def test_labels_of_clones_tell_speciation_under_any_drift(drift):
     @jax.jit
     def ends(t):
         steps = ou.transition(process, jnp.diff(t * jnp.linspace(0, 1, 9) ** 1.5))
-        late = jax.tree.map(lambda v: v[-1], en.passed(law, steps))
-        start, bridges = mx.sample(late, jax.random.key(0), PATHS), en.bridges(law, steps)
+        late = jax.tree.map(lambda v: v[-1], en.state_laws(law, steps))
+        start, bridges = late.draw(jax.random.key(0), PATHS), en.bridges(law, steps)
         return [en.simulate(en.mixture_sde, start, bridges, seed)[0] for seed in (1, 2)]
 
     for t in (0.7 * moment, moment, 1.4 * moment):
         first, second = (np.sign(np.asarray(v, np.float64) @ weights) for v in ends(t))
         kappa = float(speciation.kappa(process, t, centre, within))
-        within_errors(first * second, float(laws.sign_correlation(jnp.asarray(kappa))))
+        within_errors(first * second, float(cluster_laws.sign_correlation(jnp.asarray(kappa))))
     assert float(speciation.kappa(process, moment, centre, within)) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_difference_begins_to_grow_at_speciation(x64):
     """Under the flow, at the symmetric point: the rate of the second-order step against the closed form, and its change
     of sign at kappa = 1."""
-    law = laws.Clusters(jnp.array([0.25]), jnp.array([[2.0]]))
+    law = cluster_laws.Clusters(jnp.array([0.25]), jnp.array([[2.0]]))
     noise = np.geomspace(10, 1, 60)
     apart = 1e-5
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ou_theory
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 from ou_theory.mixture import Mixture
 from ou_theory.modes import radial_bands
 from ou_theory.process import Process, Transition
@@ -56,12 +56,12 @@ EXAMPLES = {
     "attention.rho": at(0.3),
     "attention.xi": at(0.3),
     "attention.rho_n": at(0.3, num_replicas=4),
-    "attention.gated_weights": at(*TOKENS[:2], GATE, coupling="joint"),
-    "attention.gated_attention": at(*TOKENS, GATE, coupling="blend"),
-    "attention.pair_weights": at(*TOKENS[:2], 0.3, coupling="blend"),
+    "attention.gated_weights": at(*TOKENS[:2], GATE, kind="joint"),
+    "attention.gated_attention": at(*TOKENS, GATE, kind="blend"),
+    "attention.pair_weights": at(*TOKENS[:2], 0.3, kind="blend"),
     "attention.first_order_difference": at(*COMMON, *(z[0] for z in MOVED), 0.3),
     "attention.first_order_response": at(*COMMON, *MOVED, GATE),
-    "attention.exact_difference": at(*TOKENS, 0.3, coupling="joint"),
+    "attention.exact_difference": at(*TOKENS, 0.3, kind="joint"),
     "cloning.same_cluster_probability": at(1.3),
     "cloning.clone_correlation": at(CLUSTERS, np.array([0.3, 2.0])),
     "cloning.kappa_level": at(0.4),
@@ -73,10 +73,8 @@ EXAMPLES = {
     "cloning.denoised_growth": at(2.0, 0.3),
     "cloning.cluster_growth": at(1.3, 2.0, 0.3),
     "cloning.coupled_energy_growth": at(2.0, 0.3),
-    "cloning.ddim_step": at(0.4, 3.0, 1.2),
-    "cloning.ancestral_step": at(0.4, 3.0, 1.2),
-    "cloning.effective_variance_bounds": at(np.array([2.0, 0.5, 1.1])),
-    "cloning.power_law_level_gap": at(1.5, 16.0),
+    "recursion.mode_ddim_step": at(0.4, 3.0, 1.2),
+    "recursion.mode_ancestral_step": at(0.4, 3.0, 1.2),
     "cloning.power_law_step_gap": at(50.0, 100.0, 1.5, 16.0, 0.4),
     "collapse.gaussian_information": at(PROCESS, TIME, COVARIANCE),
     "collapse.mode_information": at(0.6, 0.8, 2.0, 0.7),
@@ -87,17 +85,16 @@ EXAMPLES = {
     "collapse.collapse_time_modes": at(np.array([0.6, 1.4]), np.array([2.0, 0.4]), 1.5, 0.7),
     "collapse.collapse_time_clusters": at(np.array([0.6, 1.4]), np.array([2.0, 0.4]), CENTRE, 1.5, 0.7),
     "collapse.pair_collapse_times": at(1.0, 0.4, np.array([4.0, 1.0]), np.array([2.0, 0.5]), 1.5, 0.7),
-    "collapse.collapse_precedes_speciation": at(0.3, 2.0, 0.6),
     "collapse.condensation": at(spread_out(4, 3), spread_out(3), np.array([0.3, 1.1, 0.6])),
-    "commitment.relative_energy": at(Q, np.array([0.9, 0.8, 0.6])),
-    "commitment.latch": at(Q),
-    "commitment.commitment": at(Q, ell=ELL),
-    "commitment.gap": at(spread_out(2, 3), low=0, high=2),
-    "commitment.threshold_step": at(Q, ell=ELL, threshold=0.4),
-    "commitment.projection": at(Q, np.array([0.9, 0.8, 0.6])),
-    "commitment.aligned_share": at(Q),
-    "commitment.noise_floor": at(Q, 0.8 * Q),
-    "commitment.crossing": at(Q, ell=ELL, threshold=0.6),
+    "estimator.relative_energy": at(Q, np.array([0.9, 0.8, 0.6])),
+    "estimator.latch": at(Q),
+    "estimator.commitment": at(Q, ell=ELL),
+    "estimator.gap": at(spread_out(2, 3), low=0, high=2),
+    "estimator.threshold_step": at(Q, ell=ELL, threshold=0.4),
+    "estimator.projection": at(Q, np.array([0.9, 0.8, 0.6])),
+    "estimator.aligned_share": at(Q),
+    "estimator.noise_floor": at(Q, 0.8 * Q),
+    "estimator.crossing": at(Q, ell=ELL, threshold=0.6),
     "gain_model.q_uncoupled": at(2.0),
     "gain_model.commitment_log_snr": at(2.0, 0.4),
     "gain_model.commitment_time": at(2.0, 0.4, 0.6, 0.7),
@@ -117,17 +114,16 @@ EXAMPLES = {
     "landau.magnetisation": at(np.array([0.7, 1.4])),
     "landau.branch": at(2.0, 0.3, 0.6, 0.8, 0.7),
     "landau.onset_slope": at(2.0, 0.3, 0.6, 0.7),
-    "laws.wiener_gain": at(2.0, 0.3),
-    "laws.Clusters.field": at(CLUSTERS, spread_out(2, 3), 0.7),
-    "laws.Clusters.posterior_mean": at(CLUSTERS, spread_out(2, 3), 0.7),
-    "laws.Clusters.kappa": at(CLUSTERS, np.array([0.3, 2.0])),
-    "laws.Clusters.total_variance": at(CLUSTERS),
-    "laws.sign_correlation": at(np.array([0.0, 1.3]), points=2001),
-    "laws.sign_doubt": at(np.array([0.0, 1.3]), points=2001),
-    "laws.mmse": at(CLUSTERS, np.array([0.3, 2.0])),
+    "gain_model.wiener_gain": at(2.0, 0.3),
+    "cluster_laws.Clusters.field": at(CLUSTERS, spread_out(2, 3), 0.7),
+    "cluster_laws.Clusters.posterior_mean": at(CLUSTERS, spread_out(2, 3), 0.7),
+    "cluster_laws.Clusters.kappa": at(CLUSTERS, np.array([0.3, 2.0])),
+    "cluster_laws.Clusters.total_variance": at(CLUSTERS),
+    "cluster_laws.sign_correlation": at(np.array([0.0, 1.3]), points=2001),
+    "cluster_laws.sign_doubt": at(np.array([0.0, 1.3]), points=2001),
+    "cluster_laws.mmse": at(CLUSTERS, np.array([0.3, 2.0])),
     "mixture.mixture": at(*LAW),
     "mixture.gaussian": at(CENTRE, COVARIANCE),
-    "mixture.power_law_gaussian": at(2.0, 1.5, num=3),
     "mixture.two_clusters": at(CENTRE, COVARIANCE),
     "mixture.mode_mixture": at(2.0, 1.1, 0.5, 0.3),
     "mixture.replica_mixture": at(2.0, 0.3, 0.4, 0.2),
@@ -195,7 +191,7 @@ EXAMPLES = {
     "speciation.kappa_after": at(
         Transition(spread_out(2, 2, 2), np.stack([COVARIANCE, 2 * COVARIANCE])), CENTRE, COVARIANCE
     ),
-    "laws.clusters": at(np.array([0.3, 0.4]), np.array([[1.0, 0.5]])),
+    "cluster_laws.clusters": at(np.array([0.3, 0.4]), np.array([[1.0, 0.5]])),
     "speciation.gap_large_spread_error": at(1.0, 0.3, 3.0, 0.7),
     "speciation.gap_at_bound": at(1.0, 3.0, 0.7),
     "speciation.gap_without_coupling": at(1.0, 3.0, 2.0, 0.7),
@@ -208,14 +204,14 @@ EXEMPT = {
         clock.respace clock.make_clock clock.Clock.step modes.radial_bands modes.Bands.with_index
         cloning.half_energy_bias bootstrap.resample bootstrap.basic_interval""",
     "Python numbers": """
-        commitment.threshold_gap gain_model.effective_variance gain_model.critical_rho
+        estimator.threshold_gap gain_model.effective_variance gain_model.critical_rho
         replica_speciation.marginal_threshold""",
     "of functions, not of arrays; test_roots.py": """
-        roots.require roots.bisect roots.implicit roots.falling_root laws.field_average""",
-    "draws random numbers": "laws.Clusters.draw mixture.sample",
+        roots.require roots.bisect roots.implicit roots.falling_root cluster_laws.field_average""",
+    "draws random numbers": "cluster_laws.Clusters.draw mixture.Mixture.draw",
     "draws random paths, or prepares that; test_ensembles.py": """
-        ensembles.path_keys ensembles.simulate ensembles.falling ensembles.noised_clusters ensembles.clusters_sde
-        ensembles.clusters_flow ensembles.passed ensembles.bridges ensembles.mixture_sde ensembles.backwards
+        ensembles.path_keys ensembles.simulate ensembles.noise_steps ensembles.noised_clusters ensembles.clusters_sde
+        ensembles.clusters_flow ensembles.state_laws ensembles.bridges ensembles.mixture_sde ensembles.time_steps
         ensembles.mixture_flow""",
 }
 

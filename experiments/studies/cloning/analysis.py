@@ -12,7 +12,7 @@ from experiments.frame.estimator import LOW, guarded_start
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.cloning.settings import CONTRASTS, MEASURES, CloningConfig
 from experiments.studies.cloning.theory import step_theory
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.clock import Clock
 
 _APART = "distance of a measurement from the mean of the other two, beyond finite steps"

@@ -14,7 +14,6 @@ from dit_jax.diffusion import Denoiser, ancestral_step
 from dit_jax.objective import posterior_tables
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
-from experiments.frame.instrument import predicted
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
 from experiments.frame.subject import Subject
@@ -52,7 +51,7 @@ def clone_ends(denoise: Denoiser, clock: Clock, states, branch, labels, noise) -
     update = ancestral_step(clock)
 
     def body(step, x):
-        return update(step, x, predicted(denoise, x, step, labels), noise(step))
+        return update(step, x, denoise(x, step, labels), noise(step))
 
     return jax.lax.fori_loop(branch, len(clock), body, states)
 
@@ -64,7 +63,7 @@ def measurements(
     low, high = (jnp.asarray(table, jnp.float32) for table in posterior_tables(clock)[2:])
 
     def revealed(x, step, labels):
-        found = predicted(denoise, x, step, labels)
+        found = denoise(x, step, labels)
         return found._replace(taps=jnp.zeros_like(x) if found.fraction is None else found.fraction)
 
     def observe(step, x, denoised, fraction):
@@ -102,7 +101,7 @@ def measurements(
         signal = jnp.asarray(clock.alpha_bar**0.5, ends.dtype)[step]
         spread = jnp.asarray((1 - clock.alpha_bar) ** 0.5, ends.dtype)[step]
         noisy = signal * ends + spread * pair_noise(stream(seed, "noised ends"), pairs, step, shape)
-        found = predicted(denoise, noisy, step, labels).denoised
+        found = denoise(noisy, step, labels).denoised
         error, difference = jnp.square(dct2(found - ends)), pair_modes(found)[1]
         return {
             "error": band_mean(error, bands).mean(0),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion import Denoiser, Prediction
+from dit_jax.diffusion import Denoiser, DenoiserOutput
 from dit_jax.objective import posterior_tables
 from experiments.frame.gaussian import ancestral_steps, wiener_gains
 from ou_theory.clock import Clock
@@ -79,9 +79,9 @@ def gaussian_denoiser(clock: Clock, bands: Bands, filters: jax.Array, noise: jax
     low, high = (jnp.asarray(table, jnp.float32) for table in posterior_tables(clock)[2:])
     fraction = (jnp.log(noise) - low) / (high - low)
 
-    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> Prediction:
+    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         y = dct2(x * jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step])
         denoised = jnp.einsum("...hwc,hwcd->...hwd", y, filters[step][bands.index], precision="highest")
-        return Prediction(idct2(denoised), jnp.broadcast_to(fraction[step], x.shape))
+        return DenoiserOutput(idct2(denoised), jnp.broadcast_to(fraction[step], x.shape))
 
     return denoise

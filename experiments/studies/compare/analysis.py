@@ -16,11 +16,11 @@ from experiments.frame.draws import DRAWS, Drawn, bootstrap, pair_draws
 from experiments.frame.estimator import FLOOR_LIMIT, HIGH, LOW, WEAK, Estimates, commitment_of, guarded_start, order
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.compare.settings import CompareConfig
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.attention import rho
 from ou_theory.bootstrap import basic_interval
 from ou_theory.clock import Clock
-from ou_theory.laws import wiener_gain
+from ou_theory.gain_model import wiener_gain
 from ou_theory.recursion import recursion_energy
 
 SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random

@@ -11,7 +11,7 @@ from experiments.frame.draws import bootstrap, both, mean_and_draws, packed, pai
 from experiments.frame.measured import Definitions, Measured
 from experiments.frame.steps import WINDOW_START
 from experiments.studies.depth.settings import LAST, DepthConfig
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 
 DEFINITIONS: Definitions = {
     "tau": ("commitment level after a layer, by this reading", "nat"),

@@ -12,7 +12,7 @@ from experiments.frame.draws import bootstrap, both, packed, pair_draws
 from experiments.frame.estimator import commitment_of, guarded_start
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.interventions.settings import ALL, CONSTANT, NO_HEAD, NONE, InterventionsConfig, last_layers
-from ou_theory.commitment import commitment, gap
+from ou_theory.estimator import commitment, gap
 
 DEFINITIONS: Definitions = {
     "tau": ("commitment level of a band", "nat"),

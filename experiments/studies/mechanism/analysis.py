@@ -14,7 +14,7 @@ from experiments.frame.draws import in_chunks, mean_and_draws, packed, pair_draw
 from experiments.frame.instrument import token_bands
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.mechanism.settings import MechanismConfig
-from ou_theory.commitment import HIGH_BAND, LOW_BAND
+from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 ORIGINS = ("embedding", "attention", "mlp")
 TOP = 0.1  # share of the heads that counts as the strongest

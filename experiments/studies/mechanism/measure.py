@@ -16,7 +16,7 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.model import Block, DiT, widened
 from dit_jax.replicas import run_pairs
 from experiments.frame.bench import Bench, Variables
-from experiments.frame.instrument import predicted, token_bands
+from experiments.frame.instrument import token_bands
 from experiments.frame.steps import spaced_steps
 from experiments.studies.mechanism.settings import PARTS, PLACES, PRODUCTS, READINGS, SUBLAYERS, MechanismConfig
 from experiments.studies.mechanism.split import HeadSplit, split_head
@@ -83,7 +83,7 @@ class MechanismInstrument:
         def at_level(inputs):
             step, x = inputs
             x = jnp.repeat(x, count, 1)
-            prediction = predicted(denoise, x, step, labels)
+            prediction = denoise(x, step, labels)
             found, writes = prediction.taps
             embedding = self._difference(widened(model.embed(x.astype(model.config.dtype))))
             final = embedding + sum(write.sum(0) for write in writes.values())

@@ -17,7 +17,7 @@ from experiments.studies.mechanism.analysis import TOP
 from experiments.studies.mechanism.figures import PART_COLORS, SOURCES
 from experiments.studies.mechanism.settings import MechanismConfig
 from ou_theory.attention import rho
-from ou_theory.commitment import HIGH_BAND, LOW_BAND
+from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 LISTED = 8  # heads in the table
 

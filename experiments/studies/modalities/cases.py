@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import root_scalar
 
 from ou_theory import process as ou
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 from ou_theory.schedules import scheduled_noise, scheduled_time
 from ou_theory.speciation import speciation_time
 

@@ -12,11 +12,11 @@ import numpy as np
 from scipy.optimize import root_scalar
 
 from ou_theory import ensembles as en
-from ou_theory.laws import Clusters
-from ou_theory.mixture import Mixture, sample
+from ou_theory.cluster_laws import Clusters
+from ou_theory.mixture import Mixture
 from ou_theory.process import Transition
 
-SPECIATION = 0.5504004908  # correlation of clones' labels where a mode speciates: laws.sign_correlation(1)
+SPECIATION = 0.5504004908  # correlation of clones' labels where a mode speciates: cluster_laws.sign_correlation(1)
 WINDOW = 0.2  # correlations so far from the wanted one enter the fit
 
 
@@ -132,7 +132,7 @@ def correlation(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @partial(jax.jit, static_argnames="paths")
 def clones_of_modes(law: Clusters, noise: jax.Array, seeds: jax.Array, paths: int) -> tuple[jax.Array, jax.Array]:
     """Ends (paths, n) of two clones each, of independent modes; `noise` (steps + 1, n) from the branch to 0."""
-    levels, names = en.falling(noise), jnp.arange(paths)
+    levels, names = en.noise_steps(noise), jnp.arange(paths)
     start = en.noised_clusters(law, noise[0], seeds[0], names)
     first, second = (en.simulate(en.clusters_sde(law), start, levels, seed)[0] for seed in (seeds[1], seeds[2]))
     return first, second
@@ -141,8 +141,8 @@ def clones_of_modes(law: Clusters, noise: jax.Array, seeds: jax.Array, paths: in
 @partial(jax.jit, static_argnames="paths")
 def clones_of_mixture(law: Mixture, steps: Transition, seeds: jax.Array, paths: int) -> tuple[jax.Array, jax.Array]:
     """The same of a mixture under any drift, the forward steps given."""
-    late = jax.tree.map(lambda v: v[-1], en.passed(law, steps))
-    start = sample(late, jax.random.key(seeds[0]), paths)
+    late = jax.tree.map(lambda v: v[-1], en.state_laws(law, steps))
+    start = late.draw(jax.random.key(seeds[0]), paths)
     bridges = en.bridges(law, steps)
     first, second = (en.simulate(en.mixture_sde, start, bridges, seed)[0] for seed in (seeds[1], seeds[2]))
     return first, second

@@ -31,9 +31,9 @@ from experiments.studies.modalities.clone_reading import (
 )
 from experiments.studies.modalities.settings import PARTS, ModalitiesConfig
 from ou_theory import process as ou
+from ou_theory.cluster_laws import Clusters, sign_correlation
 from ou_theory.collapse import condensation, pair_collapse_times
 from ou_theory.gain_model import commitment_time, q_uncoupled
-from ou_theory.laws import Clusters, sign_correlation
 from ou_theory.mixture import two_clusters
 from ou_theory.speciation import kappa, mode_kappa, mode_speciation_time
 

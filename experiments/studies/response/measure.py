@@ -18,7 +18,7 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.diffusion import Denoiser, ddim_step
 from dit_jax.replicas import INITIAL, pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
-from experiments.frame.instrument import coupled_wiener, predicted
+from experiments.frame.instrument import coupled_wiener
 from experiments.frame.steps import spaced_steps, window
 from experiments.frame.streams import stream
 from experiments.frame.subject import Subject
@@ -154,7 +154,7 @@ class ResponseInstrument:
 
         def advance(y):
             x = into * y
-            return update(step, x, predicted(denoise, x, step, labels), None) * out
+            return update(step, x, denoise(x, step, labels), None) * out
 
         return advance
 
@@ -175,9 +175,7 @@ class ResponseInstrument:
         masks = jnp.asarray(self.masks, white.dtype)[:, None, None, None, :, :, None]
         probes = (masks * white).reshape(-1, *y.shape)  # band outer, probe inner; DCT coefficients
         into = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[step]
-        denoised, moved = pushed(
-            lambda y: predicted(denoise, into * y, step, labels).denoised, y, idct2(probes).astype(y.dtype)
-        )
+        denoised, moved = pushed(lambda y: denoise(into * y, step, labels).denoised, y, idct2(probes).astype(y.dtype))
         moved = dct2(moved)
         size = jnp.square(probes).sum((-3, -2, -1))  # (band * probe, 2, P)
         product = jnp.einsum("irphwc,jrphwc->ijrp", probes, moved, precision="highest")

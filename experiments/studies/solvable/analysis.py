@@ -12,7 +12,7 @@ from experiments.frame.measured import Definitions, Measured
 from experiments.frame.steps import WINDOW_START
 from experiments.studies.solvable.settings import SolvableConfig
 from experiments.studies.solvable.theory import band_theory, clone_theory, sign_curves, sign_theory
-from ou_theory import commitment as oc
+from ou_theory import estimator as oc
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.training import TrainConfig
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 from ou_theory.modes import dct2, idct2
 
 SIZE, CHANNELS = 8, 2
@@ -74,6 +74,10 @@ class SolvableData:
     @property
     def shape(self) -> tuple[int, int, int]:
         return (SIZE, SIZE, CHANNELS)
+
+    @property
+    def may_mirror(self) -> bool:
+        return False  # a mirror turns the signs of some of the modes that carry a cluster, and not those of the others
 
     @cached_property
     def _draw(self):

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion import Denoiser, ancestral_step
+from dit_jax.diffusion import Denoiser, DenoiserOutput, ancestral_step
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
-from experiments.frame.instrument import predicted
 from experiments.frame.settings import Sampler
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
@@ -23,7 +22,7 @@ from experiments.frame.subject import Subject
 from experiments.studies.solvable.data import NAMES, SIZE, SolvableData, law, to_images, to_modes
 from experiments.studies.solvable.settings import SIGN_NAMES, SIGNS, SolvableConfig
 from ou_theory.clock import Clock
-from ou_theory.laws import Clusters
+from ou_theory.cluster_laws import Clusters
 from ou_theory.modes import Bands, band_mean, dct2
 
 
@@ -39,11 +38,12 @@ def exact_denoiser(clock: Clock) -> Denoiser:
     """The posterior mean of every law, by label; states (..., N, 8, 8, 2)."""
     laws = [law(name) for name in NAMES]
 
-    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> jax.Array:
+    def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         sigma2 = jnp.asarray(clock.sigma**2, x.dtype)[step]
         y = to_modes(x * jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step])
         each = jnp.stack([one.posterior_mean(y, sigma2) for one in laws])
-        return to_images(jnp.take_along_axis(each, labels.reshape(1, *(1,) * (y.ndim - 2), -1, 1), 0)[0])
+        mean = jnp.take_along_axis(each, labels.reshape(1, *(1,) * (y.ndim - 2), -1, 1), 0)[0]
+        return DenoiserOutput(to_images(mean))
 
     return denoise
 
@@ -117,7 +117,7 @@ class SolvableInstrument:
             scale = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[step]
 
             def denoised(y):
-                return to_modes(predicted(denoise, to_images(scale * y)[None], step, labels).denoised[0])
+                return to_modes(denoise(to_images(scale * y)[None], step, labels).denoised[0])
 
             _, moved = jax.jvp(denoised, (y,), (direction,))
             return ((moved - direction) * direction).sum(-1) / jnp.square(direction).sum(-1)
@@ -136,7 +136,7 @@ class SolvableInstrument:
 
             def body(step, x):
                 noise = pair_noise(key, pairs, step, self.shape)
-                return update(step, x, predicted(denoise, x, step, labels), noise)
+                return update(step, x, denoise(x, step, labels), noise)
 
             scale = jnp.asarray(self.clock.alpha_bar**0.5, jnp.float32)[branch]
             x = to_images(scale * self._states(pairs, branch, name))

@@ -8,7 +8,7 @@ from experiments.frame.gaussian import ancestral_steps, wiener_gains
 from experiments.studies.solvable.data import law, spectrum
 from experiments.studies.solvable.settings import SIGNS
 from ou_theory.clock import Clock
-from ou_theory.laws import sign_correlation
+from ou_theory.cluster_laws import sign_correlation
 from ou_theory.modes import Bands
 from ou_theory.recursion import recursion_energy
 

@@ -1,7 +1,7 @@
 """When a band commits, and how much of it: one estimator for theory and network (docs/theory.md, section 7).
 
-Energies and what derives from them have the axes (..., step, band); anything may stand in front (couplings, bootstrap
-draws). Levels are log-SNR in nats.
+Energies and what follows from them have the axes (..., step, band), with any axes in front: couplings, bootstrap draws.
+Levels are log-SNR in nats.
 """
 
 from typing import Literal, NamedTuple
@@ -16,32 +16,39 @@ LOW_BAND, HIGH_BAND = 1, -1  # the bands of the gap: the lowest annulus (band 0 
 
 
 class Commitment(NamedTuple):
-    """What `commitment` finds; (..., B) but for `latch`."""
+    """What `commitment` finds; all but `latch` are (..., B)."""
 
-    level: jax.Array  # commitment level tau: when, given that it is decided; NaN if nothing is
+    level: jax.Array  # commitment level tau of what the band decides; NaN if it decides nothing
     decided: jax.Array  # decided fraction F in [0, 1]
-    latched: jax.Array  # latched level: F tau + (1 - F) ell_end, the undecided part counted at the clean end
+    latched: jax.Array  # latched level F tau + (1 - F) ell_end, which counts the undecided part at the clean end
     latch: jax.Array  # (..., steps in the window, B) running maximum M
 
 
 def relative_energy(energy: jax.Array, reference: jax.Array) -> jax.Array:
-    """Q: difference energies (..., K, B) as a share of what the band differs by in the end, uncoupled: (..., B)."""
+    """Relative energy Q (..., K, B) (theory, eq. 7.1).
+
+    Args:
+      energy: (..., K, B) energy of the difference of replicas.
+      reference: (..., B) the same energy at the end, without coupling.
+    """
     return energy / reference[..., None, :]
 
 
 def latch(q: jax.Array) -> jax.Array:
-    """M: the running maximum of Q over steps, at most 1: the share of the band that has been decided so far."""
+    """Running maximum M of Q (..., K, B) over steps, at most 1: the share of the band that has been decided by each
+    step (theory, eq. 7.1)."""
     return jnp.minimum(jax.lax.cummax(q, axis=q.ndim - 2), 1)
 
 
 def commitment(q: jax.Array, ell: ArrayLike, start: float | None = None) -> Commitment:
-    """Commitment level, decided fraction and latched level, by the trapezoid rule over sampler steps.
+    """Commitment level, decided fraction and latched level, by the trapezoid rule over sampler steps (theory, eqs. 7.2
+    and 7.3).
 
     Args:
       q: (..., K, B) relative energy.
-      ell: (K,) concrete, increasing log-SNR of the steps.
-      start: the window opens at the first step at or above this level; all steps by default. Earlier steps, where an
-        epsilon-network's error is amplified, are not latched.
+      ell: (K,) increasing log-SNR of the steps; not traced.
+      start: the window opens at the first step at or above this level; by default it holds all steps. Earlier steps are
+        not latched: in them the error of a network that predicts the noise is amplified.
 
     Raises:
       ValueError: the window holds fewer than two steps, or `ell` does not fit `q`.
@@ -63,17 +70,19 @@ def commitment(q: jax.Array, ell: ArrayLike, start: float | None = None) -> Comm
 
 
 def gap(level: jax.Array, low: int = LOW_BAND, high: int = HIGH_BAND) -> jax.Array:
-    """The synchronization gap: levels (or steps) (..., B) of the high band minus the low one; > 0 if low is first."""
+    """The synchronization gap (...): level, or step, of the high band minus that of the low band, from levels (..., B).
+    It is positive if the low band commits first (theory, eq. 7.2)."""
     return level[..., high] - level[..., low]
 
 
 def threshold_step(m: jax.Array, ell: ArrayLike, threshold: ArrayLike) -> jax.Array:
-    """First sampler step (..., B) at which M reaches `threshold`; K, read "never", if it does not.
+    """First sampler step (..., B) at which M reaches `threshold`; K, read "never", if it does not (theory, section
+    7.5).
 
-    Linear between steps, in the step as in the level, which is the same thing there.
+    M is interpolated linearly in the step, and so in the level, which is itself linear in the step between two steps.
 
     Args:
-      m: (..., K', B) running maximum; of the last K' steps, if the estimator's window left out the first ones.
+      m: (..., K', B) running maximum in the last K' steps; the estimator's window may leave out the first ones.
       ell: (K,) levels of all sampler steps.
     """
     num_steps = np.size(ell)
@@ -87,10 +96,15 @@ def threshold_step(m: jax.Array, ell: ArrayLike, threshold: ArrayLike) -> jax.Ar
 
 
 def threshold_gap(low: float, high: float, num_steps: int) -> tuple[float, Status]:
-    """Gap between two threshold steps, and how to read it.
+    """Gap between the threshold steps of two bands, and how to read it (theory, section 7.5).
 
-    ``both``: a plain difference. ``none``: neither band ever commits individually, the gap is 0. ``low_only``: the
-    high band never does, the gap is a lower bound. ``high_only``: the low band never does, a negative bound.
+    ``both``: the gap is the difference of the steps. ``none``: neither band reaches the threshold, and the gap is 0.
+    ``low_only``: the high band does not, and the gap is a lower bound. ``high_only``: the low band does not, and the
+    gap is a negative bound.
+
+    Args:
+      low, high: from `threshold_step`.
+      num_steps: K, which stands for "never".
     """
     has_low, has_high = low < num_steps, high < num_steps
     if has_low and has_high:
@@ -101,28 +115,34 @@ def threshold_gap(low: float, high: float, num_steps: int) -> tuple[float, Statu
 
 
 def projection(inner: jax.Array, end_energy: jax.Array) -> jax.Array:
-    """a: alignment (..., K, B) of the denoised difference with its own end, from inner products and end energies
-    (..., B). Errors that do not correlate with the outcome average out of it."""
+    """Alignment a (..., K, B) of the denoised difference with its own end (theory, eq. 7.5). Errors that do not
+    correlate with the outcome average out of it.
+
+    Args:
+      inner: (..., K, B) inner product of the denoised difference and its end.
+      end_energy: (..., B) energy of the end.
+    """
     return inner / end_energy[..., None, :]
 
 
 def aligned_share(a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
-    """What Q would be if a Gaussian mode were as aligned with its end as `a` says.
+    """The Q of a Gaussian mode whose alignment with its end is `a` (theory, section 7.4).
 
-    ``a^2`` under a deterministic sampler, where the mode only changes its size. ``a`` under a stochastic one, whose
-    exact denoised is a martingale: what is added later does not correlate with what is there.
+    It is ``a^2`` under a deterministic sampler, where a mode only changes its size. It is ``a`` under a stochastic
+    sampler, where the denoised of an exact denoiser is a martingale: later changes do not correlate with it.
     """
     a = jnp.asarray(a)
     return a if stochastic else a**2
 
 
 def noise_floor(q: ArrayLike, a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
-    """What Q holds beyond its aligned share: an estimate of the denoiser's error energy."""
+    """The part of Q beyond its aligned share, which estimates the denoiser's error energy (theory, section 7.3)."""
     return jnp.asarray(q) - aligned_share(a, stochastic=stochastic)
 
 
 def crossing(a: jax.Array, ell: ArrayLike, threshold: float = 0.5**0.5) -> jax.Array:
-    """Level (..., B) of the last upward crossing of `threshold` by a (..., K, B), linear between steps; NaN if none."""
+    """Level (..., B) of the last upward crossing of `threshold` by a (..., K, B), linear between steps; NaN if there is
+    none (theory, section 7.4)."""
     levels = jnp.asarray(ell, a.dtype)[:, None]
     below, above = a[..., :-1, :], a[..., 1:, :]
     up = (below < threshold) & (above >= threshold)

@@ -1,8 +1,7 @@
-"""Data laws and their exact denoisers (docs/theory.md, section 4).
+"""Laws of clustered data and their exact denoisers (docs/theory.md, section 9).
 
-A law lives in modes, coordinates in which everything but a few signs is independent and Gaussian; images are an
-orthonormal rotation away. Levels enter as the noise variance ``sigma2`` of the rescaled frame ``y = x0 + sigma noise``.
-"""
+The coordinates of a law are modes: given a few signs, they are independent and Gaussian. Images follow by an
+orthonormal rotation. A level is the noise variance ``sigma2`` of the rescaled frame ``y = x0 + sigma noise``."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,25 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ou_theory.gain_model import wiener_gain
 from ou_theory.roots import require
 
 
-def wiener_gain(variance: jax.Array, sigma2: jax.Array) -> jax.Array:
-    """Gain of the posterior mean of a centred Gaussian mode in the rescaled frame: ``S / (S + sigma^2)``, in [0, 1].
-
-    Args:
-      variance: data variance S >= 0 of the mode.
-      sigma2: noise variance > 0, broadcast against it.
-    """
-    return variance / (variance + sigma2)
-
-
 class Clusters(NamedTuple):
-    """M modes ``x0 = sum_a c_a m_a + s z``: A independent signs ``c_a = +-1``, and Gaussian noise z.
+    """M modes ``x0 = sum_a c_a m_a + s z`` with A independent signs ``c_a = +-1`` and unit Gaussian z.
 
-    With one centre this is two clusters at ``+-m``; with none (A = 0) a Gaussian; with one centre in the common and one
-    in the difference modes of a pair, its mode mixture.
-    """
+    One centre makes two clusters at ``+-m``; none (A = 0) makes a Gaussian. The mode mixture of a pair has one centre
+    in the common and one in the difference modes. `clusters` makes a law whose parts are checked."""
 
     variance: jax.Array  # (M,) s^2, within a cluster
     centres: jax.Array  # (A, M) m_a; no mode belongs to two of them
@@ -43,22 +32,23 @@ class Clusters(NamedTuple):
         return jnp.matmul(signs, self.centres, precision="highest") + jnp.sqrt(self.variance) * noise
 
     def field(self, y: jax.Array, sigma2: jax.Array) -> jax.Array:
-        """H_a (..., A): half the log-odds of sign a at states y (..., M), which `posterior_mean` takes the tanh of."""
+        """Half the log-odds H_a (..., A) of each sign at states y (..., M) of noise variance `sigma2`: the posterior
+        mean of sign a is ``tanh(H_a)`` (theory, section 9.1)."""
         return jnp.einsum("...m,am->...a", y / (self.variance + sigma2), self.centres, precision="highest")
 
     def posterior_mean(self, y: jax.Array, sigma2: jax.Array) -> jax.Array:
-        """``E[x0 | y]`` (..., M) at states y (..., M) of noise variance `sigma2` (scalar)."""
+        """Posterior mean ``E[x0 | y]`` (..., M) at states y (..., M) of noise variance `sigma2`, a number."""
         guess = jnp.matmul(jnp.tanh(self.field(y, sigma2)), self.centres, precision="highest")
         return guess + wiener_gain(self.variance, sigma2) * (y - guess)
 
     def kappa(self, sigma2: jax.Array) -> jax.Array:
-        """``sum_k m_k^2 / (s_k^2 + sigma^2)`` (..., A) for levels (...), each one number for all modes: speciation of
-        sign a is where it passes 1."""
+        """Curvature ratio ``sum_k m_k^2 / (s_k^2 + sigma^2)`` (..., A) of each sign at noise variances (...), which all
+        modes share. Sign a speciates where it passes 1."""
         sigma2 = jnp.asarray(sigma2)[..., None, None]
         return (self.centres**2 / (self.variance + sigma2)).sum(-1)
 
     def total_variance(self) -> jax.Array:
-        """(M,) variance of each mode, signs included."""
+        """Variance (M,) of each mode, with that of the signs."""
         return self.variance + (self.centres**2).sum(0)
 
 
@@ -81,8 +71,8 @@ def clusters(variance: ArrayLike, centres: ArrayLike) -> Clusters:
 
 
 def field_average(function: Callable[[jax.Array], jax.Array], kappa: jax.Array, points: int = 4801) -> jax.Array:
-    """``E function(kappa + sqrt(kappa) z)``, z unit Gaussian, by the trapezoid rule on [-12, 12]; for functions like
-    these it converges faster than any power of the number of points."""
+    """Mean ``E function(kappa + sqrt(kappa) z)`` over a unit Gaussian z, by the trapezoid rule on [-12, 12]. For smooth
+    functions the rule converges faster than any power of the number of points."""
     z = jnp.linspace(-12, 12, points, dtype=kappa.dtype)
     weight = jnp.exp(-(z**2) / 2)
     field = kappa[..., None] + jnp.sqrt(kappa)[..., None] * z
@@ -91,13 +81,13 @@ def field_average(function: Callable[[jax.Array], jax.Array], kappa: jax.Array, 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 2))
 def _doubt(power: int, kappa: jax.Array, points: int) -> jax.Array:
-    """``E sech(H)^(2 power)`` over the field ``H = kappa + sqrt(kappa) z``; of power 1, what T lacks of 1."""
+    """``E sech(H)^(2 power)`` over the field ``H = kappa + sqrt(kappa) z``. With power 1 it is ``1 - T``."""
     return field_average(lambda field: jnp.cosh(field) ** (-2 * power), kappa, points)
 
 
 @_doubt.defjvp
 def _(power, points, primals, tangents):
-    # sqrt(kappa) has no slope at 0, but the mean of an even f moves by E[f' tanh + f'' / 2] (theory, section 9.1)
+    # sqrt(kappa) has no slope at 0, but the mean of an even f has the slope E[f' tanh + f'' / 2] (theory, section 9.1)
     (kappa,), (moved,) = primals, tangents
     value = _doubt(power, kappa, points)
     slope = 2 * power * (power - 1) * value - power * (2 * power - 1) * _doubt(power + 1, kappa, points)
@@ -116,13 +106,14 @@ def _(points, primals, tangents):
 
 
 def sign_correlation(kappa: ArrayLike, points: int = 4801) -> jax.Array:
-    """``T(kappa) = E tanh(kappa + sqrt(kappa) z) = E tanh^2(kappa + sqrt(kappa) z)``, z unit Gaussian: how sure of a
-    sign the exact posterior is, and the correlation of the signs of two of its draws. In [0, 1], any shape.
+    """Correlation ``T(kappa)`` in [0, 1] of the signs of two draws from the exact posterior (theory, section 9.1).
 
-    Its slope is ``E sech^4(kappa + sqrt(kappa) z)``, 1 at 0; all derivatives are finite.
+    It is ``E tanh(kappa + sqrt(kappa) z) = E tanh^2(kappa + sqrt(kappa) z)`` with unit Gaussian z, and also the mean
+    square of the posterior mean of a sign. Its slope is ``E sech^4(kappa + sqrt(kappa) z)``, which is 1 at 0; all
+    derivatives are finite.
 
     Args:
-      kappa: >= 0.
+      kappa: >= 0, any shape.
       points: of the quadrature.
     """
     kappa = jnp.asarray(kappa, float)
@@ -130,14 +121,15 @@ def sign_correlation(kappa: ArrayLike, points: int = 4801) -> jax.Array:
 
 
 def sign_doubt(kappa: ArrayLike, points: int = 4801) -> jax.Array:
-    """``1 - T(kappa)``, with all its digits where that is small (kappa up to about 100); see `sign_correlation`."""
+    """``1 - T(kappa)`` with the T of `sign_correlation`. It keeps all its digits where it is small, for kappa up to
+    about 100."""
     kappa = jnp.asarray(kappa, float)
     return jnp.where(kappa == jnp.inf, 0.0, _doubt(1, jnp.where(kappa == jnp.inf, 1.0, kappa), points))
 
 
 def mmse(law: Clusters, sigma2: jax.Array) -> jax.Array:
-    """Mean square error (..., M) of the posterior mean in each mode, for levels (...)."""
+    """Mean square error (..., M) of the posterior mean in each mode, at noise variances `sigma2` (...)."""
     sigma2 = jnp.asarray(sigma2)
-    share = sigma2[..., None] / (law.variance + sigma2[..., None])  # of the noise in what is seen
+    share = sigma2[..., None] / (law.variance + sigma2[..., None])  # share of the noise in the variance of y
     doubt = sign_doubt(law.kappa(sigma2))  # (..., A)
     return law.variance * share + share**2 * jnp.einsum("...a,am->...m", doubt, law.centres**2, precision="highest")

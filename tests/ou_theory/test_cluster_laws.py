@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ou_theory import laws
-from ou_theory.laws import Clusters, mmse, sign_correlation, sign_doubt, wiener_gain
+from ou_theory import cluster_laws
+from ou_theory.cluster_laws import Clusters, mmse, sign_correlation, sign_doubt
+from ou_theory.gain_model import wiener_gain
 
 positive = st.floats(0.05, 4.0)
 
@@ -157,10 +158,10 @@ def test_certainty_has_limits():
 )
 def test_bad_laws_are_refused(variance, centres, match):
     with pytest.raises(ValueError, match=match):
-        laws.clusters(variance, centres)
+        cluster_laws.clusters(variance, centres)
 
 
 def test_a_checked_law_is_the_law():
-    law = laws.clusters([1.0, 2.0], [[0.0, 1.5]])
+    law = cluster_laws.clusters([1.0, 2.0], [[0.0, 1.5]])
     assert law.variance.dtype == law.centres.dtype == jnp.float32
     np.testing.assert_allclose(law.total_variance(), [1.0, 4.25])

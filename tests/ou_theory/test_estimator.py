@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ou_theory.clock import make_clock
-from ou_theory.commitment import (
+from ou_theory.estimator import (
     commitment,
     crossing,
     gap,

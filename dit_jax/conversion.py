@@ -1,0 +1,87 @@
+"""The command that converts checkpoints: ``convert_weights.py`` and ``syncgap convert``.
+
+Importing this module loads nothing heavy, so that a command line can describe the command at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dit_jax.config import TimestepConvention
+from dit_jax.readers import Which
+
+
+def convert_checkpoint(
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    *,
+    which: Which = "ema",
+    num_heads: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    timestep_convention: TimestepConvention = "official",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    verify: bool = False,
+    export: bool = False,
+) -> int:
+    """Convert a PyTorch DiT checkpoint to a model folder, which `dit_jax.load_model` reads, or a model folder back.
+
+    The released DiT weights are licensed CC-BY-NC 4.0 (non-commercial), and so is what is made from them.
+
+    Args:
+      source: a .pt or .bin file (bare state dict, the released form, or what the official training script saves); a
+        .safetensors file, or its index if it is sharded; or a folder with one of these, as diffusers has them.
+      out: model folder to make.
+      which: the part of a training checkpoint to read.
+      num_heads: attention heads, needed for widths that no official variant has.
+      dtype: of the stored parameters.
+      timestep_convention: "diffusers" to reproduce the outputs of that library's model code.
+      overwrite: replace a model folder that is there already.
+      dry_run: read and check everything, write nothing.
+      verify: then run the checkpoint in PyTorch and the model folder in JAX, and print how far apart they are by stage.
+      export: the other way: SOURCE is a model folder, OUT a .safetensors or .pt file with the official keys.
+
+    Returns:
+      exit status: 0, or 1 if `verify` finds the two further apart than it allows.
+
+    Raises:
+      CheckpointError: the model folder cannot be read or written, or options exclude each other.
+      WeightsError: the checkpoint cannot be read safely, or is not that of a DiT.
+    """
+    from dit_jax.checkpoint import CheckpointError, check_free, digest, load_model, save_weights
+    from dit_jax.export import export_model
+    from dit_jax.weights import convert
+
+    if export and (dry_run or verify):
+        raise CheckpointError("--export reads a model folder, and takes neither --dry-run nor --verify")
+    if dry_run and verify:
+        raise CheckpointError("--verify runs the model folder, and --dry-run writes none; give one of them")
+    if export:
+        export_model(source, out, overwrite=overwrite)
+        print(f"written     {out}")
+        return 0
+    check_free(out, overwrite)
+    conversion = convert(source, which=which, num_heads=num_heads, dtype=dtype, timestep_convention=timestep_convention)
+    config, weights = conversion.config, conversion.weights
+    print(f"variant     {conversion.variant or 'none of the official ones'}")
+    print(f"config      {', '.join(f'{name}={value}' for name, value in config.to_dict().items())}")
+    print(f"parameters  {sum(array.size for array in weights.values()):,}, position embedding included")
+    for note in conversion.notes:
+        print(f"note        {note}")
+    if dry_run:
+        print(f"digest      {digest(weights)}")
+        print(f"dry run: {out} not written")
+        return 0
+    manifest = save_weights(config, weights, out, extra=conversion.provenance, overwrite=overwrite)
+    print(f"digest      {manifest['digest']}")
+    print(f"written     {out}")
+    if not verify:
+        return 0
+    del conversion, weights
+    from dit_jax.verify import compare_stages, report
+
+    stages = compare_stages(source, load_model(out, "float32"), which=which, stored=dtype)
+    table, passed = report(stages, config.depth)
+    print(table)
+    return 0 if passed else 1
