@@ -272,7 +272,8 @@ def test_couplings_of_older_runs_are_found_by_what_was_asked_for(tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background processes ignore it
 import experiments.frame.store as store
 from experiments import cli
 write = store.RunFolder.write
