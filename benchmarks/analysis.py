@@ -1,7 +1,7 @@
 """Time and memory of what follows the sampling: ``python benchmarks/analysis.py --help``.
 
-Synthetic runs of `compare` are stored, then analysed as ``syncgap report`` does it, each in a process of its own, so that
-its peak of resident memory is that of one run.
+Synthetic runs of `compare` are stored, then analysed as ``syncgap report`` does it. Each is made in one process and
+analysed in another, so that the peak of resident memory is that of the analysis alone.
 """
 
 import json
@@ -42,10 +42,19 @@ def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
     few = grid[np.unique([0, couplings // 2, couplings - 1])]
     config = CompareConfig(couplings=tuple(grid), pairs=pairs, steps=str(steps))
     model = DiTConfig(
-        input_size=16, patch_size=2, in_channels=3, hidden_size=96, depth=12, num_heads=6, num_classes=10, prediction="v"
+        input_size=16,
+        patch_size=2,
+        in_channels=3,
+        hidden_size=96,
+        depth=12,
+        num_heads=6,
+        num_classes=10,
+        prediction="v",
     )
     settings = {"couplings": list(config.couplings), "pairs": pairs, "steps": config.steps, "classes": [0]}
-    run = RunFolder.create(folder, settings, extra={"kind": "compare", "subject": "synthetic", "model": model.to_dict()})
+    run = RunFolder.create(
+        folder, settings, extra={"kind": "compare", "subject": "synthetic", "model": model.to_dict()}
+    )
     variance = np.geomspace(30, 0.05, len(bands)).astype(np.float32)
     signal = variance * np.exp(clock.log_snr)[:, None].astype(np.float32)
     sizes = {"pair": pairs, "coupling": couplings, "step": steps, "band": len(bands), "parity": 2}
@@ -71,7 +80,9 @@ def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
 
     for group, couplings_of, count in (("network", grid, pairs), ("untrained", few, min(16, pairs))):
         block = 64
-        template = dataset(couplings_of, np.arange(1)).isel(pair=np.zeros(count, int)).assign_coords(pair=np.arange(count))
+        template = (
+            dataset(couplings_of, np.arange(1)).isel(pair=np.zeros(count, int)).assign_coords(pair=np.arange(count))
+        )
         stored += template.nbytes
         run.declare(group, template, chunk=block)
         for first in range(0, count, block):
@@ -83,7 +94,9 @@ def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
     from xarray import Dataset
 
     names = ("coupling", "pair", "replica", "y", "x", "rgb")
-    run.put("pictures", Dataset({"image": (names, image)}, {"coupling": grid[[0, -1]], "label_name": ("pair", ["a", "b"])}))
+    run.put(
+        "pictures", Dataset({"image": (names, image)}, {"coupling": grid[[0, -1]], "label_name": ("pair", ["a", "b"])})
+    )
     return stored
 
 
