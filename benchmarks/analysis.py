@@ -24,12 +24,15 @@ class Settings:
     """Analysis and page of runs of several sizes: seconds, and the peak of memory beyond imports and data."""
 
     sizes: tuple[str, ...] = SIZES  # pairs,couplings,steps of each run
-    run: Path | None = None  # analyse this one run, in this process; prints JSON
+    make: str | None = None  # store one run of this size in `run`, in this process, and print its bytes
+    run: Path | None = None  # analyse this one run, in this process, and print what it took as JSON
 
 
 def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
     """Stores what a run of `compare` measures, with energies of a Gaussian law under ideal coupling and with random
     numbers on top of them, and returns the bytes of its arrays in memory."""
+    from xarray import Dataset
+
     from dit_jax.config import DiTConfig
     from experiments.frame.store import RunFolder
     from experiments.studies.compare.measure import NETWORK
@@ -62,8 +65,6 @@ def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
     stored = 0
 
     def dataset(couplings, index):
-        from xarray import Dataset
-
         rho = ((1 - couplings) / (1 + couplings)).astype(np.float32)
         energy = variance * (rho[:, None, None] * signal / (1 + signal)) ** 2  # (C, K, B)
         shapes = {**sizes, "pair": len(index), "coupling": len(couplings)}
@@ -91,8 +92,6 @@ def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
     stored += exact.nbytes
     run.put("wiener", exact)
     image = np.zeros((2, 2, 2, 16, 16, 3), np.uint8)
-    from xarray import Dataset
-
     names = ("coupling", "pair", "replica", "y", "x", "rgb")
     run.put(
         "pictures", Dataset({"image": (names, image)}, {"coupling": grid[[0, -1]], "label_name": ("pair", ["a", "b"])})
@@ -132,6 +131,9 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def main(settings: Settings) -> None:
+    if settings.run is not None and settings.make is not None:
+        print(make_run(settings.run, *map(int, settings.make.split(","))))
+        return
     if settings.run is not None:
         print(json.dumps(measure(settings.run)))
         return
@@ -141,11 +143,12 @@ def main(settings: Settings) -> None:
         pairs, couplings, steps = map(int, size.split(","))
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--run", f"{folder}/run"]
-            data = make_run(Path(folder) / "run", pairs, couplings, steps) / 2**20
+            made = subprocess.run([*command, "--make", size], capture_output=True, text=True, check=True)
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{pairs:>6} {couplings:>9} {steps:>5} {done.stderr.strip().splitlines()[-1]}", flush=True)
             continue
+        data = int(made.stdout) / 2**20
         found = json.loads(done.stdout)
         each = 1e9 * found["analysis"] / (pairs * couplings * steps)
         beyond = found["peak"] - found["imports"] - data

@@ -77,10 +77,16 @@ def bootstrap(
     parts = [np.ascontiguousarray(np.moveaxis(np.asarray(x), axis, 0), np.float64) for x in given]
     point = {name: np.asarray(x)[0] for name, x in estimator(*(part.mean(0)[None] for part in parts)).items()}
     numbers = max(numbers, sum(part[0].size for part in parts))
-    chunks = [
-        estimator(*(resampled_mean(part, rows) for part in parts)) for rows in in_chunks(weights, numbers, ceiling)
-    ]
-    return point, {name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks]) for name in point}
+    # Filled in place: results that were kept chunk by chunk would lie between the temporaries, whose memory could then
+    # not be used again.
+    drawn = {name: np.empty((len(weights), *value.shape), value.dtype) for name, value in point.items()}
+    first = 0
+    for rows in in_chunks(weights, numbers, ceiling):
+        found = estimator(*(resampled_mean(part, rows) for part in parts))
+        for name, kept in drawn.items():
+            kept[first : first + len(rows)] = found[name]
+        first += len(rows)
+    return point, drawn
 
 
 def both(found: tuple[Drawn, Drawn]) -> Drawn:
