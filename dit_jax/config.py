@@ -7,6 +7,7 @@ from typing import Literal
 
 Prediction = Literal["epsilon", "v", "x0"]
 TimestepConvention = Literal["official", "diffusers"]
+Which = Literal["ema", "model"]  # parts of a training checkpoint
 TIMESTEP_CONVENTIONS: tuple[TimestepConvention, ...] = ("official", "diffusers")
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0")
 DTYPES = ("float32", "bfloat16", "float64")

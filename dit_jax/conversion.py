@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dit_jax.config import TimestepConvention
-from dit_jax.readers import Which
+from dit_jax.config import TimestepConvention, Which
 
 
 def convert_checkpoint(

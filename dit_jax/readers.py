@@ -14,11 +14,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-Which = Literal["ema", "model"]
+from dit_jax.config import Which
+
 Shape = tuple[int, ...]
 
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -1,13 +1,11 @@
 """Training a DiT on images or on a law that draws them: AdamW, warm-up, constant rate, linear decay; EMA; exact resume.
 
 Every random choice of step s (batch, flips, label drops, timesteps, noise) is a function of (seed, s), so a run that
-stops and resumes ends with the same bits as one that does not.
+stops and resumes ends with the same bits as one that does not, and with the same log but for its seconds.
 """
 
 import dataclasses
-import itertools
 import json
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,9 +25,8 @@ from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.images import ImageSet, image_grid, standardize, to_pixels
 from dit_jax.model import DiT
 from dit_jax.objective import add_noise, losses
+from dit_jax.training_log import LossLog
 from ou_theory.clock import Clock, make_clock
-
-LEVEL_EDGES = np.array([-12.0, -8, -6, -4, -2, 0, 2, 4, 12])  # log-SNR bins of the logged loss
 
 
 @dataclass(frozen=True)
@@ -230,44 +227,6 @@ def initial_state(params: nnx.State, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-class LossLog:
-    """Means since the last line, written as JSON lines: loss by noise level, learning rate, speed."""
-
-    def __init__(self, path: Path, clock: Clock, schedule: optax.Schedule):
-        self.path, self.schedule = path, schedule
-        self.bin_of = np.digitize(clock.log_snr, LEVEL_EDGES) - 1
-        self.rows: list[dict] = []
-        self.since = time.perf_counter()
-
-    def add(self, metrics: dict) -> None:
-        self.rows.append(metrics)
-
-    def write(self, step: int) -> dict:
-        """Appends one line for the steps since the last and returns it."""
-        rows = jax.device_get(self.rows)
-        t = np.concatenate([row["t"] for row in rows])
-        mse = np.concatenate([row["mse"] for row in rows])
-        bins = self.bin_of[t]
-        line = {
-            "step": step,
-            "loss": float(np.mean([row["loss"] for row in rows])),
-            "mse": float(mse.mean()),
-            "vb": float(np.mean([row["vb"].mean() for row in rows])),
-            "grad_norm": float(np.mean([row["grad_norm"] for row in rows])),
-            "learning_rate": float(np.asarray(self.schedule(step - 1))),
-            "seconds_per_step": (time.perf_counter() - self.since) / len(rows),
-            "mse_by_log_snr": {
-                f"{low:g}..{high:g}": float(mse[bins == b].mean())
-                for b, (low, high) in enumerate(itertools.pairwise(LEVEL_EDGES))
-                if np.any(bins == b)
-            },
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.rows, self.since = [], time.perf_counter()
-        return line
-
-
 def train(
     data: TrainingData | ImageSet,
     model_config: DiTConfig,
@@ -311,27 +270,30 @@ def train(
     update = make_step(model_config, config, graph, constants, clock)
     log = LossLog(out / "log.jsonl", clock, learning_rate(config))
     first = int(state["step"])
+    log.rewind(first)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", disable=not progress)
     for step in bar:
         state, metrics = update(state, *data.batch(config, step))
         log.add(metrics)
         done = step + 1
-        if done % log_every == 0 or done == config.steps:
+        if done % log_every == 0:
             line = log.write(done)
             bar.set_postfix(loss=f"{line['loss']:.4f}", mse=f"{line['mse']:.4f}")
-        if done % checkpoint_every == 0 and done < config.steps:
+        if done % checkpoint_every == 0 or done == config.steps:
+            log.keep(done)
             save_arrays(out / "state", state)
-    save_arrays(out / "state", state)
+            log.forget(done)
+    if log.rows:  # the last line may stand for fewer steps
+        log.write(int(state["step"]))
     model = nnx.merge(graph, state["ema"], constants)
     _sample_grid(model, data).save(out / "samples.png")
-    history = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     save_model(
         model,
         out / "model",
         extra={
             "data": data.preparation(),
             "training": record["training"],
-            "final_loss": history[-1],
+            "final_loss": log.lines()[-1],
             "command": command,
         },
         overwrite=True,

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from dit_jax.checkpoint import stored_dtypes
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, Which
 from dit_jax.inside import keep
 from dit_jax.model import DiT
-from dit_jax.readers import Which, open_source
+from dit_jax.readers import open_source
 from dit_jax.weights import TABLE, official_entries
 
 IN_BLOCK = ("adaln", "norm1", "attn_out", "norm2", "mlp_out", "resid_post")

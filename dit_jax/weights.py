@@ -18,8 +18,8 @@ import numpy as np
 
 from dit_jax import diffusers_form
 from dit_jax.checkpoint import Arrays, stored_dtypes, weight_shapes
-from dit_jax.config import VARIANTS, DiTConfig, TimestepConvention
-from dit_jax.readers import Entry, Shape, Source, WeightsError, Which, open_source
+from dit_jax.config import VARIANTS, DiTConfig, TimestepConvention, Which
+from dit_jax.readers import Entry, Shape, Source, WeightsError, open_source
 
 CONVERSION_VERSION = 1  # raise it when the same file would give other arrays
 COPIED_COLUMNS = 128  # few enough that the rows of a transposed copy stay in cache

@@ -62,11 +62,17 @@ def recursion_energy(gain: jax.Array, sigma: jax.Array, start_variance: jax.Arra
     keep = jnp.append(ratio * jnp.sqrt(1 - fresh), 0.0)  # the last step goes to the clean end
     noise = jnp.append(sigma[1:] ** 2 * fresh, 0.0)
 
+    gains = jnp.moveaxis(gain, -2, 0)
+    start = jnp.broadcast_to(start_variance, gains.shape[1:]).astype(gains.dtype)
+    return jnp.moveaxis(_energies(gains, start, keep.astype(gains.dtype), noise.astype(gains.dtype)), 0, -2)
+
+
+@jax.jit  # a loop outside of a compiled function is compiled again at every call, and none of its programs is let go
+def _energies(gains: jax.Array, start: jax.Array, keep: jax.Array, noise: jax.Array) -> jax.Array:
+    """The loop of `recursion_energy` over steps, its first axis."""
+
     def step(variance, inputs):
         gain, keep, noise = inputs
         return (gain + (1 - gain) * keep) ** 2 * variance + noise, gain**2 * variance
 
-    gains = jnp.moveaxis(gain, -2, 0)
-    start = jnp.broadcast_to(start_variance, gains.shape[1:]).astype(gains.dtype)
-    _, energy = jax.lax.scan(step, start, (gains, keep.astype(gains.dtype), noise.astype(gains.dtype)))
-    return jnp.moveaxis(energy, 0, -2)
+    return jax.lax.scan(step, start, (gains, keep, noise))[1]

@@ -8,7 +8,7 @@ import numpy as np
 from ou_theory.bootstrap import basic_interval, resample
 
 DRAWS = 1000
-CEILING = 2**30  # bytes of resampled measurements and what is computed from them, held at once
+CEILING = 2**28  # bytes of resampled measurements and what is computed from them; an analysis stays under 2**30 in all
 WORKING = 24  # arrays of that size that an estimator and the library under it hold on their way, measured
 
 Drawn = dict[str, np.ndarray]
@@ -35,13 +35,15 @@ def mean_and_draws(values: Any, weights: np.ndarray, axis: int = 0) -> np.ndarra
 
 
 def in_chunks(rows: np.ndarray, numbers: int, ceiling: int = CEILING) -> Iterator[np.ndarray]:
-    """Rows (n, ...), one for each draw, in parts of as many as may be worked on at once.
+    """Rows (n, ...), one for each draw, in parts of as many as may be worked on at once, of even size: the library
+    compiles its operations for every size anew.
 
     Args:
       numbers: float64 ones that the largest array holds for one draw.
       ceiling: in bytes.
     """
-    size = max(1, ceiling // max(8 * numbers * WORKING, 1))
+    most = max(1, ceiling // max(8 * numbers * WORKING, 1))
+    size = max(1, -(-len(rows) // -(-len(rows) // most))) if len(rows) else 1
     for first in range(0, len(rows), size):
         yield rows[first : first + size]
 
@@ -70,14 +72,21 @@ def bootstrap(
     Returns:
       the estimates by name, and their draws (draws, ...) by name.
     """
-    parts = [np.asarray(x, np.float64) for x in (values if isinstance(values, tuple) else (values,))]
-    point = {name: np.asarray(x)[0] for name, x in estimator(*(part.mean(axis)[None] for part in parts)).items()}
-    numbers = max(numbers, sum(part.size // part.shape[axis] for part in parts))
-    chunks = [
-        estimator(*(resampled_mean(part, rows, axis) for part in parts))
-        for rows in in_chunks(weights, numbers, ceiling)
-    ]
-    return point, {name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks]) for name in point}
+    given = values if isinstance(values, tuple) else (values,)
+    # One copy in double precision, with the pairs in front as the product wants them, serves all chunks.
+    parts = [np.ascontiguousarray(np.moveaxis(np.asarray(x), axis, 0), np.float64) for x in given]
+    point = {name: np.asarray(x)[0] for name, x in estimator(*(part.mean(0)[None] for part in parts)).items()}
+    numbers = max(numbers, sum(part[0].size for part in parts))
+    # Filled in place: results that were kept chunk by chunk would lie between the temporaries, whose memory could then
+    # not be used again.
+    drawn = {name: np.empty((len(weights), *value.shape), value.dtype) for name, value in point.items()}
+    first = 0
+    for rows in in_chunks(weights, numbers, ceiling):
+        found = estimator(*(resampled_mean(part, rows) for part in parts))
+        for name, kept in drawn.items():
+            kept[first : first + len(rows)] = found[name]
+        first += len(rows)
+    return point, drawn
 
 
 def both(found: tuple[Drawn, Drawn]) -> Drawn:

@@ -101,7 +101,7 @@ def estimates(
     """
     ell, couplings = clock.log_snr, network.coupling.values
     energy = _difference(network)
-    mean = energy.mean(1)
+    mean = energy.mean(1, dtype=np.float64)
     start = guarded_start(mean[0] / mean[0, -1], mean[0, -1], ell)
     sources: dict[str, Estimates] = {}
     draws: dict[str, Drawn] = {}
@@ -136,8 +136,8 @@ def estimates(
     ends = energy[:1, :, -1:]
     add("ideal gain", ideal(mean[0, -1]), couplings, ends, lambda variance: ideal(variance[:, 0, 0]), axis=1)
     blank, exact = _difference(untrained), _difference(wiener)
-    add("untrained", blank.mean(1), untrained.coupling.values, blank, axis=1)
-    add("wiener", exact.mean(1), wiener.coupling.values, exact, axis=1)
+    add("untrained", blank.mean(1, dtype=np.float64), untrained.coupling.values, blank, axis=1)
+    add("wiener", exact.mean(1, dtype=np.float64), wiener.coupling.values, exact, axis=1)
     add(
         "wiener theory",
         ideal_energy(wiener.coupling.values, wiener.variance.values, clock, eta),
@@ -150,7 +150,8 @@ def estimates(
     )
     quality: dict[str, dict[str, np.ndarray]] = {"floor": {}, "projection_level": {}}
     for name, data, inner in (("network", energy, network), ("untrained", blank, untrained)):
-        aligned = np.asarray(oc.projection(inner.projection.values[0].mean(0), data[0, :, -1].mean(0)))
+        end = data[0, :, -1].mean(0, dtype=np.float64)
+        aligned = np.asarray(oc.projection(inner.projection.values[0].mean(0), end))
         opening = int(np.searchsorted(ell, start))
         floors = oc.noise_floor(sources[name].relative_energy[0], aligned, stochastic=eta > 0)
         quality["floor"][name] = np.asarray(floors)[opening]
@@ -215,7 +216,8 @@ def _order(levels: np.ndarray, draws: np.ndarray) -> np.ndarray:
 
 
 def _difference(dataset: xr.Dataset) -> np.ndarray:
-    return np.asarray(dataset.energy.sel(parity="difference").values, np.float64)
+    """Energies (C, P, K, B) of the difference mode, as they are stored: a view, for runs may be large."""
+    return dataset.energy.sel(parity="difference").values
 
 
 def _full(dataset: xr.Dataset, source: str, values: np.ndarray, tail: tuple[int, ...]) -> np.ndarray:
