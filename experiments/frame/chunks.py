@@ -67,6 +67,11 @@ def _chunks(group: Path, done: Sequence[int] | None) -> Iterator[tuple[int | Non
             yield block, path.joinpath("c", *map(str, index)), array, region
 
 
+def files_of(group: Path, first: int) -> list[Path]:
+    """Files of the chunks of the block at pair `first`."""
+    return [file for block, file, *_ in _chunks(group, [first]) if block == first]
+
+
 def missing_chunks(group: Path, done: Sequence[int] | None = None) -> list[Path]:
     """Files of chunks that were written and are not there. Runs without checksums left chunks of NaN out; none is
     missed in them."""
@@ -116,3 +121,36 @@ def with_strings(dataset: xr.Dataset, kind: str, convert: Callable[[np.ndarray],
 def as_written(values: np.ndarray) -> np.ndarray:
     """Single-precision numbers as the double-precision ones that they were written as: 0.2, not 0.20000000298."""
     return np.array([float(str(value)) for value in values.ravel()]).reshape(values.shape)
+
+
+def opened(store: Path, group: str) -> xr.Dataset:
+    """A stored group, its values not yet read.
+
+    Raises:
+      FileNotFoundError: an array of it is gone. xarray and zarr raise further kinds for what is damaged.
+    """
+    dataset = xr.open_zarr(store, group=group, consolidated=False, chunks=None, decode_times=False)
+    there = set(map(str, dataset.variables))
+    lost = set(dataset.attrs.pop(ARRAYS, there)) - there
+    if lost:
+        raise FileNotFoundError(f"{', '.join(sorted(lost))} is not there")
+    dataset = with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
+    single = {name: v for name, v in dataset.coords.items() if v.dtype == np.float32}  # of older runs
+    return dataset.assign_coords({name: v.copy(data=as_written(v.values)) for name, v in single.items()})
+
+
+def write_group(dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping] | None = None, **options: Any) -> None:
+    """Writes a group, or with ``region`` a part of it, with a checksum on every chunk.
+
+    Args:
+      encoding: of arrays by name, beside the codecs.
+      options: of `xarray.Dataset.to_zarr`.
+    """
+    # Variable-length strings have a place in the zarr 3 format, NumPy's fixed-length ones have not.
+    dataset = with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
+    if "region" not in options:  # which writes into arrays that have their codecs
+        own = {name: (encoding or {}).get(str(name), {}) for name in dataset.variables}
+        options["encoding"] = {name: {"compressors": CODECS, **each} for name, each in own.items()}
+    if options.get("mode") == "w":
+        dataset = dataset.assign_attrs({ARRAYS: sorted(map(str, dataset.variables))})
+    dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)

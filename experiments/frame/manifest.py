@@ -22,6 +22,7 @@ OWN_ENTRIES = (
     *("format", "format_version", "status", "command", "settings", "started", "finished", "timings"),
     *("resumed", "blocks", "python", "versions", "device", "platform", "git_revision"),
 )
+DIGESTS = "digests"  # of what is stored; older runs have none
 ENTRY_TYPES: dict[str, type] = {  # of what the code reads from a manifest
     "settings": dict, "timings": dict, "versions": dict, "blocks": dict, "resumed": list,
     "status": str, "command": str, "started": str, "device": str, "platform": str,
@@ -98,6 +99,12 @@ def read_manifest(path: Path) -> dict:
     wrong = [name for name, kind in ENTRY_TYPES.items() if not isinstance(manifest[name], kind)]
     if not wrong:
         wrong += [f"blocks.{group}" for group, done in manifest["blocks"].items() if not _whole_numbers(done)]
+        wrong += [
+            f"timings.{name}" for name, value in manifest["timings"].items() if not isinstance(value, int | float)
+        ]
+        wrong += ["status"] if manifest["status"] not in ("running", "complete") else []
+        digests = manifest.get(DIGESTS, {})
+        wrong += [] if isinstance(digests, dict) and all(map(_is_digests, digests.values())) else [DIGESTS]
         wrong += ["resumed" for entry in manifest["resumed"] if not isinstance(entry, dict)][:1]
     if wrong:
         raise StoreError(f"{file} is malformed in {', '.join(wrong)}; put it right, or run again in another --out")
@@ -105,7 +112,12 @@ def read_manifest(path: Path) -> dict:
 
 
 def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    whole = isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    return whole and len(set(values)) == len(values)
+
+
+def _is_digests(entries: Any) -> bool:
+    return isinstance(entries, dict) and all(isinstance(value, str) for value in entries.values())
 
 
 def comparable(entries: Mapping) -> dict:
@@ -130,6 +142,15 @@ def json_form(entries: Any, what: str) -> Any:
         return json.loads(json.dumps(entries, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StoreError(f"{what} must be JSON-able and finite ({error})") from error
+
+
+def without_nan(entries: Any) -> Any:
+    """Entries of a JSON file, NaN and infinities as null."""
+    if isinstance(entries, Mapping):
+        return {name: without_nan(value) for name, value in entries.items()}
+    if isinstance(entries, list | tuple):
+        return [without_nan(value) for value in entries]
+    return None if isinstance(entries, float) and not np.isfinite(entries) else entries
 
 
 def _version(package: str) -> str | None:

@@ -44,6 +44,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
+        check_seed(self.seed)
         for name in ("pairs", "untrained_pairs"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2: intervals come from resampling pairs")
@@ -60,6 +61,12 @@ class StudyConfig:
     def eta(self) -> float:
         """Stochasticity of the sampler in exact recursions: 0 for DDIM, 1 for the ancestral sampler."""
         return 0.0 if self.sampler == "ddim" else 1.0
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that JAX's keys would not tell from another one."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
 
 
 def check_grid(couplings: tuple[float, ...]) -> None:

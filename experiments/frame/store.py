@@ -4,7 +4,8 @@
     data.zarr       one group per dataset, opened by any xarray: ``xr.open_datatree(folder / "data.zarr")``
 
 A block counts once the manifest names it. Whatever dies before that leaves the manifest and the blocks it names as they
-were, and is written again when the run goes on. Every stored chunk carries a checksum, which is verified on each read.
+were, and is written again when the run goes on. Every stored chunk carries a checksum, which is verified on each read;
+the manifest has a digest of every block, of every group that was written whole, and of the descriptions of arrays.
 What is damaged or missing is an error for readers, and is measured again, and nothing else is, when the run is resumed.
 """
 
@@ -21,17 +22,17 @@ import zarr
 
 from dit_jax.checkpoint import recover, write_json
 from experiments.frame.chunks import (
-    ARRAYS,
-    CODECS,
-    as_written,
     blocks_of,
     damaged,
     missing_chunks,
+    opened,
     pairs_of,
     readable,
-    with_strings,
+    write_group,
 )
+from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
 from experiments.frame.manifest import (
+    DIGESTS,
     FORMAT,
     FORMAT_VERSION,
     OWN_ENTRIES,
@@ -42,6 +43,7 @@ from experiments.frame.manifest import (
     json_form,
     now,
     read_manifest,
+    without_nan,
 )  # fmt: skip
 
 
@@ -51,10 +53,12 @@ class RunFolder:
     Attributes:
       path: the folder.
       manifest: the entries of ``manifest.json``; replaced, never changed in place.
+      moved: of a resumed run, what is another machine, device or version than it was started with.
     """
 
     def __init__(self, path: Path, manifest: dict, *, writable: bool):
         self.path, self.manifest, self.writable = path, manifest, writable
+        self.moved: list[str] = []
 
     @classmethod
     def create(
@@ -96,6 +100,7 @@ class RunFolder:
             "timings": {},
             "resumed": [],
             "blocks": {},
+            DIGESTS: {},
         }
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, {}, writable=True)
@@ -109,7 +114,9 @@ class RunFolder:
         manifest = read_manifest(path)
         if not resume:
             raise StoreError(f"{path} holds another run; --resume goes on with it, or choose another --out")
-        before = {name: manifest[name] for name in manifest if name == "settings" or name not in OWN_ENTRIES}
+        before = {
+            name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, DIGESTS)
+        }
         changed = differences(comparable(before), comparable(asked))
         if changed:
             raise StoreError(
@@ -119,6 +126,7 @@ class RunFolder:
         here = environment()
         moved = differences({name: manifest.get(name) for name in here}, here)
         run = cls(path, manifest, writable=True)
+        run.moved = moved
         run._sweep()
         entry = {"at": now(), "command": command, "changed": moved}
         run._update(status="running", finished=None, resumed=[*manifest["resumed"], entry])
@@ -160,7 +168,9 @@ class RunFolder:
         if group in self.manifest["blocks"] and recover(self._group(group)):
             self._mend_coordinates(group, template)
             stored = self._open(group)
-            if _layout(stored) != _layout(template) or not _coords(stored).equals(_coords(template)):
+            if _layout(stored) != _layout(template) or not stored.coords.to_dataset().equals(
+                template.coords.to_dataset()
+            ):
                 raise StoreError(f"{self._group(group)} has another layout than this run needs; choose another --out")
             return
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
@@ -171,7 +181,10 @@ class RunFolder:
             for name, v in template.data_vars.items()
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
-        self._update(blocks={**self.manifest["blocks"], group: []})
+        self._update(
+            blocks={**self.manifest["blocks"], group: []},
+            digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
+        )
 
     def write(self, group: str, dataset: xr.Dataset, first: int) -> None:
         """Writes the block of pairs ``first, first + 1, ...`` of a declared group, then marks it finished.
@@ -202,7 +215,7 @@ class RunFolder:
         region = {"pair": slice(first, last)}
         self._write_zarr(block, self.path / "data.zarr", group=group, region=region, write_empty_chunks=True)
         done = sorted({*self.manifest["blocks"][group], first})
-        self._update(blocks={**self.manifest["blocks"], group: done})
+        self._update(blocks={**self.manifest["blocks"], group: done}, digests=self._with_digest(group, str(first)))
 
     def finished(self, group: str) -> set[int]:
         """First pairs of the finished blocks of a group."""
@@ -221,6 +234,8 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             self._write_zarr(dataset, partial, mode="w", write_empty_chunks=True)
+            # A kill before the move leaves the old group with the new digest: it counts as damaged and is made again.
+            self._update(digests={**self._digests, group: {WHOLE: digest(partial, WHOLE)}})
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(target, previous)
@@ -229,6 +244,12 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)
             if recover(target):
                 shutil.rmtree(previous, ignore_errors=True)
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of all groups that are there, or that the manifest names."""
+        there = {found.name for found in self._group("").glob("[!.]*") if found.is_dir()}
+        return sorted(there | set(self.manifest["blocks"]) | set(self._digests))
 
     def holds(self, group: str) -> bool:
         """Whether there is a group of this name, finished or not."""
@@ -248,15 +269,22 @@ class RunFolder:
             raise StoreError(f"{self.path} holds no group {group!r}; {self._remedy()}")
         try:
             done = self.manifest["blocks"].get(group)
-            missing = missing_chunks(target, done)
+            altered = self._altered(group)
+            there = set(done or ()) if LAYOUT in altered else set(blocks_of(target))
+            missing = missing_chunks(target, done and [first for first in done if first in there])
             found = self._open(group).load()
-            unfinished = done is not None and not partial and set(blocks_of(target)) - set(done)
         except Exception as error:  # zarr and its codecs raise many kinds for a damaged group
             raise StoreError(f"{self._damage(group)} ({type(error).__name__}: {error})") from error
-        if missing:
-            raise StoreError(f"{self._damage(group)} ({missing[0]} is not there)")
-        if unfinished:
-            pairs = pairs_of(target, sorted(unfinished))
+        invented = sorted(set(done or ()) - there)
+        if invented:
+            raise StoreError(
+                f"{self.path}: the manifest names blocks of group {group!r} that it cannot have: {invented}"
+            )
+        if missing or altered:
+            why = f"{missing[0]} is not there" if missing else "it is not what was written"
+            raise StoreError(f"{self._damage(group)} ({why})")
+        if done is not None and not partial and there - set(done):
+            pairs = pairs_of(target, sorted(there - set(done)))
             raise StoreError(f"{self.path}: {pairs} of group {group!r} are not measured yet; go on with --resume")
         return found
 
@@ -269,11 +297,26 @@ class RunFolder:
             mended = template.coords.to_dataset()
             mended = mended.drop_vars([name for name in mended.variables if name not in bad])
             self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a")
+            self._update(digests=self._with_digest(group, LAYOUT))
+
+    @property
+    def _digests(self) -> dict[str, dict[str, str]]:
+        return self.manifest.get(DIGESTS, {})
+
+    def _with_digest(self, group: str, name: str) -> dict[str, dict[str, str]]:
+        return {**self._digests, group: {**self._digests.get(group, {}), name: digest(self._group(group), name)}}
+
+    def _altered(self, group: str) -> set[str]:
+        return altered(self._group(group), self._digests.get(group, {}), self.finished(group))
+
+    def _bad_blocks(self, group: str) -> list[int]:
+        return bad_blocks(self._group(group), self._digests.get(group, {}), self.finished(group))
 
     def _damage(self, group: str) -> str:
         """What of a group is damaged or missing, and what to do."""
         done = self.manifest["blocks"].get(group)
-        blocks = damaged(self._group(group), done) if done and readable(self._group(group)) else []
+        sound = readable(self._group(group)) and LAYOUT not in self._altered(group)
+        blocks = self._bad_blocks(group) if done and sound else []
         what = f"{pairs_of(self._group(group), blocks)} of group {group!r} are" if blocks else f"group {group!r} is"
         return f"{self.path}: {what} damaged or missing; the same command with --resume makes that again, and only that"
 
@@ -281,13 +324,16 @@ class RunFolder:
         """Forgets what cannot be read, so that it is measured again: blocks, and groups that were written whole."""
         blocks = {}
         for group, done in self.manifest["blocks"].items():
-            if recover(self._group(group)) and readable(self._group(group)):  # else the whole group is measured again
-                bad = damaged(self._group(group), done)
-                blocks[group] = [first for first in done if first not in bad]
+            target = self._group(group)
+            # else the whole group is measured again
+            if recover(target) and readable(target) and LAYOUT not in self._altered(group):
+                bad, there = self._bad_blocks(group), blocks_of(target)
+                blocks[group] = [first for first in done if first in there and first not in bad]
         if blocks != self.manifest["blocks"]:
             self._update(blocks=blocks)
         for target in self._group("").glob("[!.]*"):
-            if target.is_dir() and target.name not in blocks and (not readable(target) or damaged(target)):
+            lost = not readable(target) or damaged(target) or self._altered(target.name)
+            if target.is_dir() and target.name not in blocks and lost:
                 shutil.rmtree(target)
 
     def _sweep(self) -> None:
@@ -298,7 +344,7 @@ class RunFolder:
     def write_json(self, name: str, entries: Any) -> None:
         """Writes a JSON file of the run in one move; NaN and infinities become null."""
         self._require_writable()
-        write_json(self.path / name, _without_nan(entries))
+        write_json(self.path / name, without_nan(entries))
 
     def read_json(self, name: str) -> Any:
         """Reads what `write_json` wrote.
@@ -324,6 +370,7 @@ class RunFolder:
         Args:
           write: called just before, with the manifest as it will be: for a page that shows it.
         """
+        self._sweep()  # of an earlier process that was killed
         last = {} if self.manifest["status"] == "complete" else {"status": "complete", "finished": now()}
         if write is not None:
             write({**self.manifest, **last})
@@ -333,29 +380,11 @@ class RunFolder:
         return self.path / "data.zarr" / group
 
     def _open(self, group: str) -> xr.Dataset:
-        dataset = xr.open_zarr(
-            self.path / "data.zarr", group=group, consolidated=False, chunks=None, decode_times=False
-        )
-        there = set(map(str, dataset.variables))
-        lost = set(dataset.attrs.pop(ARRAYS, there)) - there
-        if lost:
-            raise StoreError(f"{', '.join(sorted(lost))} is not there")
-        dataset = with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
-        single = {name: v for name, v in dataset.coords.items() if v.dtype == np.float32}  # of older runs
-        return dataset.assign_coords({name: v.copy(data=as_written(v.values)) for name, v in single.items()})
+        return opened(self.path / "data.zarr", group)
 
-    def _write_zarr(
-        self, dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping] | None = None, **options: Any
-    ) -> None:
+    def _write_zarr(self, dataset: xr.Dataset, path: Path, *args: Any, **options: Any) -> None:
         self._require_writable()
-        # Variable-length strings have a place in the zarr 3 format, NumPy's fixed-length ones have not.
-        dataset = with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
-        if "region" not in options:  # which writes into arrays that have their codecs
-            own = {name: (encoding or {}).get(str(name), {}) for name in dataset.variables}
-            options["encoding"] = {name: {"compressors": CODECS, **each} for name, each in own.items()}
-        if options.get("mode") == "w":
-            dataset = dataset.assign_attrs({ARRAYS: sorted(map(str, dataset.variables))})
-        dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
+        write_group(dataset, path, *args, **options)
 
     def _update(self, **entries: Any) -> None:
         self._require_writable()
@@ -369,40 +398,13 @@ class RunFolder:
 
     def _remedy(self) -> str:
         unfinished = self.manifest["status"] != "complete"
-        return "its run is not finished, go on with --resume" if unfinished else "run it again into another --out"
-
-
-def open_run(path: str | Path) -> xr.DataTree:
-    """All that a run has stored, by group, in memory: ``open_run("runs/compare")["network"].energy``.
-
-    The attributes of the tree are the run's settings, its status and what it was run with. Coordinates of couplings,
-    levels and frequencies are float64, so that ``.sel(coupling=0.2)`` finds what was asked for.
-
-    Raises:
-      StoreError: there is no run, it is not finished, or something in it is damaged; the message says what to do.
-    """
-    run = RunFolder.open(path)
-    groups = sorted(found.name for found in run._group("").glob("[!.]*") if found.is_dir())
-    tree = xr.DataTree.from_dict({group: run.load(group) for group in groups})
-    tree.attrs.update({name: value for name, value in run.manifest.items() if name != "blocks"})
-    return tree
+        again = "the same command with --resume makes it again"
+        return "its run is not finished, go on with --resume" if unfinished else again
 
 
 def _layout(dataset: xr.Dataset) -> dict[str, dict]:
     return {str(name): {"dims": variable.dims, "shape": variable.shape} for name, variable in dataset.data_vars.items()}
 
 
-def _coords(dataset: xr.Dataset) -> xr.Dataset:
-    return dataset.coords.to_dataset()
-
-
 def _fill(dtype: np.dtype) -> float | int:
     return np.nan if np.issubdtype(dtype, np.floating) else 0
-
-
-def _without_nan(entries: Any) -> Any:
-    if isinstance(entries, Mapping):
-        return {name: _without_nan(value) for name, value in entries.items()}
-    if isinstance(entries, list | tuple):
-        return [_without_nan(value) for value in entries]
-    return None if isinstance(entries, float) and not np.isfinite(entries) else entries

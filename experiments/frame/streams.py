@@ -3,7 +3,8 @@
 The noise of the trajectories is keyed by the seed alone (`dit_jax.replicas.pair_noise`); every other purpose folds a
 number of its own into that key first. These numbers are larger than any pair's index, so that no purpose shares a key
 with a pair, and no seed shares one with another seed. `pair_noise` folds pair, step and replica into the key that it is
-given.
+given. Three uses have keys of an older kind, so that stored runs keep their bits: the weights of the untrained control,
+the shuffled bands, and the clones of the study ``modalities``.
 """
 
 import jax
@@ -11,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 FIRST = 2**31  # the numbers of the purposes begin here; indices of pairs, steps and branches are smaller
-PURPOSES = (
-    "noised ends",  # noise that is put on the ends of trajectories
-    "clones",  # noise of a clone after it has branched
-    "probe trajectories",  # noise of the pairs that the linear probe is fitted on
-    "probe projection",  # directions on which the linear probe projects wide streams
-    "differences",  # small differences that are pushed through a denoiser's derivative
-    "directions",  # directions that power iteration starts from
-    "clean states",  # draws of a known law
-    "state noise",  # noise that is put on them
-)
+PURPOSES = {  # numbers that stay: a new purpose takes a new one
+    "noised ends": 0,  # noise that is put on the ends of trajectories
+    "clones": 1,  # noise of a clone after it has branched
+    "probe trajectories": 2,  # noise of the pairs that the linear probe is fitted on
+    "probe projection": 3,  # directions on which the linear probe projects wide streams
+    "differences": 4,  # small differences that are pushed through a denoiser's derivative
+    "directions": 5,  # directions that power iteration starts from
+    "clean states": 6,  # draws of a known law
+    "state noise": 7,  # noise that is put on them
+}
 
 
 def stream(seed: int | jax.Array, purpose: str, *indices: int | jax.Array) -> jax.Array:
@@ -36,7 +37,7 @@ def stream(seed: int | jax.Array, purpose: str, *indices: int | jax.Array) -> ja
     """
     if purpose not in PURPOSES:
         raise ValueError(f"purpose {purpose!r} is not one of {', '.join(PURPOSES)}")
-    key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(FIRST + PURPOSES.index(purpose)))
+    key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(FIRST + PURPOSES[purpose]))
     for index in indices:
         key = jax.random.fold_in(key, index)
     return key

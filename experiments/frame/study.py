@@ -5,6 +5,7 @@ way of the data has one direction: `measure` fills the run's groups, `analyse` r
 `page` reads these and the analysis. What fails after measuring can be done again by `report`, from what is stored.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -74,6 +75,9 @@ def run_study(
         command=command,
         progress=progress,
     )
+    if bench.run.moved:
+        changed = "; ".join(bench.run.moved)
+        print(f"resumed elsewhere, so that last digits may differ ({changed})", file=sys.stderr)
     study.measure(bench)
     bench.run.note(measuring_s=round(time.perf_counter() - started, 1))
     return report(study, bench.run)

@@ -18,10 +18,12 @@ from dit_jax.config import DiTConfig
 from experiments import cli
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section
+from experiments.frame.reader import open_run
 from experiments.frame.settings import StudyConfig
-from experiments.frame.store import RunFolder, StoreError, open_run
+from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.study import Study, report, run_study
 from experiments.frame.subject import untrained_model
+from experiments.studies.modalities.settings import ModalitiesConfig
 
 TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 GROUP = "data.zarr/network"
@@ -139,6 +141,76 @@ def test_a_lost_group_is_an_error_and_is_made_again(weights, whole, copy, lost, 
     assert mended(weights, copy, whole) == again
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_chunk_in_another_ones_place_is_found_and_its_block_is_measured_again(weights, whole, copy, swap):
+    """Each is sound in itself."""
+    first, second = (copy / GROUP / "level" / "c" / str(i) / "0" for i in (0, 1))
+    bytes_of = [path.read_bytes() for path in (first, second)]
+    second.write_bytes(bytes_of[0])
+    if swap:
+        first.write_bytes(bytes_of[1])
+    named = "pairs 0 to 1, 2 to 3" if swap else "pairs 2 to 3"
+    for read in (lambda: open_run(copy), lambda: report(Counting().study, RunFolder.open(copy, writable=True))):
+        with pytest.raises(StoreError, match=f"{named} of group 'network' are damaged or missing"):
+            read()
+    assert mended(weights, copy, whole) == ([[0, 1], [2, 3]] if swap else [[2, 3]])
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("edit", ["another's", "shape", "type", "dimensions"])
+def test_a_description_that_was_changed_costs_its_group(weights, whole, copy, edit):
+    path = copy / GROUP / "level" / "zarr.json"
+    if edit == "another's":
+        path.write_text((copy / GROUP / "pair" / "zarr.json").read_text())
+    else:
+        changes = {
+            "shape": {"shape": [5, 4]},
+            "type": {"data_type": "int32", "fill_value": 0},
+            "dimensions": {"dimension_names": ["step", "pair"]},
+        }
+        edit_json(path, **changes[edit])
+    with pytest.raises(StoreError, match=r"group 'network' .* damaged or missing; the same command with --resume"):
+        open_run(copy)
+    assert mended(weights, copy, whole) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("group", ["network", "more", "analysis"])
+def test_no_group_is_missed_in_silence(copy, group):
+    shutil.rmtree(copy / "data.zarr" / group)
+    with pytest.raises(StoreError, match=f"no group '{group}'; the same command with --resume makes it again"):
+        open_run(copy)
+
+
+def test_blocks_that_cannot_be_are_named_and_forgotten(weights, whole, copy):
+    edit_json(copy / "manifest.json", blocks={"network": [0, 1, 2, 4, 400]})
+    with pytest.raises(StoreError, match="blocks of group 'network' that it cannot have: \\[1, 400\\]"):
+        open_run(copy)
+    assert mended(weights, copy, whole) == []
+
+
+def test_a_run_without_digests_is_an_older_one_and_is_read(whole, copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["digests"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    xr.testing.assert_identical(open_run(copy)["network"].to_dataset(), open_run(whole)["network"].to_dataset())
+
+
+def test_going_on_under_another_version_is_said(weights, whole, copy, capsys):
+    edit_json(copy / "manifest.json", python="2.7", status="running")
+    assert mended(weights, copy, whole) == []
+    assert "resumed elsewhere, so that last digits may differ (python: 2.7 -> 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, "a"])
+def test_seeds_that_keys_would_not_tell_apart_are_refused(seed):
+    for config in (StudyConfig, ModalitiesConfig):
+        with pytest.raises(ValueError, match="seed must be a whole number from 0"):
+            config(seed=seed)
+
+
 @pytest.mark.parametrize("lost", ["network/zarr.json", "network/level/zarr.json", "network/level"])
 def test_a_lost_description_costs_its_group(weights, whole, copy, lost):
     path = copy / "data.zarr" / lost
@@ -187,6 +259,10 @@ def test_leftovers_of_a_kill_are_swept(weights, whole, copy):
         ("resumed", {}),
         ("resumed", ["yesterday"]),
         ("status", 1),
+        ("status", "done"),
+        ("timings", {"measuring_s": "long"}),
+        ("blocks", {"network": [0, 0]}),
+        ("digests", {"network": "0"}),
     ],
 )
 def test_a_malformed_manifest_is_one_clear_error(copy, capsys, entry, value):

@@ -372,7 +372,7 @@ def test_missing_and_damaged_groups_say_what_to_do(tmp_path):
         run.load("analysis")
     write_block(run, 0)
     run.finish()
-    with pytest.raises(StoreError, match="no group 'analysis'; run it again"):
+    with pytest.raises(StoreError, match="no group 'analysis'; the same command with --resume"):
         run.load("analysis")
     chunk = next(path for path in (run.path / "data.zarr/network/energy/c").rglob("*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:10])

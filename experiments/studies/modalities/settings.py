@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from experiments.frame.settings import check_seed
+
 PARTS = ("timescales", "speciation", "anisotropic", "collapse", "filtering", "scheduling")  # groups of a run
 
 
@@ -16,6 +18,7 @@ class ModalitiesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name, least in (("paths", 100), ("steps", 1), ("trials", 50)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -25,6 +25,7 @@ WITHIN = 0.2  # variance within clusters, as a share of the Gaussian law's
 CARRIERS = ((0, 1), (1, 0), (1, 1))  # coefficients that carry a sign
 STRENGTH = {"common": 16.0, "difference": 6.0}  # |m|^2 of a sign's centre
 NAMES = ("gaussian", "clusters", "pair")
+OWN = 2**31  # in the keys of training batches: a number beyond those that training uses
 
 
 def spectrum() -> np.ndarray:
@@ -85,7 +86,8 @@ class SolvableData:
 
         @jax.jit
         def draw(seed, step, labels):
-            key = jax.random.fold_in(jax.random.key(seed), step)
+            # Training splits the key of (seed, step) for itself, and parts of a split are what folding 0, 1, ... gives.
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), OWN)
             each = jnp.stack([one.draw(jax.random.fold_in(key, c), labels.size) for c, one in enumerate(laws)])
             return to_images(each[labels, jnp.arange(labels.size)])
 
