@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
+from experiments.frame.measured import subject_of
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.verdict import Claim, finite
 
@@ -210,11 +211,6 @@ def summary_of(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
             where = {"section": run.path.name, "subject": subject_of(run), "page": f"{run.path.name}/report.html"}
             group["entries"].append({**claim_entry(claim), **where})
     return [groups[number] for number in sorted(groups)]
-
-
-def subject_of(run: RunFolder) -> str:
-    """The name of what a run is about."""
-    return run.manifest.get("subject") or Path(run.manifest["settings"].get("weights", "")).name
 
 
 def claim_entry(claim: Mapping) -> dict[str, Any]:

@@ -40,7 +40,10 @@ def page(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Page:
 
 
 def verdict(rms: np.ndarray) -> Verdict:
-    """On root mean squares (contrast, 3): all wholly within the tolerance, one wholly beyond it, or neither."""
+    """Of the root mean squares (contrast, 3), estimate and interval each.
+
+    Holds if all three intervals lie within the tolerance, does not hold if one lies wholly outside, else undecided.
+    """
     return within(rms[:, 1:], TOLERANCE)
 
 
@@ -49,12 +52,12 @@ def named(contrast: tuple[str, str]) -> str:
 
 
 def root(squares: ArrayLike) -> np.ndarray:
-    """Root mean squares of mean squares free of noise, which may be negative: then 0."""
+    """Square roots of noise-corrected mean squares; negative ones count as 0."""
     return np.sqrt(np.maximum(np.asarray(squares), 0))
 
 
 def odd_one(analysis: xr.Dataset, source: str) -> str:
-    """The measurement that the two which are closest to each other leave out."""
+    """The measurement that differs from the other two, which agree best."""
     closest = CONTRASTS[int(np.argmin(analysis[f"{source}_square"].values[:, 0]))]
     return next(name for name in MEASURES if name not in closest)
 
@@ -145,9 +148,9 @@ def section(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Section:
         limits=[
             "What finite steps cost is exact for a Gaussian law with one covariance of channels per band and white "
             "step noise; a network's law is another. It shrinks with more steps.",
-            "Mean absolute differences hold sampling noise, whose share is given; the root mean squares do not.",
-            "Levels of half are interpolated between few branch steps, for all three measurements alike; without an "
-            "interval where some resampled curves pass ½ before the first.",
+            "Mean absolute differences include sampling noise (its share is given); root mean squares have it removed.",
+            "The level at which a curve passes ½ is interpolated between few branch steps. It has no interval where "
+            "some resampled curves pass ½ before the first of these.",
         ],
     )
 

@@ -63,7 +63,7 @@ def _run(manifest: Mapping[str, Any], analysis: xr.Dataset) -> str:
     return (
         f"{attrs['pairs']} pairs of replicas of {attrs['model']}{about}, each pair at every coupling from the same "
         f"noise: {attrs['steps']} steps of {SAMPLER_NAMES.get(attrs['sampler'], attrs['sampler'])}, gate "
-        f"{attrs['gate']}, guidance {attrs['guidance']:g}, seed {attrs['seed']}. Couplings: "
+        f"{attrs['gate_kind']}, guidance {attrs['guidance']:g}, seed {attrs['seed']}. Couplings: "
         f"{', '.join(f'{g:.4g}' for g in analysis.coupling.values)}. The one-pass gain was measured on "
         f"{attrs['gain_pairs']} of the pairs, the untrained control on {attrs['untrained_pairs']}."
     )

@@ -51,12 +51,13 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
         "fraction of the lowest band. Bars: 95 % intervals; vertical line: constant coupling.",
     }
     limits = [
-        "The gap says when a band commits, given that it does. Where coupling leaves the low band nearly nothing to "
-        "decide individually (marked *), its level rests on that little; the decided fractions stand beside it.",
+        "The gap compares when bands commit. Where coupling leaves the low band little to decide (marked *), its level "
+        "is uncertain; see its decided fraction.",
         "Decided is a running maximum: a difference that coupling takes away after it was there still counts as "
         "decided. The column of what is left at the end does not latch, and shows such late effects.",
-        f"Log-SNR is the measure of windows and schedules, not steps: the windows hold {counts} steps, the second half "
-        f"{int((analysis.gate.sel(arm='second half')[:, 0] > 0).sum())}. At most steps the late arms do nothing.",
+        f"Windows and schedules are equal in log-SNR, so they hold different numbers of steps: the windows "
+        f"{counts}, the second half {int((analysis.gate.sel(arm='second half')[:, 0] > 0).sum())}. "
+        "The late arms act at few steps.",
         "Effects of parts need not add up to that of the whole: what one layer or step brings depends on what the "
         "others do.",
         "A head's number means nothing across layers: one head everywhere is a sample of "

@@ -94,13 +94,14 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             "several levels are geometric means, since contractions multiply; as roots of mean energy ratios, in which "
             f"the levels with the largest gain weigh most, those of the denoised difference at g = {g:g} are "
             f"{formatted(other[0])} in the lowest band and {formatted(other[1])} in the highest.",
-            "A head writes to the stream through its slice of the output projection and the block's gate. The square "
-            "of the stream's difference after attention minus that before is a sum over heads, exactly: of the inner "
-            "products of what each writes with the sum of both differences. Its change by coupling, of the same q, k, "
-            "v, is the head's share in synchronisation. The pull is the inner product with the difference before "
-            "alone.",
-            "Controls: random weights in the same architecture, whose gates are nearly closed, so that attention "
-            "hardly acts; and the same with a bias of 1 on every gate, so that it does.",
+            "A head writes to the stream through its slice of the output projection and the block's adaLN scale. "
+            "Attention changes the square of the stream's difference by an exact sum over heads: the inner product of "
+            "what a head writes with (difference before + difference after). A head's share in synchronisation is how "
+            "much coupling changes its term, with the same q, k, v. The pull is the inner product with the difference "
+            "before alone.",
+            "There are two controls. One is random weights in the same architecture: their adaLN scales are nearly 0, "
+            "so that attention hardly acts. The other is the same with a bias of 1 on every adaLN scale, so that it "
+            "does.",
             "The self-only reading keeps what a replica's own pattern changes, with weight ξ(g) = 1/(1 + g), and "
             "neglects the change of the cross pattern. It is given twice: for the weights as they are, and for "
             "patterns whose rows are normalised; the two are the same under the blend gate.",
@@ -110,8 +111,8 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             "not those of an uncoupled one.",
             "The stream's difference holds the noise of the states as well as what the network makes of them. In an "
             "ε-network it need not shrink when the denoised difference does; bypass and heads are about the stream.",
-            "What attention leaves to the stream and the MLP is counted by where it was added last; an MLP also passes "
-            "on what attention did before it.",
+            "Each contribution is credited to the layer that last added it, though an MLP also passes on what "
+            "attention wrote.",
             f"The cut-off is read off {len(names) - 1} bands by linear interpolation. The token grid ends at r = "
             f"{nyquist:.2f} along an axis: attention does not see finer structure as frequencies.",
             "Intervals come from resampling pairs; they speak for this network, not for a network trained again"

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table
 from experiments.frame.verdict import Claim, Control, Verdict, above
-from experiments.studies.modalities import cases as cases
+from experiments.studies.modalities import cases
 from experiments.studies.modalities import figures as draw
 from experiments.studies.modalities.settings import PARTS, ModalitiesConfig
 from ou_theory.speciation import gap_large_spread, speciation_gap

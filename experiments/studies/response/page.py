@@ -88,7 +88,7 @@ def section(measured: Measured[ResponseConfig], analysis: xr.Dataset) -> Section
             "of the data's own covariance all the more.",
             "The Gaussian laws have one covariance for all classes and all coefficients of a band. Where these differ, "
             "the mean rate of Gaussian laws is lower than that of their mean.",
-            "Where a band is nearly all noise its response is small, and shares of it speak of a small thing.",
+            "In bands that are nearly all noise the response is small; its shares there mean little.",
             "A step in which a leading direction grows is a step in which some difference grows, but one that is 0 or "
             "below does not say that none does: the direction is chosen for the whole window.",
         ],
