@@ -1,7 +1,7 @@
 """What a study has to say, as data: sections, which are stored, and the pages that are made of them.
 
 Every run stores its `Section` in ``section.json``, with its figures beside it. `write_page` makes ``report.html`` of
-one run, or of several joined. Nothing on a page comes from elsewhere, so that it can be sent around as one file.
+one run, or of several joined. A page loads nothing from elsewhere, so that it can be sent around as one file.
 """
 
 import base64
@@ -157,7 +157,7 @@ def stored_section(run: RunFolder, manifest: Mapping[str, Any] | None = None) ->
     """The section of a run as the template wants it.
 
     Args:
-      manifest: in place of the stored one, which does not say that the run is complete before its page is written.
+      manifest: used in place of the stored one, which says that the run is complete only after its page is written.
 
     Raises:
       StoreError: the section, or a figure of it, is not stored.
