@@ -37,7 +37,7 @@ class Bench(Measured[C]):
     Attributes:
       kind: the name of the study.
       run: the folder that is filled.
-      subject: the network under study, where its arrays were loaded; `network` is where it runs.
+      subject: the network as loaded; `network`: its copy on the devices.
       classes: labels that the pairs take in turn.
       mesh: the devices over which the pairs of a block are split; None if there is one.
     """

@@ -52,7 +52,7 @@ class Measured(Generic[C]):
     @property
     def subject_name(self) -> str:
         """What the run is about, in a word."""
-        return self.manifest.get("subject") or Path(self.manifest["settings"].get("weights", "")).name
+        return subject_of(self.run)
 
     @cached_property
     def clock(self) -> Clock:
@@ -80,6 +80,11 @@ class Measured(Generic[C]):
     def sources(self, *groups: str) -> dict[str, xr.Dataset]:
         """Groups by name, see `load`."""
         return {group: self.load(group) for group in groups}
+
+
+def subject_of(run: RunFolder) -> str:
+    """What a run is about, in a word: its subject, or the name of its weights."""
+    return run.manifest.get("subject") or Path(run.manifest["settings"].get("weights", "")).name
 
 
 Definitions = Mapping[str, tuple[str, str]]  # name -> meaning, units

@@ -1,7 +1,7 @@
 """What a study has to say, as data: sections, which are stored, and the pages that are made of them.
 
 Every run stores its `Section` in ``section.json``, with its figures beside it. `write_page` makes ``report.html`` of
-one run, or of several joined. Nothing on a page comes from elsewhere, so that it can be sent around as one file.
+one run, or of several joined. A page loads nothing from elsewhere, so that it can be sent around as one file.
 """
 
 import base64
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
+from experiments.frame.measured import subject_of
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.verdict import Claim, finite
 
@@ -156,7 +157,7 @@ def stored_section(run: RunFolder, manifest: Mapping[str, Any] | None = None) ->
     """The section of a run as the template wants it.
 
     Args:
-      manifest: in place of the stored one, which does not say that the run is complete before its page is written.
+      manifest: used in place of the stored one, which says that the run is complete only after its page is written.
 
     Raises:
       StoreError: the section, or a figure of it, is not stored.
@@ -210,11 +211,6 @@ def summary_of(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
             where = {"section": run.path.name, "subject": subject_of(run), "page": f"{run.path.name}/report.html"}
             group["entries"].append({**claim_entry(claim), **where})
     return [groups[number] for number in sorted(groups)]
-
-
-def subject_of(run: RunFolder) -> str:
-    """The name of what a run is about."""
-    return run.manifest.get("subject") or Path(run.manifest["settings"].get("weights", "")).name
 
 
 def claim_entry(claim: Mapping) -> dict[str, Any]:

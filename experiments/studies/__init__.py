@@ -1,4 +1,8 @@
-"""The questions that are asked, a folder each. A study of your own is one more folder and one more name in `NAMES`."""
+"""The questions that are asked, a folder each.
+
+A study of your own is one more folder and one more name in `NAMES`. Its ``settings.py`` defines ``<Name>Config``, its
+``study.py`` defines ``STUDY``.
+"""
 
 from importlib import import_module
 from typing import Any

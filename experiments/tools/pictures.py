@@ -130,7 +130,7 @@ def draw(model: DiT, clock: Clock, config: SampleConfig, labels: np.ndarray, *, 
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raises PicturesError unless pictures may be written here."""
+    """Raises PicturesError unless pictures may be written here: into a new or empty folder, or over older pictures."""
     recover(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

@@ -129,7 +129,7 @@ def speciation_times() -> Figure:
 
 
 def cloning_curves() -> Figure:
-    """How alike two clones end, for a Gaussian mode and for clusters of the same variance."""
+    """Likeness of two clones at the end, for a Gaussian mode and for clusters of the same variance."""
     figure, ax = new_figure(7.2, 3.2)
     ell = np.linspace(-6, 8, 281)
     sigma2 = np.exp(-ell)
@@ -167,7 +167,7 @@ def commitment_by_band() -> Figure:
 
 
 def gap_against_gate() -> Figure:
-    """What a constant gain does: the timing gap stays, the decided share falls."""
+    """A constant gain keeps the timing gap and lowers the decided share."""
     figure, (left, right) = new_figure(7.2, 3.2, 1, 2)
     gates = np.concatenate([np.linspace(0, 0.1, 21), np.linspace(0.12, 0.95, 30)])
     clock = make_clock(50)
@@ -189,7 +189,7 @@ def gap_against_gate() -> Figure:
 
 
 def discrete_sampler() -> Figure:
-    """What a sampler of few steps changes: curves, and the bias of its half-energy step."""
+    """A sampler of few steps changes the curves, and biases the half-energy step."""
     figure, (left, right) = new_figure(7.2, 3.2, 1, 2)
     variance = np.array([1.0])
     ell = np.linspace(-6, 8, 200)
@@ -264,7 +264,7 @@ LESSONS = {
     "cloning": Lesson(
         cloning_curves,
         "Clones tell when it is decided",
-        "Branch two clones at a level and let them end on their own: how alike they are is 1 - mmse / Var. "
+        "Branch two clones at a level and let each go on alone: their ends correlate by 1 - mmse / Var. "
         "Clusters are decided earlier than a Gaussian mode of the same variance, and near their speciation.",
         "4.1",
     ),
@@ -286,7 +286,7 @@ LESSONS = {
         discrete_sampler,
         "A sampler is not the continuum",
         "With few steps a mode reaches half of its energy earlier than where signal equals noise. "
-        "The bias is a fraction of a step to two steps however many there are: compare through the recursion.",
+        "The bias is a fraction of a step to two steps, however many there are: compare through the recursion.",
         "5.3",
     ),
 }

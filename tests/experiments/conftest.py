@@ -119,7 +119,7 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
         },
         attrs={"low_band": LOW, "high_band": HIGH, "ell_start": START, "steps": 50, "pairs": 64, "gain_pairs": 32}
         | {"untrained_pairs": 16, "draws": 1000, "floor_limit": 0.1, "model": "photos16-v", "prediction": "v"}
-        | {"sampler": "ddim", "gate": "joint", "guidance": 1.0, "seed": 0},
+        | {"sampler": "ddim", "gate_kind": "joint", "guidance": 1.0, "seed": 0},
     )
     claimed = [*SOURCES[:5], "shuffled bands"]
     rows = {"remains": [[0.48, 0.3, 0.66]] + [[1.0, 0.9, 1.1]] * 5, "order": [[1.0, 0.8, 1.0]] * 3 + [[0.87, 0.6, 1.0]]}

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import cli
 from experiments.frame.store import RunFolder
-from experiments.studies.modalities import cases as cases
+from experiments.studies.modalities import cases
 from experiments.studies.modalities import measure as mo
 from experiments.studies.modalities.clone_reading import SPECIATION, end_of_line, read_crossing, read_zero
 from experiments.studies.modalities.figures import gaps

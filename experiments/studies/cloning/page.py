@@ -40,7 +40,10 @@ def page(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Page:
 
 
 def verdict(rms: np.ndarray) -> Verdict:
-    """On root mean squares (contrast, 3): all wholly within the tolerance, one wholly beyond it, or neither."""
+    """Of the root mean squares (contrast, 3), estimate and interval each.
+
+    Holds if all three intervals lie within the tolerance, does not hold if one lies wholly outside, else undecided.
+    """
     return within(rms[:, 1:], TOLERANCE)
 
 
@@ -49,12 +52,12 @@ def named(contrast: tuple[str, str]) -> str:
 
 
 def root(squares: ArrayLike) -> np.ndarray:
-    """Root mean squares of mean squares free of noise, which may be negative: then 0."""
+    """Square roots of noise-corrected mean squares; negative ones count as 0."""
     return np.sqrt(np.maximum(np.asarray(squares), 0))
 
 
 def odd_one(analysis: xr.Dataset, source: str) -> str:
-    """The measurement that the two which are closest to each other leave out."""
+    """The measurement that differs from the other two, which agree best."""
     closest = CONTRASTS[int(np.argmin(analysis[f"{source}_square"].values[:, 0]))]
     return next(name for name in MEASURES if name not in closest)
 
@@ -96,16 +99,16 @@ def section(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Section:
         "finite steps cost",
         float(rms[worst, 0]),
         bounds(rms[worst]),
-        "The largest of the three disagreements. The claim holds if the intervals of all three end below "
-        f"{TOLERANCE:g}, and does not if one begins above. From the mean squares the part that sampling noise makes, "
-        f"as resampling shows it, is taken off. {deviation(analysis, 'network')}",
+        "This is the largest of the three disagreements. The claim holds if the intervals of all three end below "
+        f"{TOLERANCE:g}, and does not hold if one begins above it. Resampling shows how much of the mean squares is "
+        f"sampling noise; that part is taken off. {deviation(analysis, 'network')}",
         [_control(analysis, source) for source in CONTROLS],
     )
     return Section(
         title=f"Cloning: {measured.subject_name}",
-        question="How much of an image is decided at a step? The spread of predictions, clones that branch there, and "
-        "the error of one prediction give the same curve if the denoiser is the posterior mean of its own sampler's "
-        "law.",
+        question="How much of an image is decided at a step? Three things tell: the spread of predictions, clones that "
+        "branch there, and the error of one prediction. They give the same curve if the denoiser is the posterior mean "
+        "of its own sampler's law.",
         answer=f"Beyond what {settings.steps} steps cost, the three curves are "
         + "; ".join(f"{formatted(r, 3)} apart ({named(c)})" for c, r in zip(CONTRASTS, rms, strict=True))
         + f", root mean square. Farthest from the others is {MEASURES[odd_one(analysis, 'network')]}.",
@@ -120,34 +123,35 @@ def section(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Section:
             "denoiser through the same code.",
             "reasons": "Left: 1 − mmse/Var minus Q, mean over bands above DC, split exactly into three parts. Right: "
             "by band, how far 1 − mmse/Var lies above the best linear filter of the sampler's own images. Above 0: not "
-            "Gaussian, or of several variances in one band; below 0: worse than that filter.",
+            "Gaussian, or several variances in one band; below 0: worse than that filter.",
         },
         methods=[
-            f"{settings.pairs} pairs of replicas of one class under the ancestral sampler, {settings.steps} "
-            "steps, uncoupled, with noise of their own. Q: variance of what is predicted, over that of the ends. "
-            f"Clones: the states of {analysis.sizes['branch']} steps are continued once more with fresh noise; given "
-            "its state, a replica's own way on and the new one are two clones. Their correlation is taken between "
-            "differences of replicas, which leaves out the mean of the class and much noise. 1 − mmse/Var: noise put "
-            "on the ends, predicted once; the law is the model's own, no data enter. One draw of pairs serves all "
-            "intervals.",
-            "The exact denoiser of a Gaussian law is taken through the same code: variances by band and channel "
-            "mixture for which the sampler, with the step noise that the network asked for, ends with the network's "
-            "own covariances. For it everything is known in closed form. Q and clones then agree at any number of "
-            f"steps; 1 − mmse/Var is {steps[1]:.3f} (root mean square) away from them, since the sampler's states and "
-            f"ends are not the law's: by band, the ends keep {', '.join(f'{100 * k:.0f}' for k in kept)} % of its "
-            "variance. This cost, at the variances of each source, is taken off before disagreements are judged.",
-            "1 − mmse/Var minus Q is the sum of three parts: predictions vary differently on noised ends than on the "
+            f"{settings.pairs} pairs of replicas run uncoupled under the ancestral sampler, {settings.steps} steps. "
+            "Both replicas of a pair have the same class, and each has noise of its own. Q is the variance of the "
+            "predictions, divided by that of the ends. For the clones, the states of "
+            f"{analysis.sizes['branch']} steps are continued once more with fresh noise: from its state on, a "
+            "replica's own path and the new one are two clones. They are correlated as differences of replicas, which "
+            "leaves out the mean of the class and much noise. For 1 − mmse/Var, noise is put on the ends and they are "
+            "predicted once; the law is the model's own, and no data enter. One draw of pairs serves all intervals.",
+            "An exact denoiser of a Gaussian law goes through the same code. Its variances, by band and channel "
+            "mixture, are chosen so that the sampler, with the step noise that the network asked for, ends with the "
+            "network's own covariances. For it everything is known in closed form. Q and clones then agree at any "
+            f"number of steps. 1 − mmse/Var is {steps[1]:.3f} (root mean square) away from them, since the sampler's "
+            "states and ends are not those of the law: by band, the ends keep "
+            f"{', '.join(f'{100 * k:.0f}' for k in kept)} % of its variance. This cost, at the variances of each "
+            "source, is taken off before disagreements are judged.",
+            "1 − mmse/Var minus Q is the sum of three parts. Predictions vary differently on noised ends than on the "
             "sampler's states; they vary differently from what they share with the outcome; their mean is off. Beyond "
-            "the cost of steps these are "
+            "the cost of steps these parts are "
             + "; ".join(f"{name} {formatted(v, 3)}" for name, v in zip(PARTS, reasons, strict=True))
             + " on average.",
         ],
         limits=[
-            "What finite steps cost is exact for a Gaussian law with one covariance of channels per band and white "
-            "step noise; a network's law is another. It shrinks with more steps.",
-            "Mean absolute differences hold sampling noise, whose share is given; the root mean squares do not.",
-            "Levels of half are interpolated between few branch steps, for all three measurements alike; without an "
-            "interval where some resampled curves pass ½ before the first.",
+            "The cost of finite steps is exact for a Gaussian law with one covariance of channels per band and white "
+            "step noise; the law of a network is not of this kind. The cost shrinks with more steps.",
+            "Mean absolute differences include sampling noise (its share is given); root mean squares have it removed.",
+            "The level at which a curve passes ½ is interpolated between few branch steps. It has no interval where "
+            "some resampled curves pass ½ before the first of these.",
         ],
     )
 
@@ -157,10 +161,10 @@ def _control(analysis: xr.Dataset, source: str) -> Control:
     worst = int(np.argmax(rms[:, 0]))
     found = verdict(rms)
     text = {
-        "exact": "The posterior mean itself, same steps and noise: what is left is sampling error. By the same rule "
-        f"the law {'is ' * (found == 'undecided')}{found} on it. Before the cost of finite steps is taken off it "
-        f"is {root(analysis.exact_square_raw.values)[:, 0].max():.3f}.",
-        "untrained": "The same architecture with random weights, no posterior mean of anything: it must fail.",
+        "exact": "The posterior mean itself, with the same steps and noise: what is left is sampling error. By the "
+        f"same rule the claim {'is ' * (found == 'undecided')}{found} on it. Before the cost of finite steps is taken "
+        f"off, the disagreement is {root(analysis.exact_square_raw.values)[:, 0].max():.3f}.",
+        "untrained": "The same architecture with random weights is no posterior mean of anything: it must fail.",
     }[source]
     also = found == "holds" if source == "untrained" else None  # the exact one must hold: no objection to the claim
     return Control(CONTROLS[source], float(rms[worst, 0]), bounds(rms[worst]), also, text)
@@ -188,8 +192,8 @@ def _level_table(analysis: xr.Dataset) -> Table:
         rows.append([name, *tau, *half, formatted(analysis.network_snr_one.values[band])])
     head = ["band", "τ of Q", "τ of 1 − mmse/Var", *(f"half of {name}" for name in MEASURES.values()), "SNR = 1"]
     note = (
-        "τ over all steps; half: the level at which a curve passes ½, on the branch steps. A law that is not Gaussian "
-        "commits at or before its SNR = 1 level."
+        "τ uses all steps; half is the level at which a curve passes ½, on the branch steps. A law that is not "
+        "Gaussian commits at or before its SNR = 1 level."
     )
     return Table("Commitment levels, nats", head, rows, note)
 

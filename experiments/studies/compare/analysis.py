@@ -84,7 +84,7 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
         model=measured.subject_name,
         prediction=measured.model.prediction,
         sampler=config.sampler,
-        gate=config.gate_kind,
+        gate_kind=config.gate_kind,
         guidance=config.guidance,
         seed=config.seed,
     )

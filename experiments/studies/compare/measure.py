@@ -106,6 +106,7 @@ def measure(bench: Bench[CompareConfig]) -> None:
     if not bench.run.holds("pictures"):  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
         on_network(pairs, pair_labels(pairs, bench.classes))
+    # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
     count = min(config.untrained_pairs, config.pairs)
     bench.measure("untrained", NETWORK, {"coupling": few, "parity": parity}, count, on_untrained)
     bench.whole("wiener", lambda: _wiener(instrument, network))

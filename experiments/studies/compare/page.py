@@ -63,7 +63,7 @@ def _run(manifest: Mapping[str, Any], analysis: xr.Dataset) -> str:
     return (
         f"{attrs['pairs']} pairs of replicas of {attrs['model']}{about}, each pair at every coupling from the same "
         f"noise: {attrs['steps']} steps of {SAMPLER_NAMES.get(attrs['sampler'], attrs['sampler'])}, gate "
-        f"{attrs['gate']}, guidance {attrs['guidance']:g}, seed {attrs['seed']}. Couplings: "
+        f"{attrs['gate_kind']}, guidance {attrs['guidance']:g}, seed {attrs['seed']}. Couplings: "
         f"{', '.join(f'{g:.4g}' for g in analysis.coupling.values)}. The one-pass gain was measured on "
         f"{attrs['gain_pairs']} of the pairs, the untrained control on {attrs['untrained_pairs']}."
     )
@@ -79,8 +79,8 @@ METHODS = [
     "weight g. At g = 0 they are strangers, at g = 1 the other's tokens count as much as one's own. What attention "
     "decides, coupled replicas decide together, and their difference in it fades.",
     "The theory is a pair of coupled Ornstein–Uhlenbeck processes whose sampler can be solved exactly, step by step. "
-    "It takes the strength with which coupling shrinks a difference in one pass through the network, either measured, "
-    "with nothing fitted, or as the ideal model has it, (1 − g) / (1 + g) in every band.",
+    "It needs to be told how much coupling shrinks a difference in one pass through the network. This is either "
+    "measured, with nothing fitted, or taken from the ideal model, (1 − g) / (1 + g) in every band.",
 ]
 CAPTIONS = {
     "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Orange: the exact "
@@ -118,9 +118,9 @@ def definitions(low: str, high: str, draws: int) -> dict[str, str]:
         "their number.",
         "One-pass gain ρ": "How much one pass through the coupled network shrinks the difference of two given inputs, "
         "relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has (1 − g) / (1 + g).",
-        "Noise floor": "What of the relative energy Q at the start of the window does not point towards the outcome: "
-        "Q − a² (Q − a under a stochastic sampler), where a is the projection on the outcome. It is the network's "
-        "error, and would be taken for an early decision.",
+        "Noise floor": "The part of the relative energy Q at the start of the window that does not point towards the "
+        "outcome: Q − a² (Q − a under a stochastic sampler), where a is the projection on the outcome. It is the "
+        "network's error, and would be taken for an early decision.",
         "Interval": f"95 %, from resampling pairs {draws} times (basic bootstrap). One draw serves all bands, steps "
         "and couplings, so that differences and ratios keep their own, narrower intervals.",
     }
@@ -181,9 +181,9 @@ def _controls(analysis: xr.Dataset) -> str:
     off = calibration(analysis)
     return (
         "Controls. The same architecture with random weights everywhere goes through the same instrument: what it "
-        "shows too is not learned. So does an exact denoiser, a Wiener filter of the network's own spectrum, whose "
-        f"gap, levels and fractions are known: its measured gap is at most {off['gap']} nats, its τ at most "
-        f"{off['tau']} nats and its F at most {off['decided']} from the theory."
+        "also shows is not learned. An exact denoiser goes through it, too: a Wiener filter of the network's own "
+        f"spectrum, whose gap, levels and fractions are known: its measured gap is at most {off['gap']} nats, its τ at "
+        f"most {off['tau']} nats and its F at most {off['decided']} from the theory."
     )
 
 
@@ -210,11 +210,11 @@ def limits(analysis: xr.Dataset) -> list[str]:
         if weak
         else "In every band and at every coupling enough is decided for τ to be relied on.",
         "The theory takes the network as linear and every band as one Gaussian mode. Data that are not Gaussian "
-        "commit at that level or earlier, so that the two agree is a finding, not a matter of course.",
+        "commit at that level or earlier. That the two agree is therefore a finding, not a matter of course.",
         f"In sampler steps the gap depends on the number of steps ({attrs['steps']} here) and on their spacing; "
         "compare runs in nats.",
-        "The two replicas have the same class and independent noise. Where in the network's depth a band commits is "
-        "not looked at.",
+        "The two replicas have the same class and independent noise. This study does not look at where in the "
+        "network's depth a band commits.",
     ]
 
 

@@ -36,7 +36,12 @@ def readings(energy: np.ndarray, ell: np.ndarray, weights: np.ndarray) -> dict[s
 
 
 def probe_readings(error: np.ndarray, total: np.ndarray, ell: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The same from the probe's scores (C, P, layer, level, B): R2, not below 0, in the place of relative energy."""
+    """The same for the probe: held-out R², clipped to [0, 1], takes the place of relative energy.
+
+    Args:
+      error: squares of the probe's errors (C, P, layer, level, B).
+      total: squares of the outcome that it predicts, of the same dimensions.
+    """
     error, total = (mean_and_draws(x, weights, 1) for x in (error, total))
     r2 = 1 - error / total
     return {**levels_of(np.clip(r2, 0, 1), ell, None), "r2": r2}

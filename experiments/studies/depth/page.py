@@ -64,8 +64,8 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
     }
     return Section(
         title=f"Depth: {measured.subject_name}",
-        question=f"After which of its {model.depth} layers is the gap of a network that predicts "
-        f"{model.prediction} there?",
+        question=f"This network of {model.depth} layers predicts {model.prediction}. After which layer is its gap "
+        "there?",
         answer=f"Share of the final gap that is made in the last {100 * LAST:.0f} % of the layers: {'; '.join(parts)}.",
         claims=claims,
         tables=[_table(analysis, known), _summary(analysis, known)],
@@ -73,21 +73,21 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
         methods=[
             f"{settings.pairs} pairs under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps, gate "
             f"{settings.gate_kind}. After every block the residual stream is read: its common and difference energies "
-            "over the token grid (raw); the image that the final layer reads off it, denoised with the sampler's "
+            "over the token grid (raw), and the image that the final layer reads off it, denoised with the sampler's "
             "coefficients (readout). Each layer is its own reference: the energy of its last step without coupling. "
             "Window of the estimator: log-SNR of -6 and up.",
             "The probe is a ridge regression from the difference mode of the stream to that of the sample, in DCT "
             "coefficients over the token grid, one linear map per band, layer and step, fitted on other pairs than "
             "it is scored on. It runs along the ancestral sampler: under DDIM the outcome is a function of the "
-            "initial noise, and all of it would be decodable from the start. Its held-out R2 takes the place of "
-            "the relative energy; its highest band is what lies inside patches.",
+            "initial noise, and all of it would be decodable from the start. The probe's held-out R² takes the place "
+            "of the relative energy. Its highest band is what lies inside patches.",
         ],
         limits=[
-            "Intervals come from resampling pairs; they speak for this network, not for a network trained again, "
-            "and not for the fit of the probe.",
-            "The readout applies the final layer where it was not trained to be applied; the raw reading sees "
+            "Intervals come from resampling pairs. They speak for this network, not for a network trained again, "
+            "and do not include the uncertainty of the probe's fit.",
+            "The readout applies the final layer where it was not trained to be applied. The raw reading sees "
             "whatever the stream carries, the noise of the state included.",
-            "A probe that fails shows that nothing is linearly there, not that nothing is there.",
+            "A probe that fails shows that nothing is linearly decodable, not that nothing is there.",
         ],
     )
 

@@ -64,7 +64,7 @@ def arm_readings(energy: np.ndarray, ell: np.ndarray, start: float, weights: np.
 
     Returns:
       `readings`, (1 + draws, arm, ...), the estimate in front of the bootstrap draws; and, (1 + draws, arm), `share`
-      and `share_uncut`: of what the second arm takes from the gap.
+      and `share_uncut`: the arm's reduction of the gap, divided by that of coupling everything.
     """
     each = [  # all arms at once would be large
         both(bootstrap(lambda arm, none: readings(arm, none, ell, start), (energy[:, i], energy[:, 0]), weights))

@@ -39,9 +39,9 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
     g, depth, pairs = settings.strength, analysis.sizes["layer"], analysis.attrs["pairs"]
     counts = ", ".join(str(int((analysis.gate.sel(arm=name)[:, 0] > 0).sum())) for name in arms_of(analysis, "window"))
     captions = {
-        "layers": "Share of the full effect (what coupling all layers takes from the gap) that comes with coupling the "
-        "first, or the last, layers only (left; dashed: an equal share for every layer), and one layer only (right; "
-        "dashed: an equal share). Open: by the gap that is not cut off at 1. Bars: 95 % intervals.",
+        "layers": "The full effect is what coupling all layers takes from the gap. Left: share of it that comes with "
+        "coupling the first, or the last, layers only. Right: share that comes with coupling one layer only. Dashed: "
+        "an equal share for every layer. Open: by the gap that is not cut off at 1. Bars: 95 % intervals.",
         "bands": f"Commitment level (left) and decided fraction (right) of every band under coupling of a fifth of the "
         f"layers, of none and of all, g = {g:g}. Dotted: the level that is not cut off at 1.",
         "parts": f"Gap (left) and decided fraction of the lowest and the highest band (right) where coupling g = {g:g} "
@@ -51,18 +51,20 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
         "fraction of the lowest band. Bars: 95 % intervals; vertical line: constant coupling.",
     }
     limits = [
-        "The gap says when a band commits, given that it does. Where coupling leaves the low band nearly nothing to "
-        "decide individually (marked *), its level rests on that little; the decided fractions stand beside it.",
+        "The gap compares when bands commit. Where coupling leaves the low band little to decide (marked *), its level "
+        "is uncertain; see its decided fraction.",
         "Decided is a running maximum: a difference that coupling takes away after it was there still counts as "
-        "decided. The column of what is left at the end does not latch, and shows such late effects.",
-        f"Log-SNR is the measure of windows and schedules, not steps: the windows hold {counts} steps, the second half "
-        f"{int((analysis.gate.sel(arm='second half')[:, 0] > 0).sum())}. At most steps the late arms do nothing.",
+        "decided. The columns of what is left at the end show such late effects.",
+        f"Windows and schedules are equal in log-SNR, so they hold different numbers of steps: the windows "
+        f"{counts}, the second half {int((analysis.gate.sel(arm='second half')[:, 0] > 0).sum())}. "
+        "The late arms act at few steps.",
         "Effects of parts need not add up to that of the whole: what one layer or step brings depends on what the "
         "others do.",
         "A head's number means nothing across layers: one head everywhere is a sample of "
         f"1/{measured.model.num_heads} of the heads.",
-        f"Every interval is for its own number: of {analysis.sizes['arm']} arms one in twenty is missed by chance. The "
-        "claim rests on the first, middle and last fifth, which were named in advance.",
+        f"Every interval is for its own number alone: for about one in twenty of the {analysis.sizes['arm']} arms the "
+        "true value lies outside by chance. The claim rests on the first, middle and last fifth, which were named in "
+        "advance.",
         "Coupling a part makes the network run on states that it was not trained on, as all coupling does.",
         "Nominal 95 % intervals from so few pairs cover less, about 85 to 90 %; --pairs 64 is better."
         if pairs < 64
@@ -78,20 +80,21 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
         captions={name: captions[name] for name in figures},
         methods=[
             f"{pairs} pairs under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps, gate "
-            f"{settings.gate_kind}, the same noise in every arm. Gap between {names[LOW]} and {names[HIGH]}, as in "
-            "the main experiment; every arm is measured against the energies without coupling; the estimator's window "
-            f"opens at {analysis.attrs['ell_start']:.1f} nats. The share of the full effect is "
-            "(gap without coupling − gap of the arm) / (gap without coupling − gap with everything coupled); one draw "
-            "of pairs serves all arms, so that the noise they share cancels.",
-            "Relative energies are cut off at 1: where coupling makes a band differ more than it does without, the "
-            "band counts as decided once it passes what it is without coupling, which moves its level forward. The gap "
-            "that is not cut off goes by every arm's own largest energy; where nothing passes 1 it is the same.",
+            f"{settings.gate_kind}, with the same noise in every arm. The gap is between {names[LOW]} and "
+            f"{names[HIGH]}, as in the main experiment. Every arm is measured against the energies without coupling, "
+            f"and the estimator's window opens at {analysis.attrs['ell_start']:.1f} nats. The share of the full effect "
+            "is (gap without coupling − gap of the arm) / (gap without coupling − gap with everything coupled). One "
+            "draw of pairs serves all arms, so that the noise they share cancels.",
+            "Relative energies are cut off at 1. Where coupling makes a band differ more than it does without, the "
+            "band counts as decided once its energy passes the final one without coupling, so that its level comes "
+            "earlier. The gap that is not cut off takes every arm's own largest energy as the reference; where nothing "
+            "passes 1 it is the same.",
             f"Layers count from 0. Windows of steps are thirds of the log-SNR from {WINDOW_START:g} to the end; the "
             f"steps before {WINDOW_START:g} belong to the early one. Schedules act "
             f"from {WINDOW_START:g} on and have the integral over log-SNR of g = {settings.schedule_strength:g}.",
-            "A head is uncoupled by keeping its attention to its own replica's keys and normalising it again. With all "
-            "heads uncoupled in this way energies repeat those without coupling within "
-            f"{power(analysis.attrs['closure'])} of themselves. Queries, keys or values are shared without a gate: "
+            "A head is uncoupled by keeping only its attention to its own replica's keys, normalised again. With all "
+            "heads uncoupled in this way, the energies equal those without coupling to a relative "
+            f"{power(analysis.attrs['closure'])}. Queries, keys or values are shared without a gate: "
             f"each replica goes on with (own + {g:g} × other) / {1 + g:g}. To first order, the gate is the same as "
             "sharing keys and values (docs/theory.md, section 6).",
         ],
@@ -102,10 +105,10 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
 def localisation(analysis: xr.Dataset) -> Claim:
     """Claim 3 as a causal statement: it is the last layers that must be coupled for the gap to come down.
 
-    Let there be a full effect: what coupling all layers takes from the gap is above 0 with its whole interval. The
-    claim holds if the share of it that coupling the last fifth of the layers alone brings is above one half, and above
-    the share of the first fifth, each with its whole interval. It does not hold if either is wholly not so. Else, and
-    where there is no full effect, it is undecided.
+    The full effect is what coupling all layers takes from the gap; there is one if its whole interval is above 0. The
+    claim holds if coupling the last fifth of the layers alone brings more than half of it, and more than coupling the
+    first fifth does, each with its whole interval. It does not hold if the whole interval of either says the opposite.
+    Otherwise, and where there is no full effect, it is undecided.
     """
     fifth, depth = analysis.attrs["fifth"], analysis.sizes["layer"]
     shares = {end: analysis.share.sel(arm=f"{end} {fifth}").values for end in ("first", "middle", "last")}

@@ -83,12 +83,12 @@ class MechanismInstrument:
         def at_level(inputs):
             step, x = inputs
             x = jnp.repeat(x, count, 1)
-            prediction = denoise(x, step, labels)
-            found, writes = prediction.taps
+            output = denoise(x, step, labels)
+            found, writes = output.taps
             embedding = self._difference(widened(model.embed(x.astype(model.config.dtype))))
             final = embedding + sum(write.sum(0) for write in writes.values())
             origin = [band_mean(writes[name] * final, self.tokens) for name in SUBLAYERS]
-            denoised = jnp.square(pair_modes(prediction.denoised)[1])
+            denoised = jnp.square(pair_modes(output.denoised)[1])
             return found | {
                 "origin": jnp.stack(origin, -2),
                 "origin_embedding": band_mean(embedding * final, self.tokens),

@@ -52,8 +52,9 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
         question="How does coupling bring replicas together inside one pass: through values, keys or queries, in which "
         "layers and heads, and at which spatial scales?",
         answer=f"At g = {g:g} the denoised difference keeps {formatted(kept[0])} of its amplitude in the lowest band "
-        f"({names[LOW_BAND]}) and {formatted(kept[1])} in the highest ({names[HIGH_BAND]}); half way between the "
-        f"lowest and 1: {scale}. Of what is left of the attention difference, {percent(left['routing'])} is routing, "
+        f"({names[LOW_BAND]}) and {formatted(kept[1])} in the highest ({names[HIGH_BAND]}). The gain passes half way "
+        f"between the lowest band's and 1: {scale}. Of what is left of the attention difference, "
+        f"{percent(left['routing'])} is routing, "
         f"{percent(left['key'])} key pattern, {percent(left['query'])} query pattern.",
         claims=[claim],
         tables=[
@@ -69,18 +70,18 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             "gain": "End to end: amplitude of the denoised difference after one pass under a coupling, relative to no "
             f"coupling, by pixel band (left), and by level at g = {g:g} (right). Dashed line: the highest frequency "
             "along an axis that a grid of tokens carries; beyond it is what lies inside patches.",
-            "parts": "Exact shares of the attention difference by band of the token grid; they sum to 1, and a "
-            "negative one works against the total.",
-            "first_order": "Size of each part under coupling relative to the same part without, of the same queries, "
-            "keys and values (left; points: measured, lines: first order, ρ(g) for routing and key, 1 for query). "
-            "Relative error of the first-order prediction of the whole difference, by level (right).",
+            "parts": "Exact shares of the attention difference by band of the token grid. They sum to 1; a negative "
+            "one works against the total.",
+            "first_order": "Left: size of each part under coupling relative to the same part without coupling, of the "
+            "same queries, keys and values. Points: measured; lines: first order, ρ(g) for routing and key, 1 for "
+            "query. Right: relative error of the first-order prediction of the whole difference, by level.",
             "layers": "Exact shares of the attention difference by layer, all bands together.",
-            "stream": f"Difference of the residual stream after every block at g = {g:g}, relative to no coupling, by "
-            "band of the token grid (left; 0: the embedding). What adds up to the stream's final difference: shares "
-            f"by origin (right; filled: g = {g:g}, open: g = 0).",
-            "heads": f"At g = {g:g}: difference of each head's output relative to the same head without coupling "
-            "(left); what coupling changes in what the head adds to the square of the stream's difference, lowest band "
-            "of the token grid above DC, in % of that square (right; negative brings the replicas together).",
+            "stream": f"Left: difference of the residual stream after every block at g = {g:g}, relative to no "
+            "coupling, by band of the token grid; 0 is the embedding. Right: shares of the stream's final difference "
+            f"by origin; filled: g = {g:g}, open: g = 0.",
+            "heads": f"Heads at g = {g:g}. Left: difference of each head's output relative to the same head without "
+            "coupling. Right: how much coupling changes the head's term in the square of the stream's difference, in % "
+            "of that square, lowest band of the token grid above DC; negative brings the replicas together.",
         },
         methods=[
             f"{pairs} pairs run uncoupled under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps. Their "
@@ -90,31 +91,32 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             "of own minus cross weights; the pattern part is divided between keys and queries by the Shapley value. "
             f"The parts add up to the difference of the network's own head outputs within "
             f"{float(analysis.network_closure.max()):.1e} of its size (largest of all layers).",
-            "Shares pool levels and layers, each with the weight with which coupling left its difference. Gains over "
-            "several levels are geometric means, since contractions multiply; as roots of mean energy ratios, in which "
-            f"the levels with the largest gain weigh most, those of the denoised difference at g = {g:g} are "
-            f"{formatted(other[0])} in the lowest band and {formatted(other[1])} in the highest.",
-            "A head writes to the stream through its slice of the output projection and the block's gate. The square "
-            "of the stream's difference after attention minus that before is a sum over heads, exactly: of the inner "
-            "products of what each writes with the sum of both differences. Its change by coupling, of the same q, k, "
-            "v, is the head's share in synchronisation. The pull is the inner product with the difference before "
-            "alone.",
-            "Controls: random weights in the same architecture, whose gates are nearly closed, so that attention "
-            "hardly acts; and the same with a bias of 1 on every gate, so that it does.",
-            "The self-only reading keeps what a replica's own pattern changes, with weight ξ(g) = 1/(1 + g), and "
+            "Shares pool levels and layers, each weighted by the difference that coupling left there. Gains over "
+            "several levels are geometric means, since contractions multiply. One could also take roots of mean energy "
+            "ratios, in which the levels with the largest gain weigh most: then those of the denoised difference at "
+            f"g = {g:g} are {formatted(other[0])} in the lowest band and {formatted(other[1])} in the highest.",
+            "A head writes to the stream through its slice of the output projection and the block's adaLN scale. "
+            "Attention changes the square of the stream's difference by an exact sum over heads: the inner product of "
+            "what a head writes with (difference before + difference after). A head's share in synchronisation is how "
+            "much coupling changes its term, with the same q, k, v. The pull is the inner product with the difference "
+            "before alone.",
+            "There are two controls. One is random weights in the same architecture: their adaLN scales are nearly 0, "
+            "so that attention hardly acts. The other is the same with a bias of 1 on every adaLN scale, so that it "
+            "does.",
+            "The self-only reading keeps the change of a replica's own pattern, with weight ξ(g) = 1/(1 + g), and "
             "neglects the change of the cross pattern. It is given twice: for the weights as they are, and for "
-            "patterns whose rows are normalised; the two are the same under the blend gate.",
+            "patterns whose rows are normalised. The two are the same under the blend gate.",
         ],
         limits=[
-            "One pass at chosen levels: over a trajectory contractions multiply, and the states of a coupled run are "
-            "not those of an uncoupled one.",
+            "This is one pass at chosen levels. Over a trajectory contractions multiply, and the states of a coupled "
+            "run are not those of an uncoupled one.",
             "The stream's difference holds the noise of the states as well as what the network makes of them. In an "
             "ε-network it need not shrink when the denoised difference does; bypass and heads are about the stream.",
-            "What attention leaves to the stream and the MLP is counted by where it was added last; an MLP also passes "
-            "on what attention did before it.",
+            "Each contribution is credited to the layer that last added it, though an MLP also passes on what "
+            "attention wrote.",
             f"The cut-off is read off {len(names) - 1} bands by linear interpolation. The token grid ends at r = "
             f"{nyquist:.2f} along an axis: attention does not see finer structure as frequencies.",
-            "Intervals come from resampling pairs; they speak for this network, not for a network trained again"
+            "Intervals come from resampling pairs. They speak for this network, not for a network trained again"
             + (f", and from as few as {pairs} pairs they are somewhat too short." if pairs < 64 else "."),
         ],
     )
@@ -136,9 +138,9 @@ def low_pass_claim(analysis: xr.Dataset) -> Claim:
         f"one-pass gain of the highest band minus that of the lowest above DC, g = {g:g}",
         value,
         [low, high],
-        f"Half way between the lowest band's gain and 1: {cutoff_text(last.network_cutoff.values, top)}. Inside "
-        f"attention, its heads' difference keeps {formatted(first[LOW_BAND])} of its size in the lowest band of the "
-        f"token grid and {formatted(first[HIGH_BAND])} in the highest, of the same queries, keys and values."
+        f"The gain passes half way between the lowest band's and 1: {cutoff_text(last.network_cutoff.values, top)}. "
+        f"Inside attention, its heads' difference keeps {formatted(first[LOW_BAND])} of its size in the lowest band of "
+        f"the token grid and {formatted(first[HIGH_BAND])} in the highest, of the same queries, keys and values."
         + (f" The highest band of the denoised difference grows: {formatted(ends['network'][1])}." if grows else ""),
         [
             _control(SOURCES[source], last[f"{source}_slope"].values, *ends[source])
@@ -192,7 +194,7 @@ def _gain_table(analysis: xr.Dataset) -> Table:
     head = ["gain, lowest band", "gain, highest band", "highest − lowest", "half-way frequency"]
     note = (
         "Of the denoised difference, after one pass; geometric mean over levels. Half-way frequency: where the gain "
-        "passes half way between that of the lowest band and 1, for what is low-pass."
+        "passes half way between that of the lowest band and 1. It is given where coupling is low-pass."
     )
     return _table("End-to-end gain", analysis, head, cells, note)
 
@@ -212,7 +214,7 @@ def _size_table(analysis: xr.Dataset) -> Table:
         rows = [formatted(at.part_gain_all.sel(part=part).values) for part in names]
         return [*rows, number(float(rho(at.coupling.values)))]
 
-    note = "Relative to no coupling, of the same q, k, v. To first order routing and key have the size ρ(g), query 1."
+    note = "Relative to no coupling, with the same q, k, v. To first order routing and key have the size ρ(g), query 1."
     return _table("Sizes of the parts", analysis, [*names, "ρ(g)"], cells, note)
 
 

@@ -7,7 +7,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.frame.drawing import FAINT, INK, QUIET, new_figure
-from experiments.studies.modalities import cases as cases
+from experiments.studies.modalities import cases
 from experiments.studies.modalities.clone_reading import SPECIATION
 from ou_theory.process import transition_time
 from ou_theory.schedules import schedule_response

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.frame.bench import Bench
 from experiments.frame.measured import Definitions
-from experiments.studies.modalities import cases as cases
+from experiments.studies.modalities import cases
 from experiments.studies.modalities.clone_reading import (
     SPECIATION,
     Draws,

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table
 from experiments.frame.verdict import Claim, Control, Verdict, above
-from experiments.studies.modalities import cases as cases
+from experiments.studies.modalities import cases
 from experiments.studies.modalities import figures as draw
 from experiments.studies.modalities.settings import PARTS, ModalitiesConfig
 from ou_theory.speciation import gap_large_spread, speciation_gap
@@ -64,7 +64,7 @@ def _agreement(title: str, z: np.ndarray, what: str, controls: list[Control]) ->
     verdict, chance = agree(z)
     statement = (
         f"{what}; {np.isfinite(z).sum()} of {z.size} could be read. Chance of so large a deviation among them if "
-        f"theory is right: at most {chance:.2g}; the claim fails below {LEVEL}."
+        f"theory is right: at most {chance:.2g}. The claim fails if it is below {LEVEL}."
     )
     return Claim(0, title, verdict, "largest deviation, standard errors", largest(z), None, statement, controls)
 
@@ -170,8 +170,8 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
             "gap of the clean half less that of the noisy half",
             float(apart[0]),
             with_bounds(apart),
-            "The same integral of the coupling, over the half of the times nearer to the data, and over the other, in "
-            "which it comes too early in generation to matter.",
+            "Both schedules have the same integral of the coupling: one over the half of the times nearer to the data, "
+            "the other over the other half, which comes too early in generation to matter.",
             [
                 Control("clean half", float(clean[0]), with_bounds(clean), None, "The first of them."),
                 Control("noisy half", float(noisy[0]), with_bounds(noisy), None, "The second."),
@@ -214,24 +214,26 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
             "both modes' times to coupling at a given time (middle).",
         },
         methods=[
-            f"Reverse paths by exact steps of the reverse SDE with exact scores, {settings.steps} from a branch to "
-            f"the data, {settings.paths} pairs of clones per point. Clones start at one state of the noised law and "
-            "go on with independent noise. A time is read off a weighted cubic through the points whose correlation "
-            f"lies within 0.2 of the wanted one; its error comes from theirs. Seed {settings.seed}; points draw "
-            "random numbers of their own.",
+            f"Reverse paths take exact steps of the reverse SDE with exact scores: {settings.steps} from a branch to "
+            f"the data, with {settings.paths} pairs of clones per point. Clones start at one state of the noised law "
+            "and go on with independent noise. A time is read off a weighted cubic through the points whose "
+            "correlation lies within 0.2 of the wanted one; its error comes from theirs. The seed is "
+            f"{settings.seed}, and every point draws random numbers of its own.",
             "Common and difference mode of the pair are each in two clusters ±2 of variance 0.25, independent of each "
             "other; b = D = 1. In the anisotropic part the first modality is in such clusters, the second is Gaussian "
             "of variance 1.",
             f"Collapse: {settings.trials} draws of a data set of n = exp({cases.LOAD:g} d) pairs, d Gaussian modes "
-            "of unit variance each for the common and the difference mode; one sample is noised, and its weight in the "
-            "empirical score compared with all others. A score that knows one mode alone does not see the other. That "
-            "n is whole, and the own sample none of the others, moves theory by under 0.01; readings are moved back.",
+            "of unit variance each for the common and the difference mode. One sample is noised, and its weight in the "
+            "empirical score is compared with that of all others. A score that knows one mode alone does not see the "
+            "other. Two details move theory by under 0.01: n is a whole number, and a sample is not one of the others. "
+            "Readings are moved back by this.",
         ],
         limits=[
-            "The laws are those in which modes are independent and clustered: for independently clustered modalities "
-            "coupling opens no gap of first order between the curvatures (docs/theory.md, 13.4).",
-            "Collapse times are the end of a line fitted in 1/d; what a curve would change is not in their error.",
-            f"Read off the exact curves by the same cubic, times are off by at most {cost:.2f} of the errors shown.",
+            "The modes of these laws are independent and clustered. For independently clustered modalities coupling "
+            "opens no gap of first order between the curvatures (docs/theory.md, 13.4).",
+            "Collapse times are the end of a line fitted in 1/d. Their error does not include what a curve would "
+            "change.",
+            f"When the same cubic reads the exact curves, times are off by at most {cost:.2f} of the errors shown.",
         ],
     )
 

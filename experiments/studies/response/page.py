@@ -47,13 +47,14 @@ def section(measured: Measured[ResponseConfig], analysis: xr.Dataset) -> Section
             "rates": "Growth rate of a difference drawn at random from each band, along the flow, beside those of "
             "Gaussian laws with the variance of the band (dashed) and with its covariance of channels (dotted), and "
             "beside mmse / σ² − 1 (dots), the mean rate of any exact posterior mean. Vertical line: SNR = 1. At −1 the "
-            "denoised image does not respond to the difference, at 0 it takes it over.",
-            "departures": "Left: network less the Gaussian law with the covariance of channels; above 0 it responds "
-            "more. Right: the rate at noised ends less what the mean square error there says, 0 for a posterior mean. "
-            "Grey: the same of the Wiener denoiser, which shows what finite steps and few pairs do.",
+            "denoised image does not respond to the difference; at 0 it takes the difference over.",
+            "departures": "Left: rate of the network minus that of the Gaussian law with the covariance of channels; "
+            "above 0 the network responds more. Right: rate at noised ends minus the one that the mean square error "
+            "there implies; 0 for a posterior mean. Grey: the same for the Wiener denoiser, which shows what finite "
+            "steps and few pairs do.",
             "between": "Left: share of the energy of the denoiser's response that lies in other bands than the "
             "difference it responds to; 0 for a stationary Gaussian law. Right: antisymmetric part of the derivative "
-            "over its symmetric part, 0 for any posterior mean; black: of the whole derivative.",
+            "over its symmetric part; 0 for any posterior mean. Black: of the whole derivative.",
             "directions": f"Left: growth of the {vectors} leading directions in each step of the window, network "
             "(solid) and the leading modes of a Gaussian law with the network's covariance of channels (dashed, some "
             "alike). Right: share of every band in the directions at the end, network (left of each two bars) and the "
@@ -63,17 +64,19 @@ def section(measured: Measured[ResponseConfig], analysis: xr.Dataset) -> Section
             f"{pairs} uncoupled pairs under DDIM, {steps} steps, both replicas, in the rescaled frame y = "
             "x / sqrt(alpha_bar), in which the flow is dy / d ln(1/σ) = D(y) − y. At "
             f"{network.sizes['level']} steps, two differences of white noise in every band are pushed through the "
-            "denoiser's derivative J = dD/dy; the rate is their share in themselves after J, less 1. The Gaussian "
-            "laws have the variances that the pairs' differences end with, by band, or by band and channel.",
+            "denoiser's derivative J = dD/dy. The rate is the projection of J applied to a difference on that "
+            "difference, relative to its square, minus 1. The Gaussian laws have the variances that the pairs' "
+            "differences end with, by band, or by band and channel.",
             "For a posterior mean J is the posterior's covariance over σ²: symmetric, with rates of −1 and more, and "
             "with a mean rate of mmse / σ² − 1 in every band, at most that of a Gaussian law of equal covariance. "
             "The error is measured by noising the run's own ends once, and the derivative is probed there, too.",
             f"{vectors} random directions at the start of the window are taken to the end by the derivatives of the "
             "DDIM steps, back by the transposed ones, and to the end again, orthonormal after every step: one round of "
-            "power iteration towards what is stretched most. The log of what a step of the last passage makes of "
-            "their lengths, over the step in ln(1/σ), is their growth. The last step goes to the clean end, "
-            "infinitely far in ln(1/σ): it counts in the stretch only. Nothing grows under the posterior mean of a "
-            "Gaussian, or of any log-concave law; near the middle between clusters, differences along their axis do.",
+            "power iteration towards what is stretched most. Their growth in a step is the log of the factor by which "
+            "the last passage stretches them there, divided by the step in ln(1/σ). The last step goes to the clean "
+            "end, infinitely far in ln(1/σ), so it counts in the stretch only. Nothing grows under the posterior mean "
+            "of a Gaussian, or of any log-concave law; near the middle between clusters, differences along their axis "
+            "do.",
             "Control by closed form: the Wiener denoiser with the network's band variances runs through the same "
             f"code. None of its rates is off by more than {deviation}, and no log of the stretch of its first "
             f"direction, which follows from the bands that it has at the start, by more than {stretch}.",
@@ -88,9 +91,9 @@ def section(measured: Measured[ResponseConfig], analysis: xr.Dataset) -> Section
             "of the data's own covariance all the more.",
             "The Gaussian laws have one covariance for all classes and all coefficients of a band. Where these differ, "
             "the mean rate of Gaussian laws is lower than that of their mean.",
-            "Where a band is nearly all noise its response is small, and shares of it speak of a small thing.",
-            "A step in which a leading direction grows is a step in which some difference grows, but one that is 0 or "
-            "below does not say that none does: the direction is chosen for the whole window.",
+            "In bands that are nearly all noise the response is small; its shares there mean little.",
+            "Where a leading direction grows in a step, some difference grows there. Where none does, some other "
+            "difference may still grow: the directions are chosen for the whole window.",
         ],
     )
 
@@ -104,7 +107,7 @@ def never_grows(analysis: xr.Dataset) -> Claim:
     network = analysis.sel(source="network")
     texts = {
         "wiener": "Exact denoiser of a Gaussian law with the network's band variances: nothing can grow.",
-        "untrained": "The same architecture with random weights: what grows there is no sign of what data are like.",
+        "untrained": "The same architecture with random weights: growth there says nothing about data.",
     }
     return Claim(
         0,
@@ -139,8 +142,8 @@ def _answer(network: xr.Dataset) -> str:
     low, high = (float(above[..., 0].flat[pick(above[..., 0])]) for pick in (np.argmin, np.argmax))
     below, over = np.mean(above[..., 2] < 0), np.mean(above[..., 1] > 0)
     return (
-        f"The rate less that of a Gaussian law of the same covariance goes from {number(low)} to {number(high)} over "
-        f"bands and levels; its interval lies wholly below 0 in {100 * below:.0f} % of them, wholly above in "
+        f"The rate minus that of a Gaussian law of the same covariance goes from {number(low)} to {number(high)} over "
+        f"bands and levels. Its interval lies wholly below 0 in {100 * below:.0f} % of them, and wholly above in "
         f"{100 * over:.0f} %. The window changes the log of the leading direction's length by "
         f"{formatted(network.total[0])} (Gaussian law: {formatted(network.total_gaussian[0])}); the largest growth "
         f"rate in a step is {formatted(network.largest)} per nat."

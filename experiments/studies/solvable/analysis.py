@@ -45,11 +45,12 @@ def crossing_level(growth: np.ndarray, ell: np.ndarray) -> np.ndarray:
 def simultaneous(values: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Estimates with a band that holds the truth at all points at once.
 
-    The band is as many standard errors wide as the largest deviation of a resampled curve from the estimate is, in all
-    but the given share of the draws.
+    The half-width is a multiple of the standard error, chosen so that 95 % of resampled curves lie within it at every
+    point.
 
     Args:
       values: (1 + draws, ...), the estimate first.
+      level: the share of resampled curves that lie within it, in place of 95 %.
     """
     point, draws = values[0], values[1:]
     spread = np.maximum(draws.std(0), SPREAD)

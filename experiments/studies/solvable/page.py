@@ -98,7 +98,7 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             f"largest deviation, steps, {analysis.sign.values[last]}",
             float(speciation[last, 0]),
             bounds(speciation[last]),
-            "Where a difference along the sign's centre begins to grow, against kappa = 1.",
+            "A difference along the sign's centre begins to grow at one step; theory puts it where kappa = 1.",
             [_speciation_control(analysis, source) for source in ("exact", "untrained")],
         ),
         Claim(
@@ -108,9 +108,9 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             "largest deviation of a correlation",
             verdicts[2][1],
             None,
-            "Holds if the curves' simultaneous 95 % bands hold the exact values at every branch: of the Gaussian law "
-            "the sampler's own, in closed form; of the pair's signs those of the exact denoiser from the same states "
-            f"and noise. Mean deviation {verdicts[2][2]:.3f}.",
+            "Holds if the curves' simultaneous 95 % bands contain the exact values at every branch. For the Gaussian "
+            "law these are the sampler's own, in closed form; for the pair's signs they are those of the exact "
+            f"denoiser from the same states and noise. Mean deviation {verdicts[2][2]:.3f}.",
             [_clone_control(analysis, source) for source in ("exact", "untrained")],
         ),
     ]
@@ -125,8 +125,9 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
         claims=claims,
         tables=[_band_table(analysis), _sign_table(analysis)],
         captions={
-            "commitment": "Commitment level of every band of the Gaussian law: network and exact denoiser through the "
-            "same instrument, and the exact recursion (left); their deviations from it (right; shaded: the tolerance).",
+            "commitment": "Left: commitment level of every band of the Gaussian law; network and exact denoiser go "
+            "through the same instrument, beside the exact recursion. Right: their deviations from the recursion; "
+            "shaded: the tolerance.",
             "speciation": "Growth rate of a difference along a sign's centre, on the surface where the sign is "
             "undecided. Where it turns positive the law's symmetry breaks. Lines: closed form. Points: network, with "
             "intervals.",
@@ -138,14 +139,14 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             f"{settings.pairs} pairs per law, {settings.steps} steps. Three laws of 8 × 8 images with two "
             "channels: a Gaussian with a power-law spectrum; the same with one sign in the common mode of the "
             "channels; and with two signs, a strong one in the common and a weak one in the difference mode.",
-            f"Commitment: pairs under {SAMPLER_NAMES[settings.sampler]}, energies of the denoised difference by band, "
-            "against the recursion evaluated coefficient by coefficient. Speciation: states of the law moved to where "
-            "all signs are equally likely, one derivative through the denoiser along the centre. Cloning: states of "
-            "the law, two continuations with independent noise under the ancestral sampler with the posterior "
-            "variance.",
+            f"Commitment: pairs run under {SAMPLER_NAMES[settings.sampler]}; energies of the denoised difference by "
+            "band are compared with the recursion, evaluated coefficient by coefficient. Speciation: states of the law "
+            "are moved to where all signs are equally likely, and one derivative along the centre is taken through the "
+            "denoiser. Cloning: states of the law are continued twice with independent noise, under the ancestral "
+            "sampler with the posterior variance.",
         ],
         limits=[
-            "One training run; intervals are over pairs.",
+            "There is one training run; intervals come from resampling pairs.",
             "The closed form for the signs' clones is that of continuous time; the exact denoiser shows what the "
             "sampler's steps change.",
         ],
