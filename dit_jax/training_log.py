@@ -64,7 +64,7 @@ class LossLog:
         columns = {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
         partial = self._kept(step).with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, seconds=seconds, **columns)
+            np.savez(file, allow_pickle=False, seconds=seconds, **columns)
         os.replace(partial, self._kept(step))
 
     def forget(self, step: int) -> None:

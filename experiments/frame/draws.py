@@ -8,7 +8,7 @@ import numpy as np
 from ou_theory.bootstrap import basic_interval, resample
 
 DRAWS = 1000
-CEILING = 2**28  # bytes of resampled measurements and what is computed from them; an analysis stays under 2**30 in all
+CEILING = 2**27  # bytes of resampled measurements and what is computed from them; an analysis stays under 2**30 in all
 WORKING = 24  # arrays of that size that an estimator and the library under it hold on their way, measured
 
 Drawn = dict[str, np.ndarray]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
+from PIL import Image
 
 from experiments.frame.measured import Measured
 from experiments.frame.page import store_page
@@ -146,6 +147,12 @@ def synthetic_pictures() -> xr.Dataset:
         coords={"coupling": COUPLINGS[[0, -1]], "label_name": ("pair", names)},
         attrs={"preview": "pixels"},
     )
+
+
+@pytest.fixture(scope="session")
+def has_ink():
+    """Whether a picture shows something: how much its grey varies."""
+    return lambda path: np.asarray(Image.open(path).convert("L")).std() > 5
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -321,6 +322,39 @@ def test_what_fails_after_measuring_is_finished_by_report_and_by_resume(weights,
     assert {"measuring_s", "analysis_s"} <= set(run.manifest["timings"])
     assert "not finished" not in (run.path / "report.html").read_text()
     assert mended(weights, other, whole) == []
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_run_that_was_interrupted_anywhere_ends_with_the_same_bits(weights, whole, tmp_path, monkeypatch, writes):
+    """One law for all studies, for one driver runs them: what is finished is not measured again, and the end is the
+    same. The run stores three blocks and two groups that are written whole."""
+    out, made = tmp_path / "run", []
+
+    def stopping(original):
+        def store(*args):
+            if len(made) == writes:
+                raise KeyboardInterrupt
+            original(*args)
+            made.append(args[1])
+
+        return store
+
+    counting = Counting()
+    with monkeypatch.context() as patched:
+        for name in ("write", "put"):
+            patched.setattr(RunFolder, name, stopping(getattr(RunFolder, name)))
+        with pytest.raises(KeyboardInterrupt):
+            run_study(counting.study, settings(weights), out, progress=False)
+    assert len(made) == writes
+    assert RunFolder.open(out).manifest["status"] == "running"
+    with pytest.raises(StoreError, match="--resume goes on with it"):
+        run_study(counting.study, settings(weights), out, progress=False)
+    assert mended(weights, out, whole) == [[0, 1], [2, 3], [4]][writes:]
+
+
+def test_other_settings_do_not_go_on_with_a_run(weights, copy):
+    with pytest.raises(StoreError, match="seed: 0 -> 1"):
+        run_study(Counting().study, replace(settings(weights), seed=1), copy, resume=True, progress=False)
 
 
 def test_report_recomputes_the_analysis_from_what_was_measured(copy):

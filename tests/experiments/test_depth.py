@@ -89,7 +89,8 @@ def test_the_folder_holds_three_readings_with_controls(finished):
     assert stored.raw.sizes == {"pair": 4, "coupling": 2, "layer": 3, "step": 10, "token_band": 5, "parity": 2}
     claims = finished.read_json("claims.json")["claims"]
     assert [claim["id"] for claim in claims] == [3, 3, 3]
-    assert (finished.path / "report.html").read_text().count("<figure") == 4
+    captions = finished.read_json("section.json")["captions"]
+    assert (finished.path / "report.html").read_text().count("<figure") == len(captions)
 
 
 @pytest.mark.slow
@@ -105,7 +106,7 @@ def test_a_finished_run_is_drawn_again_and_joined(finished):
 
 
 @pytest.mark.slow
-def test_several_networks_are_shown_side_by_side(finished, tmp_path):
+def test_several_networks_are_shown_side_by_side(finished, tmp_path, has_ink):
     for name in ("one", "two"):
         shutil.copytree(finished.path, tmp_path / name)
     run = RunFolder.open(tmp_path / "two", writable=True)
@@ -114,7 +115,7 @@ def test_several_networks_are_shown_side_by_side(finished, tmp_path):
     assert cli.main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert page.index('id="depth-together"') < page.index('id="one"') < page.index('id="two"')
-    assert (tmp_path / "figures" / "family.png").stat().st_size > 10_000
+    assert has_ink(tmp_path / "figures" / "family.png")
     section, _ = together([Measured.of(RunFolder.open(tmp_path / name), DepthConfig) for name in ("two", "one")])
     (table,) = section.tables
     assert [row[:4] for row in table.rows] == [["one", "tiny", "the noise", "2"], ["two", "tiny", "v", "2"]]
@@ -159,20 +160,6 @@ def test_a_network_without_a_gap_or_with_a_wide_interval_is_neither():
     assert localised(analysis([4, 3, 5], [0.5, 0.4, 0.6])) == {"readout": None}
     assert localised(analysis([0.1, -1, 1], [0.9, 0.7, 1.1])) == {"readout": None}
     assert localised(analysis([0, 0, 0], [np.nan] * 3)) == {"readout": None}
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_ends_with_the_same_numbers(finished, weights, tmp_path, monkeypatch):
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("experiments.studies.depth.measure.Probe.scores", stop)
-        assert cli.main(["depth", "--weights", weights, "--out", str(tmp_path / "run"), *FLAGS]) == 130
-    assert cli.main(["depth", "--weights", weights, "--out", str(tmp_path / "run"), *FLAGS, "--resume"]) == 0
-    xr.testing.assert_identical(
-        RunFolder.open(tmp_path / "run").load("analysis").drop_attrs(), finished.load("analysis").drop_attrs()
-    )
 
 
 GUIDED = ["--guidance", "2", "--guided-coupling", "conditional", "--sampler", "ancestral", "--dtype", "float32"]

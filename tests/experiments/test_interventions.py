@@ -1,7 +1,6 @@
 """Interventions: arms, the estimates made from them, and the study from end to end on a tiny random network."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from dit_jax.diffusion import network_denoiser
 from experiments.frame.bench import Bench
 from experiments.frame.draws import pair_draws
 from experiments.frame.instrument import shuffled_bands, trajectories
-from experiments.frame.store import RunFolder, StoreError
+from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
 from experiments.studies.interventions import measure as module
@@ -106,10 +105,11 @@ def test_windows_partition_the_steps(steps):
     np.testing.assert_array_equal(np.sum(list(found.values()), 0), np.ones(steps))
     assert found["early"][0]
     assert found["late"][-1]
-    inside = (ell >= -6) & (ell[-1] - ell >= 0)
-    spans = [np.ptp(ell[found[name] & inside]) for name in ("early", "middle", "late")]
-    if steps == 250:
-        np.testing.assert_allclose(spans, spans[0], rtol=0.15)
+    third = (ell[-1] + 6) / 3  # the estimator's window opens at -6 nats
+    for i, name in enumerate(("early", "middle", "late")):
+        levels = ell[found[name]]
+        assert i == 0 or levels.min() >= -6 + i * third
+        assert i == 2 or levels.max() < -6 + (i + 1) * third
 
 
 @pytest.mark.parametrize("steps", [8, 50])
@@ -350,7 +350,7 @@ def test_without_an_effect_there_is_no_share(stored):
 # --- the study
 
 
-def test_the_folder_holds_everything(finished, stored):
+def test_the_folder_holds_everything(finished, stored, has_ink):
     assert stored["network"].energy.dims == ("pair", "arm", "step", "band")
     for group in ("network", "edits", "untrained"):
         assert np.isfinite(stored[group].energy).all()
@@ -368,26 +368,7 @@ def test_the_folder_holds_everything(finished, stored):
     section = json.loads((finished / "section.json").read_text())
     assert {claim["id"] for claim in section["claims"]} == {3}
     for name in section["captions"]:
-        assert (finished / "figures" / f"{name}.png").stat().st_size > 5000
+        assert has_ink(finished / "figures" / f"{name}.png")
     page = (finished / "report.html").read_text()
     assert "interventions &lt;b&gt;" in page
     assert "Localised in the last layers" in page
-
-
-def test_a_run_goes_on_where_it_stopped_and_ends_the_same(weights, finished, stored, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["blocks"]["edits"] = [0]
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    run = RunFolder.open(out, writable=True)
-    before = run.load("network").energy
-    run_study(STUDY, settings(weights), out, resume=True, progress=False)
-    again = RunFolder.open(out)
-    np.testing.assert_array_equal(again.load("edits").energy, stored["edits"].energy)
-    np.testing.assert_array_equal(again.load("network").energy, before)
-    xr.testing.assert_identical(again.load("analysis"), stored["analysis"])
-    with pytest.raises(StoreError, match=r"strength: 1\.0 -> 0\.5"):
-        run_study(STUDY, settings(weights, strength=0.5), out, resume=True, progress=False)
-    with pytest.raises(StoreError, match="--resume goes on with it"):
-        run_study(STUDY, settings(weights), out, progress=False)

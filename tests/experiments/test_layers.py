@@ -119,12 +119,12 @@ def test_the_command_line_imports_nothing_heavy_until_a_command_runs():
     script = """
 import sys
 from experiments import cli
-for arguments in (["--help"], ["compare", "--help"], ["depth", "--pairs", "x"], ["nothing"]):
+for arguments in (["--help"], ["compare", "--help"], ["depth", "--pairs", "x"], ["convert", "x"], ["nothing"]):
     try:
         cli.main(arguments)
     except SystemExit:
         pass
-print([name for name in ("jax", "flax", "xarray", "matplotlib", "torch", "orbax") if name in sys.modules])
+print([name for name in ("jax", "flax", "numpy", "xarray", "matplotlib", "torch", "orbax") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import xarray as xr
 from flax import nnx
 
 from dit_jax.attention import symmetric_gate
@@ -375,12 +374,12 @@ def test_the_folder_holds_what_was_measured(finished):
     assert finished.manifest["kind"] == "mechanism"
 
 
-def test_report_and_figures_are_there(finished):
+def test_report_and_figures_are_there(finished, has_ink):
     text = (finished.path / "report.html").read_text()
     assert "low-pass synchroniser" in text
     section = finished.read_json("section.json")
     for name in section["captions"]:
-        assert (finished.path / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert has_ink(finished.path / "figures" / f"{name}.png")
     (claim,) = json.loads((finished.path / "claims.json").read_text())["claims"]
     assert [control["name"] for control in claim["controls"]] == ["untrained network", "untrained, gates open"]
 
@@ -389,24 +388,6 @@ def test_estimates_lie_in_their_intervals(analysis):
     for name in ("network_gain", "network_share", "network_bypass", "network_head_sync"):
         point, low, high = np.moveaxis(analysis[name].values, -1, 0)
         assert np.mean((low <= point + 1e-6) & (point <= high + 1e-6)) > 0.95, name
-
-
-def test_an_interrupted_run_resumes_to_the_same_bits(finished, weights, tmp_path, monkeypatch):
-    out, written = tmp_path / "run", RunFolder.write
-
-    def stop_at_third(self, group, dataset, first):
-        if first == 4:
-            raise KeyboardInterrupt
-        written(self, group, dataset, first)
-
-    monkeypatch.setattr(RunFolder, "write", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(weights, out)
-    monkeypatch.setattr(RunFolder, "write", written)
-    run(weights, out, resume=True)
-    resumed = RunFolder.open(out)
-    for group in (*GROUPS, "analysis"):
-        xr.testing.assert_identical(finished.load(group), resumed.load(group))
 
 
 @pytest.mark.parametrize(
