@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import random_model
 
 import dit_jax.attention as attention_module
 from dit_jax.attention import GATE_KINDS, anisotropic_gate, attend, symmetric_gate
 from dit_jax.config import DiTConfig
-from dit_jax.model import DiT
 from dit_jax.replicas import grid_gates
 from ou_theory.attention import exact_difference, first_order_difference, rho_n
 
@@ -410,11 +409,7 @@ CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=3, num_hea
 
 @pytest.fixture(scope="module")
 def model():
-    model = DiT(CONFIG, nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(model, nnx.Param))
-    drawn = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
-    return model
+    return random_model(CONFIG, 0.3)
 
 
 @pytest.fixture(scope="module")
