@@ -109,7 +109,7 @@ def test_networks_side_by_side_are_those_trained_alone(images, benchmarks):
     from dit_jax.config import DiTConfig
     from dit_jax.images import load_images
     from dit_jax.model import DiT
-    from dit_jax.training import TrainConfig, initial_state, make_step
+    from dit_jax.training import TrainConfig, initial_state, make_update
     from dit_jax.transforms import training_data
     from ou_theory.clock import make_clock
 
@@ -123,13 +123,15 @@ def test_networks_side_by_side_are_those_trained_alone(images, benchmarks):
     together, last = side_by_side(config, settings, data, seconds=1e9)
     assert last["step"] == CHUNK
     assert len(set(last["mse"])) == 3
+    step = None
+    drawn = jax.jit(lambda seed: DiT(config, nnx.Rngs(jax.random.key(seed))))
     for model, each, d in zip(together, settings, data, strict=True):
-        graph, params, constants = nnx.split(DiT(config, nnx.Rngs(each.seed)), nnx.Param, ...)
+        graph, params, constants = nnx.split(drawn(each.seed), nnx.Param, ...)
         state = initial_state(params, each)
         start = jax.tree.map(jnp.copy, params)
-        step = make_step(config, each, graph, constants, make_clock(1000))
+        step = step or jax.jit(make_update(config, each, graph, constants, make_clock(1000)))  # one for all seeds
         for k in range(each.steps):
-            state, _ = step(state, *d.batch(each, k))
+            state, _ = step(state, *d.batch(each, k), each.seed, 0.5 if each.flip else 0.0)
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state["ema"], start)
         apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state["ema"], nnx.state(model, nnx.Param))
         assert max(jax.tree.leaves(moved)) > 1e-3

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,12 @@ def random_model(config: DiTConfig, seed: int = 0) -> DiT:
     leaves, tree = jax.tree.flatten(params)
     dtype = jnp.dtype(config.dtype)
 
-    @partial(jax.jit, static_argnums=(1, 2))
-    def draw(index, shape, dtype):
-        return 0.02 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape, dtype)
+    @jax.jit
+    def draw(key):
+        keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+        return [0.02 * jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=True)]
 
-    drawn = jax.tree.unflatten(tree, [draw(i, leaf.shape, dtype) for i, leaf in enumerate(leaves)])
+    drawn = jax.tree.unflatten(tree, draw(jax.random.key(seed)))
     positions = position_embedding(config.input_size // config.patch_size, config.hidden_size)
     fixed = jax.tree.map(lambda leaf: jnp.asarray(positions, leaf.dtype), constants)  # there are no other constants
     return nnx.merge(graph, drawn, fixed)

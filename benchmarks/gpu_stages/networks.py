@@ -116,7 +116,7 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
     data = {network.transform: training_data(found, network.transform) for network in networks.values()}
     prediction = next(iter(networks.values())).prediction  # one kind a group, as a program has one loss
     if rehearse:
-        shape = Shape(depth=2, hidden_size=32, num_heads=2, batch_size=8)
+        shape = Shape(depth=1, hidden_size=32, num_heads=2, batch_size=8)
     config = DiTConfig(
         input_size=gpu_carry.SIZE,
         in_channels=3,
@@ -180,7 +180,8 @@ def side_by_side(config, settings: list, data: list, seconds: float) -> tuple[li
     from ou_theory.clock import make_clock
 
     first = settings[0]
-    split = [nnx.split(DiT(config, nnx.Rngs(each.seed)), nnx.Param, ...) for each in settings]
+    drawn = jax.jit(lambda seed: DiT(config, nnx.Rngs(jax.random.key(seed))))
+    split = [nnx.split(drawn(each.seed), nnx.Param, ...) for each in settings]
     graph, _, constants = split[0]
     update = jax.vmap(make_update(config, first, graph, constants, make_clock(1000)))
     states = [initial_state(params, first) for _, params, _ in split]

@@ -23,7 +23,7 @@ from ou_theory.clock import make_clock
 
 TESTS = Path(__file__).parents[2] / "tests" / "dit_jax"
 CPU = jax.devices("cpu")[0]
-KINDS = ("joint", "blend")
+KINDS, DTYPES = ("joint", "blend"), ("bfloat16", "float32")
 # What may be off by how much: rounding of the format, times a few for sums
 LIMITS = {"float32": 2e-5, "bfloat16": 3e-2}
 
@@ -86,7 +86,7 @@ def attention(box: Box) -> None:
         "per pair": symmetric_gate(jnp.asarray([0.0, 0.1, 0.7, 2.0])),
         "one-sided": anisotropic_gate(0.5, 0.0),
     }
-    for dtype in ("bfloat16", "float32"):
+    for dtype in DTYPES[: 1 if box.rehearse else None]:
         values = qkv(box, dtype)
         for kind in KINDS:
             gated = {name: jnp.broadcast_to(gate, (4, 2, 2)) for name, gate in gates.items()}
@@ -163,7 +163,7 @@ def with_config(model: DiT, config) -> DiT:
 
 def batches(box: Box) -> None:
     """The same pairs sampled alone and among others: apart by rounding only, as every number has its key."""
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES[: 1 if box.rehearse else None]:
         model = random_model(box.config("DiT-S/2", dtype))
         clock, c = make_clock(4 if box.rehearse else 10), model.config
         shape = (c.input_size, c.input_size, c.in_channels)

@@ -19,7 +19,7 @@ FIXED = 40.0  # seconds for writing and reading the weights, compiling, the cont
 
 def run(box: Box) -> None:
     config = box.config("DiT-XL/2")
-    steps = 4 if box.rehearse else 250
+    steps, couplings = (4, (0, 0.3)) if box.rehearse else (250, COUPLINGS)
     blocks = 1 if box.rehearse else max(1, int((box.left() - FIXED) / block_seconds(box, steps)))
     pairs = blocks * BLOCK
     weights, out = box.out / "sweep" / "weights", box.out / "sweep" / "run"
@@ -30,17 +30,17 @@ def run(box: Box) -> None:
     watch.start()
     asked = ["--weights", weights, "--steps", steps, "--pairs", pairs, "--block", BLOCK, "--dtype", "bfloat16"]
     asked += ["--gain-pairs", 2, "--untrained-pairs", 2, "--classes", *(0, 1), "--out", out, "--quiet"]
-    code = main([str(part) for part in ["compare", *asked, "--couplings", *COUPLINGS]])
+    code = main([str(part) for part in ["compare", *asked, "--couplings", *couplings]])
     watch.stop()
     finished = time.perf_counter()
     # blocks after the first two have neither compilation nor the gain's passes in them
     steady = watch.seconds_per_block(skip=2)
-    images = 2 * BLOCK * len(COUPLINGS) * steps
+    images = 2 * BLOCK * len(couplings) * steps
     rate = BLOCK / steady if steady else None
     box.row(
         pairs=pairs,
         steps=steps,
-        couplings=len(COUPLINGS),
+        couplings=len(couplings),
         exit_status=code,
         save_s=round(saved - began, 1),
         command_s=round(finished - saved, 1),

@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from models import random_model
 
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser
@@ -25,23 +25,13 @@ LABELS = pair_labels(PAIRS, range(4))
 COUPLINGS = np.array([0, 0.3, 0.8], np.float32)
 
 
-def random_model() -> DiT:
-    """Every parameter drawn, so that the network is not the zero function."""
-    model = DiT(CONFIG, nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(model, nnx.Param))
-    rng = np.random.default_rng(0)
-    drawn = [jnp.asarray(0.15 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
-    return model
-
-
 def variables(model: DiT) -> list[nnx.Variable]:
     return jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def run_case(devices: int, parameters: Any, sampler: Any) -> dict[str, np.ndarray]:
     mesh = make_mesh(jax.devices()[:devices])
-    model = place_model(random_model(), mesh, parameters)
+    model = place_model(random_model(CONFIG, 0.15), mesh, parameters)
     pairs, labels = place_pairs(mesh, PAIRS, LABELS)
 
     @jax.jit

@@ -1,24 +1,25 @@
 """Coupled attention: limits, symmetries, and what a gate does to a difference."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import random_model
 
 import dit_jax.attention as attention_module
-from dit_jax.attention import GATE_KINDS, anisotropic_gate, attend, symmetric_gate
+from dit_jax.attention import GATE_KINDS, anisotropic_gate, symmetric_gate
 from dit_jax.config import DiTConfig
-from dit_jax.model import DiT
 from dit_jax.replicas import grid_gates
 from ou_theory.attention import exact_difference, first_order_difference, rho_n
 
 HEADS, DIM, TOKENS, BATCH = 2, 4, 5, 3
 kinds = pytest.mark.parametrize("kind", GATE_KINDS)
+attend = jax.jit(attention_module.attend, static_argnames=("kind", "implementation"))
 
 
 def qkv(replicas=2, seed=0, scale=1.0):
@@ -50,14 +51,14 @@ def test_zero_gate_has_a_finite_and_true_slope(kind, x64):
     def total(g):
         return jnp.sum(jnp.sin(attend(q, k, v, gate(g), kind)[0]))
 
-    slope = jax.grad(total)(0.0)
-    forward = jax.jvp(total, (0.0,), (1.0,))[1]
+    slope = jax.jit(jax.grad(total))(0.0)
+    forward = jax.jit(lambda: jax.jvp(total, (0.0,), (1.0,))[1])()
     step = 1e-6
     difference = (total(step) - total(0.0)) / step
     np.testing.assert_allclose(slope, forward, rtol=1e-10)
     np.testing.assert_allclose(slope, difference, rtol=1e-4)
-    by_input = jax.grad(lambda q: jnp.sum(attend(q, k, v, gate(0.0), kind)[0] ** 2))(q)
-    uncoupled = jax.grad(lambda q: jnp.sum(attend(q, k, v)[0] ** 2))(q)
+    by_input = jax.jit(jax.grad(lambda q: jnp.sum(attend(q, k, v, gate(0.0), kind)[0] ** 2)))(q)
+    uncoupled = jax.jit(jax.grad(lambda q: jnp.sum(attend(q, k, v)[0] ** 2)))(q)
     np.testing.assert_allclose(by_input, uncoupled, atol=1e-12)
 
 
@@ -69,7 +70,14 @@ def test_a_closed_replica_with_huge_logits_does_no_harm(kind):
     out, _ = attend(q, k, v, gate(0.0), kind)
     free, _ = attend(q, k, v)
     np.testing.assert_allclose(out, free, atol=1e-5)
-    assert np.isfinite(jax.grad(lambda g: attend(q, k, v, gate(g), kind)[0].sum())(0.0))
+    assert np.isfinite(jax.jit(jax.grad(lambda g: attend(q, k, v, gate(g), kind)[0].sum()))(0.0))
+
+
+@jax.jit
+@partial(jax.value_and_grad, argnums=(0, 1))
+def value_and_slopes(q, shift, k, v, g):
+    gates = symmetric_gate(g * (1 + shift)).astype(q.dtype)[None]
+    return jnp.sum(jnp.sin(attend(q, k, v, gates, "joint", "explicit")[0]))
 
 
 @pytest.mark.parametrize("behind", [1.0, 60.0])  # the other replica's logits: of the same size, or far above
@@ -80,11 +88,7 @@ def test_joint_gates_of_any_size_act_through_their_log(g, behind, x64):
     k = k.at[1].mul(behind)
 
     def total(dtype):
-        def of_log(q, shift):
-            gates = symmetric_gate(jnp.asarray(g, dtype) * (1 + shift)).astype(dtype)[None]
-            return jnp.sum(jnp.sin(attend(q, k.astype(dtype), v.astype(dtype), gates, "joint", "explicit")[0]))
-
-        return jax.value_and_grad(of_log, (0, 1))(q.astype(dtype), jnp.zeros((), dtype))
+        return value_and_slopes(*(jnp.asarray(x, dtype) for x in (q, 0, k, v, g)))
 
     (value, slopes), (exact, exact_slopes) = total(jnp.float32), total(jnp.float64)
     assert all(np.isfinite(slope).all() for slope in slopes)
@@ -201,7 +205,7 @@ def test_fused_and_explicit_agree_in_float64_and_in_their_slopes(kind, x64):
 
     for argument in (0, 1):
         opened = gates if argument == 0 else jnp.maximum(gates, 0.1)  # no slope at a closed gate on the fused path
-        slopes = [jax.grad(total(each), argument)(q, opened) for each in ("explicit", "fused")]
+        slopes = [jax.jit(jax.grad(total(each), argument))(q, opened) for each in ("explicit", "fused")]
         # jax.nn.dot_product_attention takes its softmax in float32 whatever the inputs
         np.testing.assert_allclose(slopes[1], slopes[0], atol=3e-6)
 
@@ -241,7 +245,7 @@ def test_a_gate_needs_no_bias_tensor_on_the_fused_path(kind, monkeypatch):
         return stock(q, k, v, bias, mask, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
-    attend(q, k, v, gate(0.3), kind, "fused")
+    attention_module.attend(q, k, v, gate(0.3), kind, "fused")
     (queries, keys, bias, mask), *others = calls
     assert not others
     assert bias is None
@@ -284,9 +288,9 @@ def test_the_implementation_goes_by_the_default_device(monkeypatch):
     monkeypatch.setattr(attention_module, "get_default_device", lambda: fake_device(capability="8.6"))
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **options: asked.append(options) or q)
     for dim, gates in ((64, gate(0.3)), (128, None), (128, gate(0.3))):
-        attend(*jnp.zeros((3, 2, BATCH, TOKENS, HEADS, dim), jnp.bfloat16), gates)
+        attention_module.attend(*jnp.zeros((3, 2, BATCH, TOKENS, HEADS, dim), jnp.bfloat16), gates)
     assert [options["implementation"] for options in asked] == ["cudnn", "cudnn", "xla"]
-    attend(*qkv(), gate(0.3))  # float32: explicit
+    attention_module.attend(*qkv(), gate(0.3))  # float32: explicit
     assert len(asked) == 3
 
 
@@ -298,6 +302,10 @@ def test_unknown_kinds_and_implementations_are_told():
 
 
 # --- what a gate does to a difference
+
+
+first_order = jax.jit(first_order_difference)
+exact = jax.jit(exact_difference, static_argnames="kind")
 
 
 def heads(x):  # (R, N, T, h, d) -> list of single-head (R, T, d)
@@ -315,10 +323,10 @@ def test_first_order_difference(kind, g, x64):
         out = attend(*pair, gate(g), kind)[0]
         return out[0] - out[1]
 
-    value, slope = jax.jvp(difference, (0.0,), (1.0,))
+    value, slope = jax.jit(lambda: jax.jvp(difference, (0.0,), (1.0,)))()
     np.testing.assert_allclose(value, 0, atol=1e-12)
     parts = zip(*(heads(x) for x in (q, k, v, dq, dk, dv)), strict=True)
-    expected = [first_order_difference(*(x[0] for x in part), g).total for part in parts]
+    expected = [first_order(*(x[0] for x in part), g).total for part in parts]
     found = [slope[n, :, h] for n in range(BATCH) for h in range(HEADS)]
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
@@ -337,7 +345,7 @@ def test_exact_difference(kind, g, x64):
     np.testing.assert_allclose(out[0] - out[1], routing + by_pattern, atol=1e-12)
     for i, part in enumerate(zip(heads(q), heads(k), heads(v), strict=True)):
         n, h = divmod(i, HEADS)
-        split = exact_difference(*part, g, kind)
+        split = exact(*part, g, kind)
         np.testing.assert_allclose(split.routing, routing[n, :, h], atol=1e-12)
         np.testing.assert_allclose(split.key + split.query, by_pattern[n, :, h], atol=1e-12)
         if g == 1:
@@ -353,6 +361,7 @@ def test_difference_modes_of_many_replicas(kind, replicas, x64):
     g = 0.3
     weights = jnp.arange(replicas) - (replicas - 1) / 2
 
+    @jax.jit
     def response(weights, dq, dk, dv):
         shape = (replicas, 1, 1, 1, 1)
 
@@ -362,15 +371,16 @@ def test_difference_modes_of_many_replicas(kind, replicas, x64):
 
         return jax.jvp(outputs, (0.0,), (1.0,))[1]
 
+    @jax.jit
+    def uncoupled(dq, dk, dv):
+        return jax.jvp(lambda s: attend(q + s * dq, k + s * dk, v + s * dv)[0], (0.0,), (1.0,))[1]
+
     zero = jnp.zeros_like(dq)
     single = {
         name: response(jnp.ones(replicas), *parts)
         for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()
     }
-    free = {
-        name: jax.jvp(lambda s, p=parts: attend(q + s * p[0], k + s * p[1], v + s * p[2])[0], (0.0,), (1.0,))[1]
-        for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()
-    }
+    free = {name: uncoupled(*parts) for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()}
     for name in free:
         np.testing.assert_allclose(single[name], jnp.broadcast_to(free[name], single[name].shape), atol=1e-10)
     shape = weights.reshape(replicas, 1, 1, 1, 1)
@@ -410,11 +420,7 @@ CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=3, num_hea
 
 @pytest.fixture(scope="module")
 def model():
-    model = DiT(CONFIG, nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(model, nnx.Param))
-    drawn = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
-    return model
+    return random_model(CONFIG, 0.3)
 
 
 @pytest.fixture(scope="module")

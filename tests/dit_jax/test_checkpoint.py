@@ -24,6 +24,7 @@ from dit_jax.checkpoint import (
     load_arrays,
     load_manifest,
     load_model,
+    load_weights,
     recover,
     save_arrays,
     save_model,
@@ -298,7 +299,7 @@ def test_damage_is_an_error_or_without_effect(folder):
         for damaged in (content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :], None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             try:
-                assert equal(arrays_of(load_model(folder)), random_weights()), path
+                assert equal(load_weights(folder)[1], random_weights()), path
             except CheckpointError as error:
                 refused[path.name] = str(error)
         path.write_bytes(content)

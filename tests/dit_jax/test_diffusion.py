@@ -1,21 +1,17 @@
 """Guidance and samplers against the official numbers, and the laws of a sampling loop."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from official import load, nhwc, recorded_sinusoids, tiny_model
 
 import dit_jax.model as model_module
 from dit_jax.diffusion import DenoiserOutput, ancestral_step, ddim_step, guide, guided_output, network_denoiser, sample
 from dit_jax.objective import posterior_tables
 from ou_theory.clock import make_clock
-
-sys.path.insert(0, str(Path(__file__).parent))
-from official import load, nhwc, recorded_sinusoids, tiny_model
 
 TRAJECTORIES = {"ddpm10": ("10", "ancestral"), "ddim10": ("ddim10", "ddim")}
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from models import random_model
 
 from dit_jax.attention import anisotropic_gate, symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import denoised_at, guided_output, network_denoiser, sample
 from dit_jax.inside import ablate, chain, close_heads, copy_replica, keep, lens, replace, residual_norm, share
-from dit_jax.model import ACTIVATIONS, DiT
+from dit_jax.model import ACTIVATIONS
 from dit_jax.replicas import run_pairs
 from ou_theory.clock import make_clock
 
@@ -24,13 +25,7 @@ T, Y = jnp.array([900, 30]), jnp.array([1, 3])
 
 @pytest.fixture(scope="module")
 def model():
-    """Random everywhere, also where the initialisation is zero, so that every activation matters."""
-    model = DiT(CONFIG, nnx.Rngs(0))
-    state = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    drawn = [0.2 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
-    return model
+    return random_model(CONFIG, 0.2)
 
 
 def images(replicas=2, seed=0):
@@ -98,7 +93,7 @@ def test_the_last_readout_of_the_lens_is_the_output(model, stock_compiler):
     out, readout = look(model, images())
     assert readout.shape == (3, *out.shape)
     np.testing.assert_array_equal(readout[-1], out)
-    short = DiT(dataclasses.replace(CONFIG, depth=1), nnx.Rngs(0))
+    short = random_model(dataclasses.replace(CONFIG, depth=1), 0.2, seed=1)
     for part in ("x_embedder", "pos_embed", "t_embedder", "y_embedder", "final_layer"):
         setattr(short, part, getattr(model, part))
     nnx.update(short.blocks, jax.tree.map(lambda a: a[:1], nnx.state(model.blocks)))

@@ -1,20 +1,15 @@
 """The training loss against the official numbers, and its targets."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from official import load, nhwc, recorded_sinusoids, tiny_model
 
 import dit_jax.model as model_module
 from dit_jax.config import PREDICTIONS
 from dit_jax.objective import add_noise, denoised_from, losses, target
 from ou_theory.clock import make_clock
-
-sys.path.insert(0, str(Path(__file__).parent))
-from official import load, nhwc, recorded_sinusoids, tiny_model
 
 CLOCK = make_clock(1000)
 

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from models import random_model
 
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser
-from dit_jax.model import DiT
 from dit_jax.replicas import INITIAL, pair_labels, pair_noise, run_pairs
 from ou_theory.clock import make_clock
 
@@ -19,13 +18,7 @@ CLOCK = make_clock(6)
 
 @pytest.fixture(scope="module")
 def model():
-    """A network with every parameter drawn, so that it is not the zero function."""
-    model = DiT(CONFIG, nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(model, nnx.Param))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [0.15 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
-    return model
+    return random_model(CONFIG, 0.15)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from models import random_model
 
 from dit_jax.checkpoint import load_model, save_model
 from dit_jax.config import DiTConfig
-from dit_jax.model import DiT
 from dit_jax.sharding import _split_axis, gather, make_mesh, place_model
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
@@ -154,7 +153,7 @@ def test_benchmark_prints_a_line_per_device_count():
 
 @pytest.fixture(scope="module")
 def model():
-    return DiT(CONFIG, nnx.Rngs(0))
+    return random_model(CONFIG, 0.15)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +225,9 @@ import jax, jax.numpy as jnp
 from dit_jax.attention import symmetric_gate
 from dit_jax.diffusion import guided_output
 from dit_jax.sharding import make_mesh, place_model, split
-from sharded_run import random_model
+from sharded_run import CONFIG, random_model
 mesh = make_mesh()
-model = place_model(random_model(), mesh)
+model = place_model(random_model(CONFIG, 0.15), mesh)
 inputs = jnp.ones((2, 8, 8, 8, 3)), jnp.ones(8), jnp.ones(8, int), symmetric_gate(jnp.full(8, 0.3))
 def sent(call):
     def on_mesh(model, x, t, y, gate):

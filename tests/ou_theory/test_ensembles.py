@@ -176,9 +176,18 @@ def test_order_of_the_flow_of_clusters(x64):
 # --- mixtures under any drift
 
 
+@partial(jax.jit, static_argnums=2)
 def start_of(law, steps, count, seed=0):
     laws = en.state_laws(law, steps)
     return jax.tree.map(lambda v: v[-1], laws).draw(jax.random.key(seed), count)
+
+
+@jax.jit
+def ends_of(law, steps, start, seed):
+    return en.simulate(en.mixture_sde, start, en.bridges(law, steps), seed)[0]
+
+
+transition = jax.jit(ou.transition)
 
 
 @pytest.mark.parametrize("name", DRIFTS)
@@ -187,31 +196,31 @@ def test_reverse_steps_under_any_drift_return_the_data(name, steps):
     """20000 paths to the data: moments up to the third within 5 standard errors; and with the start, whose covariance
     with the data is C F^T."""
     law, process = mx.mixture(*LAW), process_of(name)
-    rungs = ou.transition(process, np.full(steps, 1.5 / steps))
+    rungs = transition(process, np.full(steps, 1.5 / steps))
     start = start_of(law, rungs, 20_000)
-    x, _ = jax.jit(lambda s: en.simulate(en.mixture_sde, s, en.bridges(law, rungs), 1))(start)
+    x = ends_of(law, rungs, start, 1)
     data = np.asarray(law.draw(jax.random.key(9), 400_000), np.float64)
     weights, means, covariances = (np.asarray(v) for v in law)
     second = np.einsum("a,aij->ij", weights, covariances + means[:, :, None] * means[:, None])
     within_errors(x, weights @ means)
     within_errors(x[:, :, None] * x[:, None], second)
     within_errors(x**3, (data**3).mean(0), 6)  # beside the error of the data's own mean
-    factor = np.asarray(ou.transition(process, 1.5).factor)
+    factor = np.asarray(transition(process, 1.5).factor)
     within_errors(x[:, :, None] * start[:, None], second @ factor.T)
 
 
 def test_drift_that_changes_in_time():
     """Two drifts that do not commute, one after the other: the laws on the way are the composed ones, and paths end as
     the data."""
-    law, parts = mx.mixture(*LAW), [ou.transition(process_of(name), 0.6) for name in ("one way", "rotating")]
+    law, parts = mx.mixture(*LAW), [transition(process_of(name), 0.6) for name in ("one way", "rotating")]
     steps = ou.Transition(*(jnp.stack([a, b]) for a, b in zip(*parts, strict=True)))
-    laws = en.state_laws(law, steps)
+    laws = jax.jit(en.state_laws)(law, steps)
     factor = parts[1].factor @ parts[0].factor
     np.testing.assert_allclose(laws.means[-1], law.means @ factor.T, rtol=1e-5, atol=1e-6)
     noise = parts[1].factor @ parts[0].covariance @ parts[1].factor.T + parts[1].covariance
     spread = factor @ law.covariances @ factor.T + noise
     np.testing.assert_allclose(laws.covariances[-1], spread, rtol=1e-5, atol=1e-6)
-    x, _ = en.simulate(en.mixture_sde, start_of(law, steps, 20_000), en.bridges(law, steps), 1)
+    x = ends_of(law, steps, start_of(law, steps, 20_000), 1)
     within_errors(x, np.asarray(law.weights @ law.means))
     within_errors(
         x[:, 0] * x[:, 1], float(jnp.einsum("a,a", law.weights, law.covariances[:, 0, 1] + law.means.prod(1)))
@@ -222,8 +231,8 @@ def test_a_law_without_width_is_reached():
     """Stored samples as data: every path ends at one of them, in equal shares."""
     stored = np.array([[1.0, 0.0], [-1.0, 1.0], [0.5, -2.0]])
     law = mx.mixture(np.full(3, 1 / 3), stored, np.zeros((3, 2, 2)))
-    rungs = ou.transition(process_of("symmetric"), np.full(8, 0.2))
-    x, _ = en.simulate(en.mixture_sde, start_of(law, rungs, 6000), en.bridges(law, rungs), 0)
+    rungs = transition(process_of("symmetric"), np.full(8, 0.2))
+    x = ends_of(law, rungs, start_of(law, rungs, 6000), 0)
     distance = np.linalg.norm(np.asarray(x)[:, None] - stored, axis=-1)
     assert distance.min(1).max() < 1e-3
     shares = np.bincount(distance.argmin(1)) / 6000
@@ -250,14 +259,12 @@ def test_flow_of_a_mixture_is_diffraxs(x64):
     assert 10 < errors[0] / errors[1] < 25
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["symmetric", "one way"])
-def test_reverse_sde_has_the_law_of_diffraxs(name):
-    """4000 paths of an independent solver (additive noise, order 1.5, 100 steps of equal size) beside 20000 exact ones:
-    moments up to the third within 5 joint standard errors."""
-    law, process, end = mx.mixture(*LAW), process_of(name), 1.5
+@pytest.fixture(scope="module")
+def by_diffrax(stock_compiler):
+    """Paths of the reverse SDE by an independent solver: additive noise, order 1.5, 100 steps of equal size."""
+    law, end = mx.mixture(*LAW), 1.5
 
-    def solve(x, key):
+    def solve(process, x, key):
         noise = diffrax.VirtualBrownianTree(0.0, end, end / 400, (2,), key, diffrax.SpaceTimeLevyArea)
         terms = diffrax.MultiTerm(
             diffrax.ODETerm(lambda s, x, _: mx.reverse_drift(law, process, end - s, x)),
@@ -265,9 +272,18 @@ def test_reverse_sde_has_the_law_of_diffraxs(name):
         )
         return diffrax.diffeqsolve(terms, diffrax.SRA1(), 0.0, end, end / 100, x).ys[0]
 
-    rungs = ou.transition(process, np.full(10, end / 10))
-    theirs = jax.jit(jax.vmap(solve))(start_of(law, rungs, 4000, 1), jax.random.split(jax.random.key(0), 4000))
-    ours, _ = en.simulate(en.mixture_sde, start_of(law, rungs, 20_000, 2), en.bridges(law, rungs), 3)
+    return jax.jit(jax.vmap(solve, (None, 0, 0)), compiler_options=stock_compiler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["symmetric", "one way"])
+def test_reverse_sde_has_the_law_of_diffraxs(by_diffrax, name):
+    """4000 paths of an independent solver beside 20000 exact ones: moments up to the third within 5 joint standard
+    errors."""
+    law, process, end = mx.mixture(*LAW), process_of(name), 1.5
+    rungs = transition(process, np.full(10, end / 10))
+    theirs = by_diffrax(process, start_of(law, rungs, 4000, 1), jax.random.split(jax.random.key(0), 4000))
+    ours = ends_of(law, rungs, start_of(law, rungs, 20_000, 2), 3)
     theirs, ours = np.asarray(theirs, np.float64), np.asarray(ours, np.float64)
     for of in (lambda x: x, lambda x: x**2, lambda x: x**3, lambda x: x.prod(1)):
         a, b = of(theirs), of(ours)

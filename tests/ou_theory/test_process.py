@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm, solve_continuous_lyapunov
 
-from ou_theory import gain_model
 from ou_theory import process as ou
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -68,7 +67,6 @@ def test_references(x64):
     assert float(transition(process, 0.83).covariance[0, 1]) == pytest.approx(0.1247362337, rel=1e-9)
     assert float(ou.stationary_covariance(process)[0, 0]) == pytest.approx(0.6489361702, rel=1e-9)
     assert float(ou.transition_time(0.6, 3.0)) == pytest.approx(0.8580161810, rel=1e-9)
-    assert gain_model.transition_time is ou.transition_time
 
 
 @pytest.mark.parametrize("name", DRIFTS)

@@ -31,14 +31,11 @@ def within_errors(got, expected, errors=5.0, least=0.0):
     assert np.all(off <= errors), off
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("drift", [[[1.3, -0.5], [-0.2, 0.8]], [[0.3, -2.0], [2.0, 0.4]]],
-                         ids=["anisotropic", "rotating"])  # fmt: skip
-def test_forward_law_by_an_independent_solver(drift):
-    """Means, covariances and the covariance with the start."""
-    process = ou.Process(jnp.asarray(drift), jnp.asarray(0.7))
+@pytest.fixture(scope="module")
+def by_diffrax(stock_compiler):
+    """Paths of the forward process by an independent solver."""
 
-    def solve(x, key):
+    def solve(process, x, key):
         noise = diffrax.VirtualBrownianTree(0.0, 0.8, 0.002, (2,), key, diffrax.SpaceTimeLevyArea)
         terms = diffrax.MultiTerm(
             diffrax.ODETerm(lambda t, x, _: -process.drift @ x),
@@ -46,8 +43,18 @@ def test_forward_law_by_an_independent_solver(drift):
         )
         return diffrax.diffeqsolve(terms, diffrax.SRA1(), 0.0, 0.8, 0.02, x).ys[0]
 
+    return jax.jit(jax.vmap(solve, (None, 0, 0)), compiler_options=stock_compiler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drift", [[[1.3, -0.5], [-0.2, 0.8]], [[0.3, -2.0], [2.0, 0.4]]],
+                         ids=["anisotropic", "rotating"])  # fmt: skip
+def test_forward_law_by_an_independent_solver(by_diffrax, drift):
+    """Means, covariances and the covariance with the start."""
+    process = ou.Process(jnp.asarray(drift), jnp.asarray(0.7))
+
     start = jax.random.normal(jax.random.key(1), (4000, 2)) + jnp.array([1.0, -2.0])
-    x = np.asarray(jax.jit(jax.vmap(solve))(start, jax.random.split(jax.random.key(2), 4000)), np.float64)
+    x = np.asarray(by_diffrax(process, start, jax.random.split(jax.random.key(2), 4000)), np.float64)
     law = ou.transition(process, 0.8)
     moved = np.asarray(start, np.float64) @ np.asarray(law.factor).T
     within_errors(x - moved, 0.0)
@@ -128,6 +135,14 @@ def test_cloning_is_commitment_is_the_error_of_the_posterior(noise):
         within_errors(same - float(cloning.same_cluster_probability(kappa)), 0.0, least=0.05)
 
 
+@jax.jit
+def mixture_clones(process, law, t):
+    steps = ou.transition(process, jnp.diff(t * jnp.linspace(0, 1, 9) ** 1.5))
+    late = jax.tree.map(lambda v: v[-1], en.state_laws(law, steps))
+    start, bridges = late.draw(jax.random.key(0), PATHS), en.bridges(law, steps)
+    return [en.simulate(en.mixture_sde, start, bridges, seed)[0] for seed in (1, 2)]
+
+
 @pytest.mark.parametrize("drift", [[[1.0, -0.6], [-0.6, 1.0]], [[1.0, 0.0], [-1.2, 1.0]], [[0.4, -1.5], [1.5, 0.4]]],
                          ids=["symmetric", "one way", "rotating"])  # fmt: skip
 def test_labels_of_clones_tell_speciation_under_any_drift(drift):
@@ -137,15 +152,8 @@ def test_labels_of_clones_tell_speciation_under_any_drift(drift):
     law, moment = mx.two_clusters(centre, within), float(speciation.speciation_time(process, centre, within))
     weights = np.linalg.solve(within, centre)
 
-    @jax.jit
-    def ends(t):
-        steps = ou.transition(process, jnp.diff(t * jnp.linspace(0, 1, 9) ** 1.5))
-        late = jax.tree.map(lambda v: v[-1], en.state_laws(law, steps))
-        start, bridges = late.draw(jax.random.key(0), PATHS), en.bridges(law, steps)
-        return [en.simulate(en.mixture_sde, start, bridges, seed)[0] for seed in (1, 2)]
-
     for t in (0.7 * moment, moment, 1.4 * moment):
-        first, second = (np.sign(np.asarray(v, np.float64) @ weights) for v in ends(t))
+        first, second = (np.sign(np.asarray(v, np.float64) @ weights) for v in mixture_clones(process, law, t))
         kappa = float(speciation.kappa(process, t, centre, within))
         within_errors(first * second, float(cluster_laws.sign_correlation(jnp.asarray(kappa))))
     assert float(speciation.kappa(process, moment, centre, within)) == pytest.approx(1, abs=1e-4)
