@@ -9,6 +9,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,10 +62,10 @@ class LossLog:
         """Stores the steps that have no line yet, before the checkpoint of `step` is written."""
         rows = self._on_host()
         seconds = np.float64(time.perf_counter() - self.since)
-        columns = {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
         partial = self._kept(step).with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, seconds=seconds, **columns)
+            np.savez(file, seconds=seconds, **columns)
         os.replace(partial, self._kept(step))
 
     def forget(self, step: int) -> None:
