@@ -33,6 +33,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+LONGEST_FIRST = ("tests", "experiments", "dit_jax", "ou_theory")  # a long file must not begin last, alone on one worker
+
+
+def pytest_collection_modifyitems(items):
+    folders = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: folders.get(item.path.parent.name, len(folders)))
+
+
 @pytest.fixture(scope="session")
 def stock_compiler():
     """Options of jax.jit for programs as users compile them: for tests that hang on the last place, and for programs

@@ -27,7 +27,13 @@ DRIFTS = {
 CENTRE = np.array([2.0, 1.1])
 COVARIANCE = np.array([[0.5, 0.1], [0.1, 0.3]])
 
-kappas = jax.jit(sp.kappa)
+kappas, moved_by = jax.jit(sp.kappa), jax.jit(transition)
+speciation_time = jax.jit(sp.speciation_time)
+mode_speciation_time = jax.jit(sp.mode_speciation_time)
+projected_times = jax.jit(sp.projected_times)
+projected_gap = jax.jit(sp.projected_gap)
+kappa_after = jax.jit(sp.kappa_after)
+mode_kappa = jax.jit(sp.mode_kappa)
 time_and_slopes = jax.jit(jax.value_and_grad(lambda drift, noise, m, c: sp.speciation_time(Process(drift, noise), m, c),
                                              argnums=(0, 1, 2, 3)))  # fmt: skip
 
@@ -108,9 +114,9 @@ def test_sign_of_the_lowest_curvature(seed, t):
 
 def test_kappa_of_one_mode_and_of_diagonal_data(x64):
     m, s2, t = np.array([1.5, 0.4]), np.array([0.3, 0.8]), 0.6
-    alone = sp.mode_kappa(m, s2, 1.0, t)
+    alone = mode_kappa(m, s2, 1.0, t)
     np.testing.assert_allclose(alone, m**2 / (s2 + np.expm1(2 * t)), rtol=1e-13)
-    joint = sp.kappa(process_of(np.eye(2), 1.0), t, m, np.diag(s2))
+    joint = kappas(process_of(np.eye(2), 1.0), t, m, np.diag(s2))
     assert float(joint) == pytest.approx(float(alone.sum()), rel=1e-12)
 
 
@@ -125,7 +131,7 @@ def test_kappa_at_the_ends(x64):
 
 @pytest.mark.parametrize("name", list(DRIFTS))
 def test_time_by_another_root_finder(x64, name):
-    got = float(sp.speciation_time(process_of(DRIFTS[name]), CENTRE, COVARIANCE))
+    got = float(speciation_time(process_of(DRIFTS[name]), CENTRE, COVARIANCE))
     if name == "stiff":  # too stiff for quadrature; kappa itself is 1 there, and nowhere else
         assert float(kappas(process_of(DRIFTS[name]), got, CENTRE, COVARIANCE)) == pytest.approx(1, rel=1e-10)
         return
@@ -136,18 +142,18 @@ def test_time_by_another_root_finder(x64, name):
 def test_references(x64):
     along = np.array([1.0, 1.0]) / 2**0.5, np.array([1.0, -1.0]) / 2**0.5
     for direction, rate, expected in zip(along, (0.6, 1.4), (0.9822124970, 0.6544933799), strict=True):
-        got = sp.speciation_time(symmetric_pair(1.0, 0.4), 2 * direction, 0.25 * np.eye(2))
+        got = speciation_time(symmetric_pair(1.0, 0.4), 2 * direction, 0.25 * np.eye(2))
         assert float(got) == pytest.approx(expected, rel=1e-9)
-        assert float(sp.mode_speciation_time(2.0, 0.25, rate)) == pytest.approx(expected, rel=1e-9)
+        assert float(mode_speciation_time(2.0, 0.25, rate)) == pytest.approx(expected, rel=1e-9)
 
 
 @LAW
 @given(st.floats(0.1, 4), st.floats(0.01, 9), st.floats(0.1, 2))
 def test_clusters_speciate_if_and_only_if_they_stand_apart(m, s2, noise):
     with jax.enable_x64(True):
-        time = float(sp.speciation_time(process_of(np.eye(2), noise), np.array([m, 0]), s2 * np.eye(2)))
+        time = float(speciation_time(process_of(np.eye(2), noise), np.array([m, 0]), s2 * np.eye(2)))
         assert (time > 0) == (m**2 > s2) or abs(m**2 / s2 - 1) < 1e-12
-        assert time == pytest.approx(float(sp.mode_speciation_time(m, s2, 1.0, noise)), rel=1e-9, abs=1e-12)
+        assert time == pytest.approx(float(mode_speciation_time(m, s2, 1.0, noise)), rel=1e-9, abs=1e-12)
 
 
 @LAW
@@ -157,7 +163,7 @@ def test_kappa_is_one_at_the_time(seed):
     drift = drift + 3 * np.eye(3)  # mostly stable
     with jax.enable_x64(True):
         process = process_of(drift, noise)
-        time = sp.speciation_time(process, centre, covariance)
+        time = speciation_time(process, centre, covariance)
         apart = centre @ np.linalg.solve(covariance, centre) > 1
         assert (0 < time < np.inf) == apart or np.linalg.eigvals(drift).real.min() <= 0
         if 0 < time < np.inf:
@@ -168,7 +174,7 @@ def test_strong_coupling_never_erases_the_class(x64):
     # b = D = 1 and spread 24 in the common mode, which grows at a rate above b: the bound is b + D / spread
     centre, bound = np.full(2, 12.5**0.5), 1 + 1 / 24
     for g, finite in ((1.0, True), (bound - 1e-3, True), (bound + 1e-3, False), (2.0, False)):
-        time = float(sp.speciation_time(symmetric_pair(1.0, g), centre, np.eye(2)))
+        time = float(speciation_time(symmetric_pair(1.0, g), centre, np.eye(2)))
         expected = float(transition_time(1 - g, 24.0))
         assert np.isfinite(time) == finite
         assert time == pytest.approx(expected, rel=1e-9)
@@ -183,7 +189,7 @@ def test_what_an_unstable_drift_remembers_for_ever(double, rates):
         process = symmetric_pair((slow + fast) / 2, (fast - slow) / 2, 0.7)
         for share, finite in ((1.01, False), (0.99, True)):
             strength = (share * (0.2 + 0.7 / -slow)) ** 0.5  # kappa tends to the share
-            got = float(sp.speciation_time(process, np.full(2, strength / 2**0.5), 0.2 * np.eye(2)))
+            got = float(speciation_time(process, np.full(2, strength / 2**0.5), 0.2 * np.eye(2)))
             expected = float(transition_time(slow, strength**2 - 0.2, 0.7))
             assert np.isfinite(expected) == finite
             assert got == pytest.approx(expected, rel=1e-9 if double else 1e-3)
@@ -214,7 +220,8 @@ def test_what_is_remembered_for_ever_has_no_time(double, excess):
     problems = [unstable_problem(seed, excess) for seed in range(40)]
     with jax.enable_x64(double):
         drifts, centres, covariances = (jnp.asarray(np.stack(v), float) for v in zip(*problems, strict=True))
-        times = jax.vmap(lambda k, m, c: sp.speciation_time(process_of(k), m, c))(drifts, centres, covariances)
+        find = jax.jit(jax.vmap(lambda k, m, c: sp.speciation_time(process_of(k), m, c)))
+        times = find(drifts, centres, covariances)
     np.testing.assert_array_equal(times, np.inf)
 
 
@@ -222,17 +229,17 @@ def test_what_is_remembered_for_ever_has_no_time(double, excess):
 def test_clusters_without_width(x64, covariance):
     process, drift = process_of(DRIFTS["one way"]), DRIFTS["one way"]
     for centre in (CENTRE, np.array([0.05, 0.02])):
-        got = float(sp.speciation_time(process, centre, covariance))
+        got = float(speciation_time(process, centre, covariance))
         expected = brentq(lambda t, m=centre: kappa_by_hand(drift, 0.7, t, m, covariance) - 1, 1e-6, 20.0, xtol=1e-14)
         assert got == pytest.approx(expected, rel=1e-9)
     if covariance.any():  # the centre is within the width
         inside = 0.1 * np.linalg.eigh(covariance)[1][:, 1]
-        assert float(sp.speciation_time(process, inside, covariance)) == 0
+        assert float(speciation_time(process, inside, covariance)) == 0
 
 
 def test_no_centre_no_time():
-    assert float(sp.speciation_time(process_of(np.eye(2)), np.zeros(2), np.eye(2))) == 0
-    assert np.isnan(float(sp.speciation_time(process_of(np.eye(2)), np.full(2, np.nan), np.eye(2))))
+    assert float(speciation_time(process_of(np.eye(2)), np.zeros(2), np.eye(2))) == 0
+    assert np.isnan(float(speciation_time(process_of(np.eye(2)), np.full(2, np.nan), np.eye(2))))
 
 
 @pytest.mark.parametrize("name", ["rotating", "defective", "slightly unstable"])
@@ -253,11 +260,11 @@ def test_slopes_of_the_time(x64, name):
 
 def test_times_map_over_problems_and_gradients_stay_finite():
     centres = jnp.array([[2.0, 1.1], [0.0, 0.0], [0.1, 0.1]])
-    times = jax.vmap(sp.speciation_time, (None, 0, None))(process_of(DRIFTS["one way"]), centres, COVARIANCE)
+    times = jax.jit(jax.vmap(sp.speciation_time, (None, 0, None)))(process_of(DRIFTS["one way"]), centres, COVARIANCE)
     assert times.dtype == jnp.float32
     assert np.all(np.asarray(times[1:]) == 0)
     centres = jnp.concatenate([centres, jnp.full((1, 2), 30.0)])  # the last is never merged
-    time = jax.grad(lambda m: sp.speciation_time(symmetric_pair(1.0, 1.2), m, 0.3 * jnp.eye(2)))
+    time = jax.grad(lambda m: speciation_time(symmetric_pair(1.0, 1.2), m, 0.3 * jnp.eye(2)))
     grads = jax.jit(jax.vmap(time))(centres)
     assert np.all(np.isfinite(grads))
 
@@ -265,8 +272,8 @@ def test_times_map_over_problems_and_gradients_stay_finite():
 @pytest.mark.parametrize("name", list(DRIFTS))
 def test_time_in_single_precision(name):
     with jax.enable_x64(True):
-        double = float(sp.speciation_time(process_of(DRIFTS[name]), CENTRE, COVARIANCE))
-    assert float(sp.speciation_time(process_of(DRIFTS[name]), CENTRE, COVARIANCE)) == pytest.approx(double, rel=2e-4)
+        double = float(speciation_time(process_of(DRIFTS[name]), CENTRE, COVARIANCE))
+    assert float(speciation_time(process_of(DRIFTS[name]), CENTRE, COVARIANCE)) == pytest.approx(double, rel=2e-4)
 
 
 def test_bad_input_raises():
@@ -281,24 +288,24 @@ def test_bad_input_raises():
 
 def test_projected_times_of_a_symmetric_pair(x64):
     centre = np.array([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5 @ np.array([2.0, 1.5])  # 2 in u and 1.5 in v
-    got = sp.projected_times(symmetric_pair(1.0, 0.4), centre, 0.25 * np.eye(2))
+    got = projected_times(symmetric_pair(1.0, 0.4), centre, 0.25 * np.eye(2))
     np.testing.assert_allclose(got.rates, [0.6, 1.4], rtol=1e-12)
-    expected = [float(sp.mode_speciation_time(2.0, 0.25, 0.6)), float(sp.mode_speciation_time(1.5, 0.25, 1.4))]
+    expected = [float(mode_speciation_time(2.0, 0.25, 0.6)), float(mode_speciation_time(1.5, 0.25, 1.4))]
     np.testing.assert_allclose(got.times, expected, rtol=1e-12)
-    gap = sp.projected_gap(symmetric_pair(1.0, 0.4), centre, 0.25 * np.eye(2))
+    gap = projected_gap(symmetric_pair(1.0, 0.4), centre, 0.25 * np.eye(2))
     assert float(gap) == pytest.approx(float(sp.speciation_gap(1.0, 0.4, 3.75, 2.0)), rel=1e-12)
 
 
 def test_projected_times_under_an_unequal_drift(x64):
     drift = np.array([[1.3, -0.5], [-0.2, 0.8]])
-    got = sp.projected_times(process_of(drift), CENTRE, COVARIANCE)
+    got = projected_times(process_of(drift), CENTRE, COVARIANCE)
     rates, modes = np.linalg.eig(drift.T)
     for rate, mode in zip(rates, modes.T, strict=True):
         spread = (mode @ CENTRE) ** 2 - mode @ COVARIANCE @ mode
         i = int(np.argmin(np.abs(np.asarray(got.rates) - rate)))
         assert float(got.times[i]) == pytest.approx(float(transition_time(rate, spread, 0.7)), rel=1e-10)
         # the projection is a scalar process with this rate and noise
-        factor, noise = transition(process_of(drift), 0.8)
+        factor, noise = moved_by(process_of(drift), 0.8)
         np.testing.assert_allclose(mode @ factor, np.exp(-rate * 0.8) * mode, rtol=1e-10)
         variance = np.exp(-1.6 * rate) * float(mode_noise(rate, 0.8, 0.7))
         assert float(mode @ noise @ mode) == pytest.approx(variance, rel=1e-10)
@@ -317,7 +324,7 @@ def test_clusters_that_hardly_stand_apart(double):
         eps = float(jnp.finfo(jnp.zeros(()).dtype).eps)
         for excess in eps * 4.0 ** np.arange(-1, 12):
             process = Process(jnp.eye(1), jnp.asarray(1.0))
-            t = float(sp.speciation_time(process, jnp.ones(1), jnp.full((1, 1), 1 / (1 + excess))))
+            t = float(speciation_time(process, jnp.ones(1), jnp.full((1, 1), 1 / (1 + excess))))
             assert t == pytest.approx(float(transition_time(1.0, excess / (1 + excess))), rel=1e-3, abs=2 * eps)
 
 
@@ -325,15 +332,15 @@ def test_kappa_under_a_drift_that_changes(x64):
     """Steps of one drift are that drift; of two, in either order, the composed law."""
     centre, covariance = np.array([2.0, 0.5]), np.diag([0.25, 0.6])
     drifts = [Process(jnp.array(k), jnp.asarray(0.7)) for k in ([[1.0, 0.0], [-1.2, 1.0]], [[0.4, -1.5], [1.5, 0.4]])]
-    once, other = (transition(process, 0.3) for process in drifts)
-    same = transition(drifts[0], jnp.full(4, 0.3))
-    got = sp.kappa_after(same, centre, covariance)
-    np.testing.assert_allclose(got, sp.kappa(drifts[0], 0.3 * np.arange(1, 5), centre, covariance), rtol=1e-11)
+    once, other = (moved_by(process, 0.3) for process in drifts)
+    same = moved_by(drifts[0], jnp.full(4, 0.3))
+    got = kappa_after(same, centre, covariance)
+    np.testing.assert_allclose(got, kappas(drifts[0], 0.3 * np.arange(1, 5), centre, covariance), rtol=1e-11)
     ends = []
     for a, b in ((once, other), (other, once)):
         steps = Transition(*(jnp.stack(pair) for pair in zip(a, b, strict=True)))
         spread = b.factor @ (a.factor @ covariance @ a.factor.T + a.covariance) @ b.factor.T + b.covariance
         moved = b.factor @ a.factor @ centre
-        ends.append(float(sp.kappa_after(steps, centre, covariance)[-1]))
+        ends.append(float(kappa_after(steps, centre, covariance)[-1]))
         assert ends[-1] == pytest.approx(float(moved @ np.linalg.solve(spread, moved)), rel=1e-12)
     assert abs(ends[0] - ends[1]) > 0.01
