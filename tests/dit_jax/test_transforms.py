@@ -25,8 +25,8 @@ from dit_jax.transforms import (
     transformation_name,
 )
 from experiments.cli import main
-from experiments.info import describe
-from experiments.solvable_data import SolvableData
+from experiments.studies.solvable.data import SolvableData
+from experiments.tools.info import describe
 from ou_theory.modes import dct2, idct2
 
 SIZE, COUNT = 8, 700  # twice the count is more than a chunk, and no multiple of it
