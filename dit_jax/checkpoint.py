@@ -410,7 +410,7 @@ def _write_orbax(directory: Path, arrays: Arrays) -> None:
     as an array: each of these would take the memory of the parameters once more."""
     tree = unflatten_dict(arrays, sep=".")
     handler_type: Any = ocp.type_handlers.NumpyHandler
-    can_spare_copy = "deepcopy_host_arrays" in inspect.signature(handler_type).parameters  # Orbax before 0.12.5 cannot
+    can_spare_copy = "deepcopy_host_arrays" in inspect.signature(handler_type).parameters  # Orbax 0.12.4 cannot
     uncopied = handler_type(**({"deepcopy_host_arrays": False} if can_spare_copy else {}))
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)

@@ -270,7 +270,7 @@ def _load(torch: Any, path: Path) -> Mapping:
                 if reader.get_record_size("data.pkl") > path.stat().st_size:
                     raise WeightsError(f"{refused}its archive is compressed; save it with torch.save")
                 _check_pickle(io.BytesIO(reader.get_record("data.pkl")), refused)
-            else:  # PyTorch before 2.12 cannot tell a size: the record is read where it lies, as it is not compressed
+            else:  # PyTorch 2.11 cannot tell a size: the record is read where it lies, as it is not compressed
                 with path.open("rb") as file:
                     file.seek(reader.get_record_offset("data.pkl"))
                     _check_pickle(file, refused)

@@ -88,7 +88,7 @@ def test_same_bits_back(tmp_path):
 
 
 def test_orbax_that_cannot_spare_its_copy_writes_the_same(tmp_path, monkeypatch):
-    """Before 0.12.5 its handler of NumPy arrays has no such option."""
+    """In 0.12.4 its handler of NumPy arrays has no such option."""
     newer = checkpoint.ocp.type_handlers.NumpyHandler
 
     class Older(newer):

@@ -201,7 +201,7 @@ def with_pickle(plain: Path, body: bytes, legacy: bool = False) -> Path:
 
 
 class OlderReader:
-    """PyTorch's reader of archives as it was before 2.12: it cannot tell the size of a record."""
+    """PyTorch's reader of archives as it was in 2.11: it cannot tell the size of a record."""
 
     def __init__(self, path: str):
         reader = READER(path)
@@ -211,9 +211,9 @@ class OlderReader:
 READER = torch._C.PyTorchFileReader
 
 
-@pytest.fixture(params=["this PyTorch", "before 2.12"])
+@pytest.fixture(params=["this PyTorch", "PyTorch 2.11"])
 def pytorch(request, monkeypatch):
-    if request.param == "before 2.12":
+    if request.param == "PyTorch 2.11":
         monkeypatch.setattr(torch._C, "PyTorchFileReader", OlderReader)
         load = torch.load
 
