@@ -8,8 +8,8 @@ import sys
 
 import tyro
 
-from dit_jax.checkpoint import CheckpointError
 from dit_jax.conversion import convert_checkpoint
+from dit_jax.disk import CheckpointError
 from dit_jax.readers import WeightsError
 
 

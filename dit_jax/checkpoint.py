@@ -1,4 +1,4 @@
-"""Models and training states on disk: Orbax arrays, a manifest in JSON, and nothing half-written.
+"""Model folders: parameters, a manifest that says what they are, and nothing half-written.
 
 A model folder holds ``manifest.json`` (configuration, digest, provenance) and ``params/`` (an Orbax checkpoint of a
 nested dict of arrays). A folder is written under another name beside its place and renamed when it is complete.
@@ -6,28 +6,22 @@ nested dict of arrays). A folder is written under another name beside its place 
 
 import dataclasses
 import hashlib
-import inspect
-import itertools
 import json
-import logging
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dit_jax.array_folder import Arrays, check_shapes, read_arrays, write_arrays
 from dit_jax.config import DiTConfig, TimestepConvention
+from dit_jax.disk import CheckpointError, occupied, recover, replacing, write_json
 from dit_jax.model import Block, DiT, param_dtype
 
 FORMAT = "syncgap-dit"
@@ -35,16 +29,7 @@ FORMAT_VERSION = 1
 STORED_DTYPES = ("float32", "bfloat16", "float64")
 SMALL_BYTES = 2**26  # bytes that a config may always ask for
 COMPRESSION = 64  # and beyond these, how many times the bytes that lie on disk
-CHUNK_BYTES = 2**26  # size of one file of a model folder
-CHUNKS_IN_FLIGHT = 4
-ALIGNMENT = 64  # bytes; where JAX wants an array to begin on a CPU
 SHIPPED = Path(__file__).parent / "shipped"
-
-Arrays = dict[str, np.ndarray]  # by dotted path, for example "blocks.attn.qkv.kernel"
-
-
-class CheckpointError(ValueError):
-    """A folder that cannot be written, or that does not hold what it should."""
 
 
 def save_model(
@@ -92,7 +77,7 @@ def save_weights(
     stored = stored_form(config, weights, dtype)
     manifest = _manifest(config, stored, extra or {})
     with replacing(directory) as partial:
-        _write_orbax(partial / "params", stored)
+        write_arrays(partial / "params", stored)
         write_json(partial / "manifest.json", manifest)
     return manifest
 
@@ -213,64 +198,11 @@ def _folder(model: str | Path) -> Path:
     return Path(model)
 
 
-def save_arrays(directory: str | Path, tree: Any) -> None:
-    """Writes any pytree of arrays to a folder. It replaces what `save_arrays` wrote there before.
-
-    Raises:
-      CheckpointError: the folder holds something else.
-    """
-    directory = Path(directory)
-    if _occupied(directory) and not (directory / "_METADATA").exists():
-        raise CheckpointError(f"{directory} is not empty and holds no saved arrays; choose another folder")
-    arrays = {path: np.asarray(leaf) for path, leaf in _leaves(tree)}
-    with replacing(directory) as partial:
-        _write_orbax(partial, arrays)
-
-
-def load_arrays(directory: str | Path, like: Any) -> Any:
-    """Reads what `save_arrays` wrote, as JAX arrays in the structure of `like` (arrays or shapes).
-
-    Raises:
-      CheckpointError: nothing readable is there, or its structure, shapes or dtypes are others.
-    """
-    directory = Path(directory)
-    recover(directory)
-    arrays = _read_orbax(directory)
-    expected = dict(_leaves(like))
-    _check_arrays(expected, arrays, str(directory))
-    wrong = [path for path, leaf in expected.items() if arrays[path].dtype != leaf.dtype]
-    if wrong:
-        raise CheckpointError(f"{directory}: other dtypes than expected in {', '.join(wrong)}")
-    # These are copies: a training state is donated to the next step, and must not lie in memory that NumPy owns.
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[path]) for path in expected])
-
-
-def write_json(path: str | Path, entries: Any) -> None:
-    """Writes JSON in one move: a reader finds the old file or the new one, never a part."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(entries, indent=2, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def recover(directory: str | Path) -> bool:
-    """Whether a saved folder is there. If a replacement was killed between its two renames, the earlier folder is put
-    back first."""
-    directory = Path(directory)
-    previous = _beside(directory, "previous")
-    if previous.exists() and not directory.exists():
-        os.replace(previous, directory)
-    return directory.exists()
-
-
 def check_free(directory: str | Path, overwrite: bool = False) -> None:
     """Raises CheckpointError unless a model folder may be written here."""
     directory = Path(directory)
     recover(directory)
-    if not _occupied(directory):
+    if not occupied(directory):
         return
     if not overwrite:
         raise CheckpointError(
@@ -372,66 +304,16 @@ def _read_model(directory: Path, manifest: Mapping) -> tuple[DiTConfig, Arrays]:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{directory}: the manifest's config is not usable ({str(error)[:500]})") from error
     _check_size(config, directory)
-    weights = _read_orbax(directory / "params", weight_shapes(config))
+    weights = read_arrays(directory / "params", weight_shapes(config))
     _check_fit(config, weights, f"{directory / 'params'}")
     return config, weights
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
-
-
 def _check_fit(config: DiTConfig, weights: Arrays, what: str) -> None:
-    _check_arrays(dict(_variables(abstract_model(config))), weights, what)
+    check_shapes(weight_shapes(config), weights, what)
     odd = [f"{path} ({array.dtype})" for path, array in weights.items() if array.dtype.name not in STORED_DTYPES]
     if odd:
         raise CheckpointError(f"{what}: dtype is not one of {', '.join(STORED_DTYPES)}: {', '.join(odd)}")
-
-
-class _Shaped(NamedTuple):
-    shape: tuple[int, ...]
-
-
-def _check_arrays(expected: Mapping[str, Any], arrays: Mapping[str, Any], what: str) -> None:
-    problems = [f"{path} is missing" for path in expected if path not in arrays]
-    problems += [f"{path} is not expected" for path in arrays if path not in expected]
-    problems += [
-        f"{path} is {arrays[path].shape}, expected {leaf.shape}"
-        for path, leaf in expected.items()
-        if path in arrays and arrays[path].shape != leaf.shape
-    ]
-    if problems:
-        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
-
-
-def _write_orbax(directory: Path, arrays: Arrays) -> None:
-    """Writes arrays with Orbax, but without its copy of all arrays, its single-file database, and its chunks as large
-    as an array: each of these would take the memory of the parameters once more."""
-    tree = unflatten_dict(arrays, sep=".")
-    handler_type: Any = ocp.type_handlers.NumpyHandler
-    can_spare_copy = "deepcopy_host_arrays" in inspect.signature(handler_type).parameters  # Orbax 0.12.4 cannot
-    uncopied = handler_type(**({"deepcopy_host_arrays": False} if can_spare_copy else {}))
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with _quiet_orbax():
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=1, type_handler_registry=registry)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(directory.resolve(), ocp.args.PyTreeSave(tree, save_args=chunks), force=True)
-    # This file holds only the path at which the folder was first written; reading does not need it.
-    (directory / "commit_success.txt").unlink(missing_ok=True)
-
-
-@contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Silences Orbax's warnings about what was chosen on purpose: no database, no records of JAX shardings."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_size(config: DiTConfig, directory: Path) -> None:
@@ -453,96 +335,3 @@ def _check_size(config: DiTConfig, directory: Path) -> None:
             f"{directory}: the config asks for more bytes than the {there:,} of the folder can hold; "
             "make the model folder again"
         )
-
-
-def _read_orbax(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
-    """The arrays of a folder. If `shapes` are given, no array is read unless all have these shapes."""
-    if not (directory / "_METADATA").exists():
-        raise CheckpointError(f"{directory} holds no saved arrays; make it again")
-    odd = [path for path in directory.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
-    if odd:
-        raise CheckpointError(f"{odd[0]} is a link or no plain file; a folder of saved arrays has none, copy the files")
-    try:
-        with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.metadata(directory.resolve()).item_metadata.tree
-        announced = flatten_dict(found, sep=".")
-        if shapes is not None:
-            _check_arrays({path: _Shaped(shape) for path, shape in shapes.items()}, announced, str(directory))
-        stores = _open_stores(directory.resolve(), announced)
-        return {path: _read_chunks(store) for path, store in stores.items()}
-    except CheckpointError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{directory} is damaged: {reason[0] if reason else error!r}; make it again") from error
-
-
-def _open_stores(directory: Path, announced: Mapping[str, Any]) -> dict[str, tensorstore.TensorStore]:
-    """Opens the stored arrays without reading them. Arrays that could take more memory to read than they hold are
-    refused: those with chunks larger than the array, and those with another codec than Orbax's own, as some codecs
-    believe a file that claims gigabytes."""
-    folder = {"driver": "file", "path": f"{directory}/"}
-    if (directory / "manifest.ocdbt").exists():
-        folder = {"driver": "ocdbt", "base": folder, "path": ""}
-    stores = {}
-    for path, array in announced.items():
-        place = {**folder, "path": f"{folder['path']}{path}/"}
-        store = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
-        stored = store.spec().to_json()["metadata"]
-        codec = stored["compressor"] or {"id": "zstd"}
-        too_large = math.prod(stored["chunks"]) > max(1, math.prod(array.shape))
-        if store.shape != tuple(array.shape) or too_large or codec["id"] != "zstd" or stored["filters"]:
-            raise CheckpointError(f"{directory}: {path} is not stored as Orbax does; make it again")
-        stores[path] = store
-    return stores
-
-
-def _read_chunks(store: tensorstore.TensorStore) -> np.ndarray:
-    """Reads a whole array, a few chunks at a time. Orbax would hold all chunks in memory beside it, compressed and not.
-
-    The array is aligned as JAX needs it on a CPU, so that a model can use it without a copy.
-    """
-    dtype, size = store.dtype.numpy_dtype, math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    array = raw[start : start + size].view(dtype).reshape(store.shape)
-    chunks = store.spec().to_json()["metadata"]["chunks"]
-    spans = [
-        [slice(low, min(low + step, length)) for low in range(0, length, step)]
-        for length, step in zip(store.shape, chunks, strict=True)
-    ]
-    blocks = itertools.product(*spans)
-    while group := list(itertools.islice(blocks, CHUNKS_IN_FLIGHT)):
-        reads = [store[block].read() for block in group]
-        for block, found in zip(group, reads, strict=True):
-            array[block] = found.result()
-    return array
-
-
-def _occupied(directory: Path) -> bool:
-    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
-
-
-def _beside(directory: Path, role: str) -> Path:
-    directory = directory.absolute()
-    return directory.with_name(f".{directory.name}.{role}")
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A sibling folder to fill. At the end it takes the place of `directory`; if anything fails, it is removed."""
-    partial, previous = _beside(directory, "partial"), _beside(directory, "previous")
-    recover(directory)
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    if directory.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            os.replace(directory, previous)
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if recover(directory):
-            shutil.rmtree(previous, ignore_errors=True)

@@ -48,7 +48,8 @@ def convert_checkpoint(
       CheckpointError: the model folder cannot be read or written, or options exclude each other.
       WeightsError: the checkpoint cannot be read safely, or is not that of a DiT.
     """
-    from dit_jax.checkpoint import CheckpointError, check_free, digest, load_model, save_weights
+    from dit_jax.checkpoint import check_free, digest, load_model, save_weights
+    from dit_jax.disk import CheckpointError
     from dit_jax.export import export_model
     from dit_jax.weights import convert
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_jax.checkpoint import CheckpointError, load_weights
+from dit_jax.checkpoint import load_weights
+from dit_jax.disk import CheckpointError
 from dit_jax.weights import TABLE, inverted
 
 SUFFIXES = (".safetensors", ".pt")

@@ -19,9 +19,11 @@ from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from dit_jax.checkpoint import load_arrays, recover, save_arrays, save_model, write_json
+from dit_jax.array_folder import load_arrays, save_arrays
+from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser, sample
+from dit_jax.disk import recover, write_json
 from dit_jax.images import ImageSet, image_grid, standardize, to_pixels
 from dit_jax.model import DiT
 from dit_jax.objective import add_noise, losses

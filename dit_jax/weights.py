@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dit_jax import diffusers_form
-from dit_jax.checkpoint import Arrays, stored_dtypes, weight_shapes
+from dit_jax.array_folder import Arrays
+from dit_jax.checkpoint import stored_dtypes, weight_shapes
 from dit_jax.config import VARIANTS, DiTConfig, TimestepConvention, Which
 from dit_jax.readers import Entry, Shape, Source, WeightsError, open_source
 

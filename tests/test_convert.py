@@ -211,7 +211,7 @@ def in_a_process(*options):
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.exists({str(out)!r})
 
-for at in ("_write_orbax", "write_json"):
+for at in ("write_arrays", "write_json"):
     for before in (True, False):
         print(in_a_process(at, before))
 print(in_a_process())

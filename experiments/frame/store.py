@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from dit_jax.checkpoint import recover, write_json
+from dit_jax.disk import recover, write_json
 from experiments.frame.chunks import (
     blocks_of,
     damaged,

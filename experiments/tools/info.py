@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dit_jax.checkpoint import CheckpointError, load_manifest, weights_digest
+from dit_jax.checkpoint import load_manifest, weights_digest
 from dit_jax.class_names import names, short_name
 from dit_jax.config import DiTConfig
+from dit_jax.disk import CheckpointError
 from dit_jax.latents import VAE_FACTOR, has_pixels, is_latent
 from dit_jax.weights import variant_name
 

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dit_jax.checkpoint import load_model, recover, replacing, write_json
+from dit_jax.checkpoint import load_model
 from dit_jax.class_names import names, resolve, short_name
 from dit_jax.diffusion import network_denoiser, sample
+from dit_jax.disk import recover, replacing, write_json
 from dit_jax.images import image_grid
 from dit_jax.latents import is_latent, to_pictures, vae_decoder
 from dit_jax.model import DiT

@@ -10,31 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dit_jax.checkpoint as checkpoint
+from dit_jax import array_folder
+from dit_jax.array_folder import load_arrays, save_arrays
 from dit_jax.checkpoint import (
-    CheckpointError,
     abstract_model,
     assemble,
     digest,
-    load_arrays,
     load_manifest,
     load_model,
     load_weights,
-    recover,
-    save_arrays,
     save_model,
     save_weights,
     shipped_model,
     weight_shapes,
     weights_digest,
-    write_json,
 )
 from dit_jax.config import DiTConfig, variant
+from dit_jax.disk import CheckpointError, recover, write_json
 
 CONFIG = DiTConfig(input_size=4, in_channels=3, hidden_size=8, depth=2, num_heads=2, num_classes=3)
 
@@ -89,14 +88,14 @@ def test_same_bits_back(tmp_path):
 
 def test_orbax_that_cannot_spare_its_copy_writes_the_same(tmp_path, monkeypatch):
     """In 0.12.4 its handler of NumPy arrays has no such option."""
-    newer = checkpoint.ocp.type_handlers.NumpyHandler
+    newer = ocp.type_handlers.NumpyHandler
 
     class Older(newer):
         def __init__(self, metadata_key=None, ocdbt_process_id=None):
             super().__init__(metadata_key, ocdbt_process_id)
 
     save_weights(CONFIG, random_weights(), tmp_path / "newer")
-    monkeypatch.setattr(checkpoint.ocp.type_handlers, "NumpyHandler", Older)
+    monkeypatch.setattr(ocp.type_handlers, "NumpyHandler", Older)
     save_weights(CONFIG, random_weights(), tmp_path / "older")
     assert equal(arrays_of(load_model(tmp_path / "older")), arrays_of(load_model(tmp_path / "newer")))
 
@@ -211,9 +210,9 @@ def test_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch, failure,
         fail() if str(source).endswith(".model.partial") else replace(source, destination)
 
     where, broken = {
-        "arrays": (checkpoint, ("_write_orbax", write_a_part)),
+        "arrays": (checkpoint, ("write_arrays", write_a_part)),
         "manifest": (checkpoint, ("write_json", fail)),
-        "rename": (checkpoint.os, ("replace", fail_on_arrival)),
+        "rename": (os, ("replace", fail_on_arrival)),
     }[stage]
     with monkeypatch.context() as patch:
         patch.setattr(where, *broken)
@@ -229,7 +228,7 @@ def test_failing_orbax_leaves_nothing_behind(tmp_path, monkeypatch):
         (directory / "d").mkdir(parents=True)
         raise RuntimeError("interrupted")
 
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
     with pytest.raises(RuntimeError, match="interrupted"):
         save_weights(CONFIG, random_weights(), tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -339,7 +338,7 @@ def test_digest_on_disk_is_the_digest_in_memory(folder):
 
 
 def test_digest_of_arrays_that_do_not_fit_is_refused_unread(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_open_stores", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(array_folder, "_open_stores", lambda *_: pytest.fail("read"))
     edit_manifest(folder, config={**CONFIG.to_dict(), "num_classes": 4})
     with pytest.raises(CheckpointError, match=r"y_embedder.embedding is \(4, 8\), expected \(5, 8\)"):
         weights_digest(folder)

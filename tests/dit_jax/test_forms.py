@@ -15,7 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import dit_jax.export as export
-from dit_jax.checkpoint import CheckpointError, assemble, load_model, save_weights
+from dit_jax.checkpoint import assemble, load_model, save_weights
+from dit_jax.disk import CheckpointError
 from dit_jax.export import export_model
 from dit_jax.model import DiT, position_embedding
 from dit_jax.verify import compare_stages, limits, report

@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from dit_jax.checkpoint import CheckpointError, load_model, save_weights, weight_shapes
+from dit_jax.checkpoint import load_model, save_weights, weight_shapes
 from dit_jax.config import DiTConfig
+from dit_jax.disk import CheckpointError
 from dit_jax.weights import WeightsError, convert, convert_entries, source_shapes
 
 CONFIG = DiTConfig(input_size=4, in_channels=3, hidden_size=8, depth=1, num_heads=2, num_classes=3)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 import dit_jax.model as model_module
 from dit_jax.attention import symmetric_gate
-from dit_jax.checkpoint import CheckpointError, abstract_model, assemble, save_model, weight_shapes
+from dit_jax.checkpoint import abstract_model, assemble, save_model, weight_shapes
 from dit_jax.config import VARIANTS, DiTConfig, variant
+from dit_jax.disk import CheckpointError
 from dit_jax.inside import keep
 from dit_jax.model import DiT, LayerNorm, Options, patchify, position_embedding, timestep_features, unpatchify
 from dit_jax.weights import convert

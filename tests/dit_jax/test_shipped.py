@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.checkpoint import CheckpointError, load_manifest, load_model, shipped_model
+from dit_jax.checkpoint import load_manifest, load_model, shipped_model
 from dit_jax.diffusion import network_denoiser
+from dit_jax.disk import CheckpointError
 from dit_jax.training import TrainConfig
 from experiments.frame.settings import DEFAULT_WEIGHTS
 from experiments.frame.subject import untrained_model

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from dit_jax import checkpoint
-from dit_jax.checkpoint import CheckpointError, save_model, shipped_model
+from dit_jax.checkpoint import save_model, shipped_model
 from dit_jax.config import DiTConfig, variant
+from dit_jax.disk import CheckpointError
 from experiments import cli
 from experiments.frame.subject import model_folder, untrained_model
 from experiments.tools.info import describe, verify
@@ -80,7 +81,7 @@ def test_nothing_is_loaded_or_compiled(monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("arrays were read, or something was traced")
 
-    monkeypatch.setattr(checkpoint, "_read_orbax", refused)
+    monkeypatch.setattr(checkpoint, "read_arrays", refused)
     monkeypatch.setattr(checkpoint, "abstract_model", refused)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
