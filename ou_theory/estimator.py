@@ -19,7 +19,7 @@ class Commitment(NamedTuple):
     """What `commitment` finds; all but `latch` are (..., B)."""
 
     level: jax.Array  # commitment level tau of what the band decides; NaN if it decides nothing
-    decided: jax.Array  # decided fraction F in [0, 1]
+    decided: jax.Array  # decided fraction F >= 0; above 1 where coupling amplifies the difference of replicas
     latched: jax.Array  # latched level F tau + (1 - F) ell_end, which counts the undecided part at the clean end
     latch: jax.Array  # (..., steps in the window, B) running maximum M
 
@@ -35,9 +35,9 @@ def relative_energy(energy: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def latch(q: jax.Array) -> jax.Array:
-    """Running maximum M of Q (..., K, B) over steps, at most 1: the share of the band that has been decided by each
-    step (theory, eq. 7.1)."""
-    return jnp.minimum(jax.lax.cummax(q, axis=q.ndim - 2), 1)
+    """Running maximum M of Q (..., K, B) over steps: the share of the band that has been decided by each step (theory,
+    eq. 7.1). It is not cut at 1, since a cut moves the level of every band that coupling amplifies."""
+    return jax.lax.cummax(q, axis=q.ndim - 2)
 
 
 def commitment(q: jax.Array, ell: ArrayLike, start: float | None = None) -> Commitment:
@@ -45,10 +45,10 @@ def commitment(q: jax.Array, ell: ArrayLike, start: float | None = None) -> Comm
     and 7.3).
 
     Args:
-      q: (..., K, B) relative energy.
+      q: (..., K, B) relative energy, or the aligned energy of a network (`aligned_energy`), whose error would count
+        as decided otherwise.
       ell: (K,) increasing log-SNR of the steps; not traced.
-      start: the window opens at the first step at or above this level; by default it holds all steps. Earlier steps are
-        not latched: in them the error of a network that predicts the noise is amplified.
+      start: the window opens at the first step at or above this level; by default it holds all steps.
 
     Raises:
       ValueError: the window holds fewer than two steps, or `ell` does not fit `q`.
@@ -126,13 +126,30 @@ def projection(inner: jax.Array, end_energy: jax.Array) -> jax.Array:
 
 
 def aligned_share(a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
-    """The Q of a Gaussian mode whose alignment with its end is `a` (theory, section 7.4).
+    """The Q of a Gaussian mode whose alignment with its end is `a` (theory, section 7.4), 0 where `a` is negative.
 
     It is ``a^2`` under a deterministic sampler, where a mode only changes its size. It is ``a`` under a stochastic
     sampler, where the denoised of an exact denoiser is a martingale: later changes do not correlate with it.
     """
-    a = jnp.asarray(a)
+    a = jnp.maximum(jnp.asarray(a), 0)
     return a if stochastic else a**2
+
+
+def aligned_energy(
+    inner: jax.Array, end_energy: jax.Array, reference: jax.Array, *, stochastic: bool = False
+) -> jax.Array:
+    """The part of Q that lies along the outcome, ``share(a) E(end; g) / E(end; 0)`` (..., K, B) (theory, eq. 7.6).
+
+    It equals Q for Gaussian modes without error. Error that does not correlate with the outcome averages out of it, and
+    a deterministic sampler's is never above Q.
+
+    Args:
+      inner: (..., K, B) inner product of the denoised difference and its end.
+      end_energy: (..., B) energy of the end.
+      reference: (..., B) the same energy without coupling.
+    """
+    share = aligned_share(projection(inner, end_energy), stochastic=stochastic)
+    return share * (end_energy / reference)[..., None, :]
 
 
 def noise_floor(q: ArrayLike, a: ArrayLike, *, stochastic: bool = False) -> jax.Array:

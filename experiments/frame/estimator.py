@@ -1,4 +1,9 @@
-"""One estimator for the network, its controls and the exact recursions: commitment levels, decided fractions, gaps."""
+"""One estimator for the network, its controls and the exact recursions: commitment levels, decided fractions, gaps.
+
+The headline is the *aligned* energy (docs/theory.md, section 7.4): what of the predicted difference lies along the
+final one. Other estimators stand beside it as companions, since a gap that only one of them has is a gap of the
+estimator.
+"""
 
 from dataclasses import dataclass
 
@@ -8,11 +13,17 @@ from jax.typing import ArrayLike
 
 from experiments.frame.steps import WINDOW_START
 from ou_theory import estimator as oc
-from ou_theory.estimator import Commitment
 
 FLOOR_LIMIT = 0.1  # largest Q at the opening of the window of a band whose own signal is still below it
-WEAK = 0.002  # decided fraction under which a commitment level rests on too little
 LOW, HIGH = 1, -1  # bands of the gap: the lowest annulus (band 0 is DC) and the highest
+
+# what is accumulated: name -> in words; the first is the headline
+ESTIMATORS = {
+    "aligned": "energy along the outcome, by its own maximum",
+    "aligned, cut": "energy along the outcome, cut where it reaches that of the outcome",
+    "energy": "all energy, by its own maximum",
+    "energy, cut": "all energy, cut where it reaches that of the uncoupled outcome",
+}
 
 
 @dataclass(frozen=True)
@@ -23,25 +34,54 @@ class Estimates:
     decided: np.ndarray
     gap: np.ndarray
     latched_gap: np.ndarray
-    relative_energy: np.ndarray
+    relative_energy: np.ndarray  # all of it, with its error
+    floor: np.ndarray  # (..., C, B) error energy where the window opens, in units of the uncoupled end
 
 
-def commitment_of(energy: ArrayLike, ell: np.ndarray, start: float) -> Estimates:
-    """The estimator on mean difference energies (..., C, K, B), whose first coupling is 0."""
+def commitment_of(
+    energy: ArrayLike,
+    ell: np.ndarray,
+    start: float = WINDOW_START,
+    *,
+    inner: ArrayLike | None = None,
+    stochastic: bool = False,
+) -> Estimates:
+    """The estimator on mean difference energies (..., C, K, B), whose first coupling is 0.
+
+    Args:
+      start: log-SNR at which the window opens.
+      inner: of the same shape, inner products with the own end. Without them the whole energy counts, which is right
+        for exact recursions alone: theirs has no error.
+      stochastic: whether the sampler adds noise.
+    """
     energy = jnp.asarray(energy)
-    q = oc.relative_energy(energy, energy[..., :1, -1, :])
-    found: Commitment = oc.commitment(q, jnp.asarray(ell), start)
+    end = energy[..., -1, :]
+    q = oc.relative_energy(energy, end[..., :1, :])
+    aligned = q if inner is None else oc.aligned_energy(jnp.asarray(inner), end, end[..., :1, :], stochastic=stochastic)
+    found = oc.commitment(aligned, jnp.asarray(ell), start)
     return Estimates(
         tau=np.asarray(found.level),
         decided=np.asarray(found.decided),
         gap=np.asarray(oc.gap(found.level, LOW, HIGH)),
         latched_gap=np.asarray(oc.gap(found.latched, LOW, HIGH)),
         relative_energy=np.asarray(q),
+        floor=np.asarray((q - aligned)[..., int(np.searchsorted(ell, start)), :]),
     )
 
 
+def companions(energy: ArrayLike, inner: ArrayLike, ell: np.ndarray, start: float, *, stochastic: bool) -> np.ndarray:
+    """Gaps (..., estimator, C) by all of `ESTIMATORS`; the arguments are those of `commitment_of`."""
+    energy, inner = jnp.asarray(energy), jnp.asarray(inner)
+    end = energy[..., -1, :]
+    share = oc.aligned_share(oc.projection(inner, end), stochastic=stochastic)
+    q = oc.relative_energy(energy, end[..., :1, :])
+    accumulated = dict(zip(ESTIMATORS, (share, jnp.minimum(share, 1), q, jnp.minimum(q, 1)), strict=True))
+    levels = [oc.commitment(values, jnp.asarray(ell), start).level for values in accumulated.values()]
+    return np.stack([np.asarray(oc.gap(level, LOW, HIGH)) for level in levels], -2)
+
+
 def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: float = WINDOW_START) -> float:
-    """The level at which the estimator's window opens: `start`, or the first later one where noise is low enough.
+    """Where the window opens for whole energies: at `start`, or at the first later level where noise is low enough.
 
     A level is noisy when a band whose own signal is still under the limit, ``S exp(ell) < 0.1``, shows more than the
     limit. The window never opens after the strongest band has begun to decide: if no level up to there is clean,

@@ -81,7 +81,6 @@ def trajectories(
     coupled: CoupledDenoiser,
     clock: Clock,
     bands: Bands,
-    shuffled: Bands,
     couplings: jax.Array,
     pairs: jax.Array,
     labels: jax.Array,
@@ -94,8 +93,9 @@ def trajectories(
 
     Returns:
       energy (C, P, K, B, 2): mean square of the denoised common and difference modes per coefficient.
-      energy_shuffled (C, P, K, B): of the difference mode, in shuffled bands.
       projection (C, P, K, B): inner product of the denoised difference with its own end, per coefficient.
+      coefficient_energy, coefficient_projection (P, K, H, W): the same of the uncoupled difference by coefficient, the
+        mean over channels; bands of any shape can be made of them.
       state_energy (P, K, B): of the difference of the uncoupled states in the rescaled frame.
       states (K, 2, P, H, W, channels): the uncoupled states, for `one_pass`.
       sample (2, C, P, H, W, channels).
@@ -108,7 +108,6 @@ def trajectories(
         energy = jnp.stack([band_mean(jnp.square(mode), bands) for mode in (common, difference)], -1)
         return {
             "energy": energy,
-            "energy_shuffled": band_mean(jnp.square(difference), shuffled),
             "state_energy": band_mean(jnp.square(state), bands),
             "states": x[:, 0],
             "difference": difference,
@@ -116,11 +115,13 @@ def trajectories(
 
     out, kept = run_pairs(coupled, clock, couplings, pairs, labels, shape, seed=seed, sampler=sampler, observe=observe)
     difference = kept.pop("difference")
-    projection = band_mean(difference * difference[-1], bands)
+    inner = difference * difference[-1]
+    uncoupled = difference[:, 0]
     return {
         "energy": jnp.moveaxis(kept["energy"], 0, 2),
-        "energy_shuffled": jnp.moveaxis(kept["energy_shuffled"], 0, 2),
-        "projection": jnp.moveaxis(projection, 0, 2),
+        "projection": jnp.moveaxis(band_mean(inner, bands), 0, 2),
+        "coefficient_energy": jnp.square(uncoupled).mean(-1).swapaxes(0, 1),
+        "coefficient_projection": inner[:, 0].mean(-1).swapaxes(0, 1),
         "state_energy": jnp.moveaxis(kept["state_energy"], 0, 1),
         "states": kept["states"],
         "sample": out,

@@ -98,6 +98,8 @@ COORDINATES: Definitions = {
     "timestep": ("timestep of the network's training at the sampler step", "1"),
     "band": ("band of the DCT by radial frequency, 0 is DC", "1"),
     "radius": ("radial frequency, fraction of Nyquist per axis", "1"),
+    "row": ("vertical index of the DCT coefficient", "1"),
+    "column": ("horizontal index of the DCT coefficient", "1"),
     "count": ("coefficients per channel", "1"),
     "token_band": ("band of the DCT over the grid of tokens, 0 is DC", "1"),
     "token_radius": ("radial frequency over the grid of tokens, fraction of its Nyquist per axis", "1"),

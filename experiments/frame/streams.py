@@ -21,6 +21,7 @@ PURPOSES = {  # numbers that stay: a new purpose takes a new one
     "directions": 5,  # directions that power iteration starts from
     "clean states": 6,  # draws of a known law
     "state noise": 7,  # noise that is put on them
+    "shuffles": 8,  # random assignments of coefficients to bands
 }
 
 

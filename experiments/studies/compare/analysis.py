@@ -1,7 +1,8 @@
 """From stored measurements to estimates: commitment levels, decided fractions, gaps, with intervals, beside the theory.
 
-One estimator (`experiments.frame.estimator`) serves the network, its controls and the exact recursions. Pairs are the
-unit of resampling: one draw of pairs serves all bands, steps and couplings of a source.
+One estimator (`experiments.frame.estimator`) serves the network, its controls and the exact recursions; its companions
+stand beside it in a table. Pairs are the unit of resampling: one draw of pairs serves all bands, steps and couplings of
+a source.
 """
 
 from functools import partial
@@ -12,24 +13,41 @@ import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
-from experiments.frame.draws import DRAWS, Drawn, bootstrap, pair_draws
-from experiments.frame.estimator import FLOOR_LIMIT, HIGH, LOW, WEAK, Estimates, commitment_of, guarded_start, order
+from experiments.frame.draws import DRAWS, Drawn, bootstrap, in_chunks, pair_draws
+from experiments.frame.estimator import (
+    ESTIMATORS,
+    FLOOR_LIMIT,
+    HIGH,
+    LOW,
+    Estimates,
+    commitment_of,
+    companions,
+    order,
+)
 from experiments.frame.measured import Definitions, Measured
+from experiments.frame.steps import WINDOW_START
+from experiments.frame.streams import numpy_stream
 from experiments.studies.compare.settings import CompareConfig
 from ou_theory import estimator as oc
 from ou_theory.attention import rho
 from ou_theory.bootstrap import basic_interval
 from ou_theory.clock import Clock
 from ou_theory.gain_model import wiener_gain
+from ou_theory.modes import Bands
 from ou_theory.recursion import recursion_energy
 
 SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
+SHUFFLES = 999  # times
 
 DEFINITIONS: Definitions = {
     "tau": ("commitment level of a band", "nat"),
     "tau_interval": ("its 95 % interval", "nat"),
     "tau_steps": ("commitment level on the sampler's own scale", "sampler steps"),
-    "decided": ("decided fraction of a band: share of its uncoupled variation that replicas decide individually", "1"),
+    "decided": (
+        "decided fraction of a band: what replicas decide individually, in units of its uncoupled variation; above 1 "
+        "where coupling amplifies their difference",
+        "1",
+    ),
     "decided_interval": ("its 95 % interval", "1"),
     "gap": ("synchronization gap: level of the highest band less that of the lowest above DC", "nat"),
     "gap_interval": ("its 95 % interval", "nat"),
@@ -37,15 +55,24 @@ DEFINITIONS: Definitions = {
     "gap_steps_interval": ("its 95 % interval", "sampler steps"),
     "latched_gap": ("gap of the levels that are not normalised by the decided fraction", "nat"),
     "relative_energy": ("energy of the denoised difference over that of its uncoupled end", "1"),
-    "weak": ("whether too little is decided for the level to be relied on", "1"),
+    "end_energy": ("energy of the difference of the final images over that of the uncoupled ones", "1"),
+    "end_energy_interval": ("its 95 % interval", "1"),
+    "weak": ("whether no more is decided than the error where the window opens, so that the level is not known", "1"),
+    "estimator": ("what is accumulated until a band counts as decided; the first is the headline", "1"),
+    "gap_by": ("synchronization gap of the network by other estimators, too", "nat"),
+    "gap_by_interval": ("its 95 % interval", "nat"),
     "gain": ("one-pass gain rho: what one denoising leaves of a difference, relative to no coupling", "1"),
-    "floor": ("noise floor: part of the relative energy at the opening of the window that is error", "1"),
+    "floor": ("noise floor: error energy where the window opens, in units of the band's uncoupled end", "1"),
     "projection_level": ("log-SNR at which the predicted difference has half of its energy along the final one", "nat"),
-    "remains": ("gap at the strongest coupling over the gap without", "1"),
+    "strongest": ("strongest coupling at which both bands of the gap decide more than their error", "1"),
+    "remains": ("gap at that coupling over the gap without", "1"),
     "remains_interval": ("its 95 % interval", "1"),
     "order": ("Kendall's tau-b of commitment level against frequency, DC left out, without coupling", "1"),
     "order_interval": ("its 95 % interval", "1"),
     "in_order": ("share of the resampled runs in which the lowest band commits before the highest", "1"),
+    "shuffled_order": ("Kendall's tau-b with coefficients assigned to bands at random", "1"),
+    "shuffle": ("number of the random assignment", "1"),
+    "order_p": ("share of random assignments, the true one among them, with at least the network's order", "1"),
 }
 
 
@@ -79,7 +106,7 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
     """Everything that figures, page and claims need, from the groups ``network``, ``untrained`` and ``wiener``."""
     config, groups = measured.config, measured.sources("network", "untrained", "wiener")
     with jax.enable_x64(True):
-        found = estimates(measured.clock, **groups, eta=config.eta, seed=config.seed)
+        found = estimates(measured.clock, measured.bands, **groups, eta=config.eta, seed=config.seed)
     return found.assign_attrs(
         model=measured.subject_name,
         prediction=measured.model.prediction,
@@ -91,7 +118,7 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
 
 
 def estimates(
-    clock: Clock, network: xr.Dataset, untrained: xr.Dataset, wiener: xr.Dataset, *, eta: float, seed: int
+    clock: Clock, bands: Bands, network: xr.Dataset, untrained: xr.Dataset, wiener: xr.Dataset, *, eta: float, seed: int
 ) -> xr.Dataset:
     """The analysis in double precision, see `analyse`.
 
@@ -99,27 +126,34 @@ def estimates(
       eta: stochasticity of the recursion: 0 for DDIM, 1 for the ancestral sampler.
       seed: of the resampling.
     """
-    ell, couplings = clock.log_snr, network.coupling.values
+    ell, couplings, stochastic = clock.log_snr, network.coupling.values, eta > 0
     energy = _difference(network)
     mean = energy.mean(1, dtype=np.float64)
-    start = guarded_start(mean[0] / mean[0, -1], mean[0, -1], ell)
     sources: dict[str, Estimates] = {}
     draws: dict[str, Drawn] = {}
     grids: dict[str, np.ndarray] = {}
 
-    def levels(energy: ArrayLike) -> Drawn:
-        found = commitment_of(energy, ell, start)
+    def levels(energy: ArrayLike, inner: ArrayLike | None = None) -> Drawn:
+        found = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
         return {"tau": found.tau, "decided": found.decided, "gap": found.gap}
 
     def add(name: str, point: ArrayLike, grid: np.ndarray, values=None, energy_of=lambda *means: means[0], axis=0):
-        """A source: its energies, and how they follow from means of what is resampled, if anything is."""
-        sources[name], grids[name] = commitment_of(point, ell, start), grid
+        """A recursion: its energies, and how they follow from means of what is resampled, if anything is."""
+        sources[name], grids[name] = commitment_of(point, ell), grid
         if values is not None:
             weights = pair_draws(seed, (values[0] if isinstance(values, tuple) else values).shape[axis])
             size = np.size(point)
             draws[name] = bootstrap(lambda *m: levels(energy_of(*m)), values, weights, axis, numbers=size)[1]
 
-    add("network", mean, couplings, energy, axis=1)
+    def run(name: str, group: xr.Dataset):
+        """What was run: the part of its energies that lies along its outcomes."""
+        values = (_difference(group), group.projection.values)
+        energy, inner = (v.mean(1, dtype=np.float64) for v in values)
+        sources[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
+        grids[name] = group.coupling.values
+        draws[name] = bootstrap(levels, values, pair_draws(seed, group.sizes["pair"]), 1)[1]
+
+    run("network", network)
 
     gain_pairs = int(np.isfinite(network.one_pass_energy.isel(coupling=0, step=0, band=0)).sum())
     one_pass = network.one_pass_energy.values[:, :gain_pairs]
@@ -135,9 +169,8 @@ def estimates(
     ideal = partial(ideal_energy, couplings, clock=clock, eta=eta)
     ends = energy[:1, :, -1:]
     add("ideal gain", ideal(mean[0, -1]), couplings, ends, lambda variance: ideal(variance[:, 0, 0]), axis=1)
-    blank, exact = _difference(untrained), _difference(wiener)
-    add("untrained", blank.mean(1, dtype=np.float64), untrained.coupling.values, blank, axis=1)
-    add("wiener", exact.mean(1, dtype=np.float64), wiener.coupling.values, exact, axis=1)
+    run("untrained", untrained)
+    run("wiener", wiener)
     add(
         "wiener theory",
         ideal_energy(wiener.coupling.values, wiener.variance.values, clock, eta),
@@ -148,28 +181,36 @@ def estimates(
         ("source", "coupling", "step", "band"),
         _full(dataset, "network", gain, (len(ell), mean.shape[-1])),
     )
-    quality: dict[str, dict[str, np.ndarray]] = {"floor": {}, "projection_level": {}}
-    for name, data, inner in (("network", energy, network), ("untrained", blank, untrained)):
-        end = data[0, :, -1].mean(0, dtype=np.float64)
-        aligned = np.asarray(oc.projection(inner.projection.values[0].mean(0), end))
-        opening = int(np.searchsorted(ell, start))
-        floors = oc.noise_floor(sources[name].relative_energy[0], aligned, stochastic=eta > 0)
-        quality["floor"][name] = np.asarray(floors)[opening]
-        share = oc.aligned_share(aligned, stochastic=eta > 0)
-        quality["projection_level"][name] = np.asarray(oc.crossing(share, ell, 0.5))
-    for variable, rows in quality.items():
-        table = np.full((dataset.sizes["source"], dataset.sizes["band"]), np.nan)
-        for name, row in rows.items():
-            table[list(dataset.source.values).index(name)] = row
-        dataset[variable] = (("source", "band"), table)
+    end = mean[0, -1]
+    share = oc.aligned_share(
+        oc.projection(network.projection.values[0].mean(0, dtype=np.float64), end), stochastic=stochastic
+    )
+    level = np.full((dataset.sizes["source"], dataset.sizes["band"]), np.nan)
+    level[0] = np.asarray(oc.crossing(share, ell, 0.5))
+    dataset["projection_level"] = (("source", "band"), level)
 
-    shuffled = network.energy_shuffled.values
-    point, drawn = bootstrap(levels, shuffled, pair_draws(seed, shuffled.shape[1]), 1)
-    _add_claimed(dataset, sources, draws, (point["tau"][0], drawn["tau"][:, 0]))
+    values, weights = (energy, network.projection.values), pair_draws(seed, network.sizes["pair"])
+    by, drawn_by = bootstrap(
+        lambda *means: {"gap": companions(*means, ell, WINDOW_START, stochastic=stochastic)}, values, weights, 1
+    )
+    dataset = dataset.assign_coords(estimator=list(ESTIMATORS))
+    dataset["gap_by"] = (("estimator", "coupling"), by["gap"])
+    dataset["gap_by_interval"] = (
+        ("estimator", "coupling", "bound"),
+        np.stack(basic_interval(by["gap"], drawn_by["gap"]), -1),
+    )
+    point, ends = bootstrap(lambda last: {"ratio": last / last[..., :1, :]}, energy[:, :, -1], weights, 1)
+    dataset["end_energy"] = (("coupling", "band"), point["ratio"])
+    dataset["end_energy_interval"] = (
+        ("coupling", "band", "bound"),
+        np.stack(basic_interval(point["ratio"], ends["ratio"]), -1),
+    )
+    dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
+    _add_claimed(dataset, sources, draws, grids)
     return dataset.assign_attrs(
         low_band=LOW,
         high_band=dataset.sizes["band"] + HIGH,
-        ell_start=float(start),
+        ell_start=WINDOW_START,
         steps=len(clock),
         pairs=network.sizes["pair"],
         gain_pairs=gain_pairs,
@@ -179,30 +220,51 @@ def estimates(
     )
 
 
+def shuffled_orders(network: xr.Dataset, bands: Bands, ell: np.ndarray, seed: int, *, stochastic: bool) -> np.ndarray:
+    """Kendall's tau-b (`SHUFFLES`,) of the network's levels when its coefficients are assigned to bands at random: what
+    the claim about order is worth. The pairs are those whose coefficients are stored."""
+    mean = {
+        name: network[f"coefficient_{name}"].mean("pair").values.astype(np.float64).reshape(len(ell), -1)
+        for name in ("energy", "projection")
+    }
+    rng = numpy_stream(seed, "shuffles")
+    orders = np.stack([rng.permutation(bands.index.size) for _ in range(SHUFFLES)])
+    averaging = bands.averaging.reshape(-1, len(bands))
+    found = []
+    for chosen in in_chunks(orders, mean["energy"].size):
+        energy, inner = (np.moveaxis(v[:, chosen] @ averaging, 0, 1)[:, None] for v in mean.values())
+        found.append(order(commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]))
+    return np.concatenate(found)
+
+
 def _add_claimed(
-    dataset: xr.Dataset, sources: dict[str, Estimates], draws: dict[str, Drawn], shuffled: tuple[np.ndarray, np.ndarray]
+    dataset: xr.Dataset, sources: dict[str, Estimates], draws: dict[str, Drawn], grids: dict[str, np.ndarray]
 ) -> None:
     """Adds what the claims rest on: what remains of the gap, and the order of the bands, of every source that has
-    draws. The controls with shuffled bands come last, and have an order only."""
-    names = [*draws, SHUFFLED]
+    draws."""
+    names = list(draws)
     tables = {"remains": np.full((len(names), 3), np.nan), "order": np.full((len(names), 3), np.nan)}
-    share = np.full(len(names), np.nan)
+    share, strongest = np.full((2, len(names)), np.nan)
     for i, (name, drawn) in enumerate(draws.items()):
-        tables["remains"][i] = remaining_gap(sources[name].gap, drawn["gap"])
+        row = list(dataset.source.values).index(name)
+        known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, [LOW, HIGH]].any(-1)
+        of_grid = np.searchsorted(grids[name], dataset.coupling.values[known])
+        tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid])
+        strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
         tables["order"][i] = _order(sources[name].tau[0], drawn["tau"][:, 0])
         share[i] = np.mean(drawn["gap"][:, 0] > 0)
-    tables["order"][-1] = _order(*shuffled)
     dataset["in_order"] = ("claimed", share)
+    dataset["strongest"] = ("claimed", strongest)
     for name, values in tables.items():
         dataset[name] = ("claimed", values[:, 0])
         dataset[f"{name}_interval"] = (("claimed", "bound"), values[:, 1:])
     dataset["claimed"] = ("claimed", names, {"long_name": "source of what the claims rest on", "units": "1"})
+    reached = dataset.shuffled_order.values >= tables["order"][names.index("network"), 0]
+    dataset["order_p"] = ((), (1 + reached.sum()) / (1 + reached.size))
 
 
 def remaining_gap(gap: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The gap (C,) at the strongest coupling over that at the first, and its interval, (3,), from draws (draws, C).
-
-    A source may have nothing left at the strongest coupling: then the strongest at which it has a gap counts."""
+    """The gap (C,) at the strongest coupling over that at the first, and its interval, (3,), from draws (draws, C)."""
     gap, draws = gap[np.isfinite(gap)], draws[:, np.isfinite(draws).all(0)]
     if min(gap.size, draws.shape[1]) < 2:
         return np.full(3, np.nan)
@@ -249,6 +311,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
         fill(name, grid, "gap", point.gap)
         fill(name, grid, "gap_steps", steps_between(point.tau))
         fill(name, grid, "latched_gap", point.latched_gap)
+        fill(name, grid, "floor", point.floor)
         fill(name, grid, "relative_energy", point.relative_energy)
         if name in draws:
             draw = draws[name]
@@ -264,6 +327,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
         "tau": ("band",),
         "tau_steps": ("band",),
         "decided": ("band",),
+        "floor": ("band",),
         "relative_energy": ("step", "band"),
     }
     variables = {}
@@ -280,5 +344,5 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
             **{name: network[name] for name in ("band", "radius", "count", "step", "ell", "timestep")},
         },
     )
-    dataset["weak"] = dataset.decided < WEAK
+    dataset["weak"] = dataset.decided <= dataset.floor
     return dataset

@@ -63,7 +63,7 @@ def figure_decided(analysis: xr.Dataset) -> Figure:
     """Decided fraction of every band against coupling, network over the two theories."""
     figure = _per_band(analysis, "decided", DECIDED_LABEL)
     for ax in figure.axes:
-        ax.set_ylim(-0.03, 1.06)
+        ax.set_ylim(bottom=-0.03)
     return figure
 
 
@@ -188,7 +188,7 @@ def figure_pictures(pictures: xr.Dataset) -> Figure:
 def figure_noise_floor(analysis: xr.Dataset) -> Figure:
     """What of the relative energy at the start of the window is error rather than decision, per band."""
     figure, ax = new_figure(7.2, 2.7)
-    floor = analysis.floor.sel(source="network").values
+    floor = analysis.floor.sel(source="network").isel(coupling=0).values
     limit = float(analysis.attrs.get("floor_limit", 0.1))
     ax.bar(np.arange(len(floor)), np.nan_to_num(floor), width=0.62, color=band_colors(analysis))
     for band, value in enumerate(floor):
@@ -217,8 +217,7 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
     ax.set_ylim(min(0.0, 1.25 * np.nanmin(floor, initial=0.0)), 1.25 * np.nanmax(floor, initial=limit))
     ax.set_xticks(np.arange(len(floor)), band_names(analysis))
     ax.set_xlabel("band")
-    aligned = "a^2" if analysis.attrs.get("sampler") == "ddim" else "a"
-    ax.set_ylabel(f"noise floor  $Q - {aligned}$")
+    ax.set_ylabel("noise floor\nenergy not along the outcome")
     ax.set_title(f"Noise floor of the network at $\\ell = {analysis.attrs['ell_start']:.1f}$, $g = 0$")
     return figure
 

@@ -15,7 +15,7 @@ from dit_jax.images import to_pixels
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from experiments.frame.bench import Bench, Variables
-from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_bands, trajectories
+from experiments.frame.instrument import coupled_wiener, one_pass, trajectories
 from experiments.studies.compare.settings import CompareConfig
 
 PICTURED_PAIRS = 6
@@ -24,17 +24,20 @@ _PER = "mean square per DCT coefficient of the denoised"
 
 TRAJECTORIES: Variables = {
     "energy": ((*_GRID, "parity"), f"{_PER} mode"),
-    "energy_shuffled": (_GRID, f"{_PER} difference mode, coefficients in random bands"),
     "projection": (_GRID, "inner product per coefficient of the denoised difference with its end"),
     "state_energy": (
         ("pair", "step", "band"),
         "mean square per coefficient of the uncoupled state's difference, y = x / sqrt(ab)",
     ),
 }
+_PLANE = ("pair", "step", "row", "column")
 NETWORK: Variables = {
     **TRAJECTORIES,
+    "coefficient_energy": (_PLANE, "mean square over channels of the uncoupled denoised difference's coefficient"),
+    "coefficient_projection": (_PLANE, "its inner product with the coefficient's end, mean over channels"),
     "one_pass_energy": (_GRID, f"{_PER} difference after one pass from the uncoupled state"),
 }
+UNTRAINED: Variables = {name: about for name, about in NETWORK.items() if "coefficient" not in name}
 
 
 class Instrument:
@@ -42,7 +45,6 @@ class Instrument:
 
     def __init__(self, bench: Bench[CompareConfig]):
         self.bench, self.config = bench, bench.config
-        self.shuffled = shuffled_bands(bench.bands, bench.config.seed)
         self._network_run = jax.jit(lambda model, *args: self._run(bench.coupled(model), *args))
         self._network_gain = jax.jit(
             lambda model, *args: one_pass(bench.coupled(model), bench.clock, bench.bands, *args)
@@ -54,7 +56,6 @@ class Instrument:
             coupled,
             self.bench.clock,
             self.bench.bands,
-            self.shuffled,
             couplings,
             pairs,
             labels,
@@ -63,17 +64,19 @@ class Instrument:
             sampler=self.config.sampler,
         )
 
-    def network(self, model: DiT, couplings, pairs, labels, with_gain: bool) -> dict[str, Any]:
-        """Measurements of a block of pairs on a network, see `NETWORK`, and the samples; the one-pass energy is NaN
-        unless asked for."""
+    def network(self, model: DiT, couplings, pairs, labels, with_more: bool) -> dict[str, Any]:
+        """Measurements of a block of pairs on a network, see `NETWORK`, and the samples. The one-pass energy and what
+        is kept by coefficient are NaN unless asked for: they cost time and space."""
         couplings = jnp.asarray(couplings, jnp.float32)
         found = dict(self._network_run(model, couplings, pairs, labels))
         states = found.pop("states")
         energy = found["energy"][..., 1]
         gains = jnp.full(energy.shape, jnp.nan)
-        if with_gain:  # at zero coupling the trajectory itself is the one pass
+        if with_more:  # at zero coupling the trajectory itself is the one pass
             gains = jnp.concatenate([energy[:1], self._network_gain(model, couplings[1:], states, labels)])
         found["one_pass_energy"] = gains
+        if not with_more:
+            found |= {name: np.full(found[name].shape, np.nan, np.float32) for name in NETWORK if "coefficient" in name}
         return found
 
     def wiener(self, variance: np.ndarray, couplings, pairs, labels) -> dict[str, np.ndarray]:
@@ -91,24 +94,26 @@ def measure(bench: Bench[CompareConfig]) -> None:
 
     def on_network(pairs, labels):
         first = int(pairs[0])
-        found = instrument.network(bench.network, grid, pairs, labels, with_gain=first < config.gain_pairs)
+        found = instrument.network(bench.network, grid, pairs, labels, with_more=first < config.gain_pairs)
         samples = found.pop("sample")
         if first == 0:
             bench.whole("pictures", lambda: _pictures(bench, np.asarray(samples), grid, np.asarray(labels)))
         return found
 
     def on_untrained(pairs, labels):
-        found = instrument.network(bench.untrained, few, pairs, labels, with_gain=False)
-        return {name: found[name] for name in NETWORK}
+        found = instrument.network(bench.untrained, few, pairs, labels, with_more=False)
+        return {name: found[name] for name in UNTRAINED}
 
-    parity = ["common", "difference"]
-    network = bench.measure("network", NETWORK, {"coupling": grid, "parity": parity}, config.pairs, on_network)
+    size, parity = bench.model.input_size, ["common", "difference"]
+    plane = {"row": np.arange(size), "column": np.arange(size)}
+    coords = {"coupling": grid, "parity": parity, **plane}
+    network = bench.measure("network", NETWORK, coords, config.pairs, on_network)
     if not bench.run.holds("pictures"):  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
         on_network(pairs, pair_labels(pairs, bench.classes))
     # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
     count = min(config.untrained_pairs, config.pairs)
-    bench.measure("untrained", NETWORK, {"coupling": few, "parity": parity}, count, on_untrained)
+    bench.measure("untrained", UNTRAINED, {"coupling": few, "parity": parity}, count, on_untrained)
     bench.whole("wiener", lambda: _wiener(instrument, network))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from experiments.frame.drawing import band_names
+from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, number
 from experiments.frame.settings import SAMPLER_NAMES
@@ -44,7 +45,7 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
         answer=f"Uncoupled, the highest band commits {first} nats after the lowest; at {strongest} the gap is {last} "
         f"nats, and {recursion} by the exact recursion under the network's measured gain.",
         claims=found,
-        tables=[coupling_table(analysis), band_table(analysis)],
+        tables=[coupling_table(analysis), estimator_table(analysis), energy_table(analysis), band_table(analysis)],
         captions=CAPTIONS | {"pictures": CAPTIONS["pictures"] + ("" if preview == "pixels" else f" Shown: {preview}.")},
         methods=[_run(manifest, analysis), *METHODS, _controls(analysis)],
         limits=limits(analysis),
@@ -107,20 +108,21 @@ def definitions(low: str, high: str, draws: int) -> dict[str, str]:
         "Band, log-SNR ℓ": "A band is a ring of spatial frequencies (of the DCT), named by its radius r, where 1 is "
         f"the highest frequency along one axis; DC, the mean, is a band of its own. Low is {low}, high is {high}. ℓ "
         "is the logarithm of the signal-to-noise ratio in nats, and rises as generation goes on.",
-        "Decided fraction F": "The largest energy that the difference of a coupled pair reaches in a band, as a "
-        "fraction of what it has at the end uncoupled (at most 1): how much of the band the replicas still decide "
-        "each for itself.",
+        "Aligned energy": "The part of the energy of the predicted difference that lies along the final difference of "
+        "the same pair, in units of what the band has at the end uncoupled. Errors that have nothing to do with the "
+        "outcome average out of it.",
+        "Decided fraction F": "The largest aligned energy that a coupled pair reaches in a band: how much of the band "
+        "the replicas decide each for itself. It is above 1 where coupling amplifies their difference.",
         "Commitment level τ": "The mean log-SNR at which that fraction gets decided: the end of the window minus the "
-        "area under the running maximum of the energy over F. Uncoupled Gaussian modes commit where their "
+        "area under the running maximum of the aligned energy over F. Uncoupled Gaussian modes commit where their "
         "signal-to-noise ratio is 1.",
         "Synchronization gap Γ": "τ of the high band minus τ of the low band, in nats. Positive: low frequencies "
         "commit first. In sampler steps the same difference is read off at the steps of this run, so it depends on "
         "their number.",
         "One-pass gain ρ": "How much one pass through the coupled network shrinks the difference of two given inputs, "
         "relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has (1 − g) / (1 + g).",
-        "Noise floor": "The part of the relative energy Q at the start of the window that does not point towards the "
-        "outcome: Q − a² (Q − a under a stochastic sampler), where a is the projection on the outcome. It is the "
-        "network's error, and would be taken for an early decision.",
+        "Noise floor": "The part of the relative energy Q at the start of the window that is not aligned with the "
+        "outcome. It is the network's error, and estimators that take all energy count it as an early decision.",
         "Interval": f"95 %, from resampling pairs {draws} times (basic bootstrap). One draw serves all bands, steps "
         "and couplings, so that differences and ratios keep their own, narrower intervals.",
     }
@@ -143,8 +145,45 @@ def coupling_table(analysis: xr.Dataset) -> Table:
     head += ["gap, recursion, measured ρ, nats", "gap, recursion, ideal ρ, nats", "gap, untrained, nats"]
     note = "95 % intervals in brackets; – where there is nothing to tell."
     if any("†" in cell for row in rows for cell in row):
-        note += " † Too little is decided there for the level to be relied on."
+        note += " † No more is decided there than the error where the window opens; the level is not known."
     return Table("Commitment against the coupling", head, rows, note)
+
+
+def estimator_table(analysis: xr.Dataset) -> Table:
+    """The network's gap by every estimator, over couplings."""
+    rows = [
+        [f"{g:.4g}", *(_cell_by(analysis, name, c) for name in analysis.estimator.values)]
+        for c, g in enumerate(analysis.coupling.values)
+    ]
+    head = ["g", *(ESTIMATORS[name] for name in analysis.estimator.values)]
+    note = (
+        "Gap of the network in nats, with 95 % intervals. The first column is the headline: it alone gives the known "
+        "answer on every test system (docs/theory.md, section 7.4). What the columns say alike does not depend on the "
+        "estimator."
+    )
+    return Table("The gap by four estimators", head, rows, note)
+
+
+def energy_table(analysis: xr.Dataset) -> Table:
+    """Energy of the replicas' final difference by band, over couplings."""
+    names = band_names(analysis)
+    rows = [
+        [
+            f"{g:.4g}",
+            *(
+                formatted([at.end_energy[band].item(), *at.end_energy_interval[band].values], 3)
+                for band in range(len(names))
+            ),
+        ]
+        for g, at in ((g, analysis.isel(coupling=c)) for c, g in enumerate(analysis.coupling.values))
+    ]
+    note = "In units of the uncoupled one; above 1 coupling amplifies the difference."
+    return Table("Energy of the difference of the final images", ["g", *names], rows, note)
+
+
+def _cell_by(analysis: xr.Dataset, name: str, coupling: int) -> str:
+    at = analysis.sel(estimator=name).isel(coupling=coupling)
+    return _cell(at, "gap_by")
 
 
 def band_table(analysis: xr.Dataset) -> Table:
@@ -190,7 +229,7 @@ def _controls(analysis: xr.Dataset) -> str:
 def limits(analysis: xr.Dataset) -> list[str]:
     """What limits a run: noise floors, bands of which too little is decided, and what no run escapes."""
     names, attrs = band_names(analysis), analysis.attrs
-    floor = analysis.floor.sel(source="network").values
+    floor = analysis.floor.sel(source="network").isel(coupling=0).values
     weak = [
         f"{', '.join(names[band] for band in np.flatnonzero(row))} at g = {g:.4g}"
         for g, row in zip(analysis.coupling.values, analysis.weak.sel(source="network").values, strict=True)
@@ -198,21 +237,26 @@ def limits(analysis: xr.Dataset) -> list[str]:
     ]
     noisy = [names[band] for band in np.flatnonzero(floor > attrs["floor_limit"])]
     largest = number(float(np.nanmax(floor, initial=0.0)), 3)
-    above = f"It is above {attrs['floor_limit']:g} in {', '.join(noisy)}, whose commitment level it pulls down."
+    above = (
+        f"It is above {attrs['floor_limit']:g} in {', '.join(noisy)}: there, estimators that take all energy read an "
+        "earlier level."
+    )
     return [
         f"Intervals come from {attrs['pairs']} pairs and are slightly short: in trials with 64 to 128 pairs nominal "
         "95 % intervals covered 90 to 95 %, with fewer pairs less. They speak for this network, this sampler and these "
         "classes, not for a network trained again.",
         f"The noise floor is {largest} at most. " + (above if noisy else f"No band is above {attrs['floor_limit']:g}."),
-        f"The estimator looks at ℓ ≥ {number(attrs['ell_start'], 1)} only; earlier, errors of the network would be "
-        "taken for decisions.",
-        f"Too little is decided to rely on τ in: {'; '.join(weak)}."
+        f"The estimator looks at ℓ ≥ {number(attrs['ell_start'], 1)} only, for theory as for the network; what is "
+        "decided earlier counts there.",
+        f"No more than the error where the window opens is decided in: {'; '.join(weak)}; τ is not known there."
         if weak
-        else "In every band and at every coupling enough is decided for τ to be relied on.",
+        else "In every band and at every coupling more is decided than the error where the window opens.",
         "The theory takes the network as linear and every band as one Gaussian mode. Data that are not Gaussian "
         "commit at that level or earlier. That the two agree is therefore a finding, not a matter of course.",
         f"In sampler steps the gap depends on the number of steps ({attrs['steps']} here) and on their spacing; "
         "compare runs in nats.",
+        "A gap without coupling follows the spectrum of the data in any denoiser that fits them. This study cannot "
+        "tell what of it is the architecture's; syncgap spectrum can.",
         "The two replicas have the same class and independent noise. This study does not look at where in the "
         "network's depth a band commits.",
     ]

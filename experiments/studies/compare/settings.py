@@ -10,7 +10,7 @@ from experiments.frame.settings import StudyConfig
 class CompareConfig(StudyConfig):
     """Measure the synchronization gap of a DiT against the coupling and lay it over the theory."""
 
-    couplings: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+    couplings: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 4.0)
     pairs: int = 64
     gain_pairs: int = 32  # pairs on which the one-pass gain is measured
 
