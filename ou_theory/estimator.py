@@ -148,7 +148,8 @@ def aligned_energy(
       end_energy: (..., B) energy of the end.
       reference: (..., B) the same energy without coupling.
     """
-    share = aligned_share(projection(inner, end_energy), stochastic=stochastic)
+    ends = jnp.where(end_energy > 0, end_energy, 1)  # replicas that end alike have decided nothing
+    share = aligned_share(projection(inner, ends), stochastic=stochastic)
     return share * (end_energy / reference)[..., None, :]
 
 

@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 from PIL import Image
 
+from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.measured import Measured
 from experiments.frame.page import store_page
 from experiments.frame.store import RunFolder
@@ -101,16 +102,23 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
             interval[SOURCES.index("wiener theory")] = np.nan
             data[f"{name}_interval"] = (("source", "coupling", *dims, "bound"), interval)
     data["gain"] = (("source", "coupling", "step", "band"), filled({"network": gain}, (50, 7)))
-    floor, level = np.full((2, len(SOURCES), 7), np.nan)
-    floor[0], floor[3] = [0.001, 0.002, 0.004, 0.008, 0.02, 0.06, 0.13], 0.4
+    floor, level = np.full((len(SOURCES), 10, 7), np.nan), np.full((len(SOURCES), 7), np.nan)
+    floor[0], floor[3, FEW] = [0.001, 0.002, 0.004, 0.008, 0.02, 0.06, 0.13], 0.4
     level[0] = -np.log(VARIANCE) + 0.05
-    data["floor"], data["projection_level"] = (("source", "band"), floor), (("source", "band"), level)
+    data["floor"] = (("source", "coupling", "band"), floor)
+    data["projection_level"] = (("source", "band"), level)
+    network = data["gap"][1][0]
+    data["gap_by"] = (("estimator", "coupling"), network + np.array([0, 0.02, -0.3, -0.5])[:, None])
+    data["gap_by_interval"] = ((*data["gap_by"][0], "bound"), data["gap_by"][1][..., None] + np.array([-0.2, 0.2]))
+    data["end_energy"] = (("coupling", "band"), q["network"][:, -1])
+    data["end_energy_interval"] = (("coupling", "band", "bound"), q["network"][:, -1, :, None] * np.array([0.9, 1.1]))
     dataset = xr.Dataset(
         data,
         coords={
             "source": SOURCES,
             "coupling": COUPLINGS,
             "bound": ["low", "high"],
+            "estimator": list(ESTIMATORS),
             "band": np.arange(7),
             "step": np.arange(50),
             "radius": ("band", RADIUS),
@@ -122,13 +130,15 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
         | {"untrained_pairs": 16, "draws": 1000, "floor_limit": 0.1, "model": "photos16-v", "prediction": "v"}
         | {"sampler": "ddim", "gate_kind": "joint", "guidance": 1.0, "seed": 0},
     )
-    claimed = [*SOURCES[:5], "shuffled bands"]
-    rows = {"remains": [[0.48, 0.3, 0.66]] + [[1.0, 0.9, 1.1]] * 5, "order": [[1.0, 0.8, 1.0]] * 3 + [[0.87, 0.6, 1.0]]}
-    rows["order"] += [[1.0, 1.0, 1.0], [-0.2, -0.6, 0.3]]
+    claimed = SOURCES[:5]
+    rows = {"remains": [[0.48, 0.3, 0.66]] + [[1.0, 0.9, 1.1]] * 4, "order": [[1.0, 0.8, 1.0]] * 3 + [[0.87, 0.6, 1.0]]}
+    rows["order"] += [[1.0, 1.0, 1.0]]
     for name, values in rows.items():
         dataset[name] = ("claimed", np.array(values)[:, 0])
         dataset[f"{name}_interval"] = (("claimed", "bound"), np.array(values)[:, 1:])
-    dataset["in_order"] = ("claimed", np.ones(6))
+    dataset["in_order"], dataset["strongest"] = ("claimed", np.ones(5)), ("claimed", np.full(5, COUPLINGS[-1]))
+    dataset["shuffled_order"] = ("shuffle", np.linspace(-0.8, 0.7, 99))
+    dataset["order_p"] = 0.01
     dataset = dataset.assign_coords(claimed=claimed)
     dataset["weak"] = dataset.decided < 0.002
     dataset["weak"][0, -1, :2] = True

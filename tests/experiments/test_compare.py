@@ -58,11 +58,13 @@ def arguments(weights, out, *more):
 def test_the_folder_holds_what_was_measured(finished):
     run = RunFolder.open(finished)
     network = run.load("network")
-    assert dict(network.sizes) == {"coupling": 3, "pair": 6, "step": 8, "band": 7, "parity": 2}
-    for name in ("energy", "energy_shuffled", "projection", "state_energy"):
+    sizes = {"coupling": 3, "pair": 6, "step": 8, "band": 7, "parity": 2, "row": 8, "column": 8}
+    assert dict(network.sizes) == sizes
+    for name in ("energy", "projection", "state_energy"):
         assert np.isfinite(network[name]).all(), name
-    measured = np.isfinite(network.one_pass_energy).all(["coupling", "step", "band"]).values
-    np.testing.assert_array_equal(measured, [True, True, True, True, False, False])
+    for name in ("one_pass_energy", "coefficient_energy", "coefficient_projection"):
+        measured = np.isfinite(network[name]).all([dim for dim in network[name].dims if dim != "pair"]).values
+        np.testing.assert_array_equal(measured, [True, True, True, True, False, False], err_msg=name)
     assert list(network.label.values) == [0, 1, 2, 0, 1, 2]
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["status"] == "complete"
@@ -179,7 +181,7 @@ def test_a_sweep_is_one_compilation(weights, tmp_path):
     for first, grid in ((0, [0.0, 0.2]), (2, [0.0, 0.9])):
         for model in (load_model(weights), untrained_model(MODEL, first)):
             labels = np.array([0, 1], np.int32)
-            instrument.network(model, grid, first + np.arange(2), labels, with_gain=True)
+            instrument.network(model, grid, first + np.arange(2), labels, with_more=True)
     assert instrument._network_run._cache_size() == 1
     assert instrument._network_gain._cache_size() == 1
 

@@ -13,7 +13,7 @@ from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser
 from experiments.frame.bench import Bench
 from experiments.frame.draws import pair_draws
-from experiments.frame.instrument import shuffled_bands, trajectories
+from experiments.frame.instrument import trajectories
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
@@ -177,7 +177,6 @@ def test_no_coupling_and_all_of_it_are_the_main_experiment_s(weights, stored, tm
             lambda gate: network_denoiser(model, CLOCK, gate),
             CLOCK,
             study.bands,
-            shuffled_bands(study.bands, 0),
             jnp.array([0.0, 1.0]),
             jnp.arange(4),
             jnp.arange(4) % 3,

@@ -26,11 +26,11 @@ def subject():
 
 def measured(subject, sampler):
     labels = jnp.zeros(PAIRS, jnp.int32)
-    shape, shuffled = (SIZE, SIZE, CHANNELS), shuffled_bands(BANDS, 0)
+    shape = (SIZE, SIZE, CHANNELS)
 
     @jax.jit
     def run(couplings, pairs):
-        return trajectories(subject, CLOCK, BANDS, shuffled, couplings, pairs, labels, shape, seed=0, sampler=sampler)
+        return trajectories(subject, CLOCK, BANDS, couplings, pairs, labels, shape, seed=0, sampler=sampler)
 
     return run(jnp.asarray(COUPLINGS), jnp.arange(PAIRS))
 
@@ -52,6 +52,13 @@ def theory(eta):
 
 def test_ddim_on_gaussian_modes_has_no_sampling_noise(ddim):
     np.testing.assert_allclose(relative(ddim["energy"][..., 1]), theory(0.0), atol=2e-5)
+
+
+def test_coefficients_make_up_the_bands(ddim):
+    for name, of in (("energy", ddim["energy"][0, ..., 1]), ("projection", ddim["projection"][0])):
+        plane = np.asarray(ddim[f"coefficient_{name}"])
+        made = plane.reshape(*plane.shape[:2], -1) @ BANDS.averaging.reshape(-1, len(BANDS))
+        np.testing.assert_allclose(made, of, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -105,5 +112,7 @@ def test_shuffled_bands_keep_sizes_and_lose_order(ddim):
     shuffled = shuffled_bands(BANDS, 0)
     np.testing.assert_array_equal(np.bincount(np.ravel(shuffled.index)), BANDS.count)
     assert np.any(shuffled.index != BANDS.index)
-    ends = np.asarray(ddim["energy_shuffled"][0, :, -1]).mean(0)
+    ends = np.asarray(ddim["coefficient_energy"][:, -1]).mean(0).reshape(-1) @ shuffled.averaging.reshape(
+        -1, len(BANDS)
+    )
     assert ends.max() / ends.min() < 30 < VARIANCE.max() / VARIANCE.min()

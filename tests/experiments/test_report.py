@@ -111,7 +111,7 @@ def test_weak_levels_are_marked(written):
 
 
 def test_table_over_bands_holds_the_stored_numbers(written, analysis):
-    rows = written[1].tables["run-table-2"][1:]
+    rows = written[1].tables["run-table-4"][1:]
     assert [row[0].strip() for row in rows] == ["DC", *(f"r = {r:.2f}" for r in analysis.radius.values[1:])]
     at = analysis.isel(coupling=0)
     for band, row in enumerate(rows):
@@ -121,6 +121,15 @@ def test_table_over_bands_holds_the_stored_numbers(written, analysis):
         np.testing.assert_allclose(numbers(row[3]), [network.tau_steps], atol=0.0501)
         np.testing.assert_allclose(numbers(row[5]), [network.projection_level], atol=0.00501)
         np.testing.assert_allclose(numbers(row[6]), [network.floor], atol=0.000501)
+
+
+def test_tables_over_estimators_and_energies_hold_the_stored_numbers(written, analysis):
+    by, ends = (written[1].tables[f"run-table-{n}"][1:] for n in (2, 3))
+    for c, (row, energies) in enumerate(zip(by, ends, strict=True)):
+        found = np.array([numbers(cell) for cell in row[1:]])
+        expected = np.concatenate([analysis.gap_by.values[:, c, None], analysis.gap_by_interval.values[:, c]], 1)
+        np.testing.assert_allclose(found, expected, atol=0.00501)
+        np.testing.assert_allclose([numbers(cell)[0] for cell in energies[1:]], analysis.end_energy[c], atol=0.000501)
 
 
 def test_every_claim_has_its_verdict_value_and_interval(written, drawn_run):
@@ -206,7 +215,7 @@ def test_limits_speak_of_this_run(written):
     text = re.sub(r"\s+", " ", "".join(written[1].text))
     assert "The noise floor is 0.130 at most. It is above 0.1 in r = 1.21" in text
     assert "ℓ ≥ −6.0" in text
-    assert "Too little is decided to rely on τ in: DC, r = 0.11 at g = 1." in text
+    assert "No more than the error where the window opens is decided in: DC, r = 0.11 at g = 1;" in text
     assert "at most 0.00" in text  # the exact denoiser's deviation
 
 
@@ -214,7 +223,7 @@ def test_limits_of_a_clean_run(analysis):
     clean = analysis.assign(floor=0 * analysis.floor, weak=analysis.weak & False)
     found = " ".join(limits(clean))
     assert "The noise floor is 0.000 at most. No band is above 0.1." in found
-    assert "In every band and at every coupling enough is decided" in found
+    assert "In every band and at every coupling more is decided than the error" in found
 
 
 def test_claims_without_values_are_dashes(copy):

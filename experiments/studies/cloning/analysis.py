@@ -109,7 +109,7 @@ def estimates(dataset: xr.Dataset, clock: Clock, seed: int) -> dict[str, tuple[t
     start = guarded_start(q[0], variance[0], ell)
     with jax.enable_x64(True):
         half = [np.asarray(oc.crossing(jnp.asarray(value), ell[grid], 0.5)) for value in ends]
-        tau = [np.asarray(oc.commitment(jnp.clip(jnp.asarray(c), 0), ell, start).level) for c in (q, 1 - error)]
+        tau = [np.asarray(oc.commitment(jnp.clip(jnp.asarray(c), 0, 1), ell, start).level) for c in (q, 1 - error)]
     scalar = variance[:, None] / (variance[:, None] + clock.sigma[:, None] ** 2)
     excess = [(1 - error - bound)[:, branches] for bound in (scalar, theory["linear"])]
     point, curve, band = ("branch", "band", "bound"), ("step", "band", "bound"), ("band", "bound")

@@ -222,7 +222,10 @@ def estimates(
 
 def shuffled_orders(network: xr.Dataset, bands: Bands, ell: np.ndarray, seed: int, *, stochastic: bool) -> np.ndarray:
     """Kendall's tau-b (`SHUFFLES`,) of the network's levels when its coefficients are assigned to bands at random: what
-    the claim about order is worth. The pairs are those whose coefficients are stored."""
+    the claim about order is worth. The pairs are those whose coefficients are stored: none in runs of older versions.
+    """
+    if "coefficient_energy" not in network:
+        return np.empty(0)
     mean = {
         name: network[f"coefficient_{name}"].mean("pair").values.astype(np.float64).reshape(len(ell), -1)
         for name in ("energy", "projection")
@@ -260,7 +263,7 @@ def _add_claimed(
         dataset[f"{name}_interval"] = (("claimed", "bound"), values[:, 1:])
     dataset["claimed"] = ("claimed", names, {"long_name": "source of what the claims rest on", "units": "1"})
     reached = dataset.shuffled_order.values >= tables["order"][names.index("network"), 0]
-    dataset["order_p"] = ((), (1 + reached.sum()) / (1 + reached.size))
+    dataset["order_p"] = ((), (1 + reached.sum()) / (1 + reached.size) if reached.size else np.nan)
 
 
 def remaining_gap(gap: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -133,6 +133,8 @@ def _depth() -> Claim:
 def _shuffled(analysis: xr.Dataset) -> Control:
     """The order of bands to which coefficients are assigned at random, and how often it is the network's."""
     orders, p = analysis.shuffled_order.values, float(analysis.order_p)
+    if not orders.size:
+        return Control(SHUFFLED, None, None, None, "This run has stored no coefficients to shuffle.")
     return Control(
         SHUFFLED,
         float(np.median(orders)),

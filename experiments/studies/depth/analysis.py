@@ -49,7 +49,7 @@ def probe_readings(error: np.ndarray, total: np.ndarray, ell: np.ndarray, weight
 
 def levels_of(q: np.ndarray, ell: np.ndarray, start: float | None) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
-        found = oc.commitment(jnp.asarray(q), ell, start)
+        found = oc.commitment(jnp.minimum(jnp.asarray(q), 1), ell, start)
         gap = np.asarray(oc.gap(found.level))
     return {"level": np.asarray(found.level), "decided": np.asarray(found.decided), "gap": gap}
 

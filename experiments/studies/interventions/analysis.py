@@ -46,14 +46,16 @@ def readings(energy: np.ndarray, reference: np.ndarray, ell: np.ndarray, start: 
       tau, tau_uncut, decided, left (..., B): level, decided fraction, and the energy of the end, of which nothing is
       latched; gap, gap_uncut (...).
     """
-    found = commitment_of(np.stack([reference, energy], -3), ell, start)
+    end = reference[..., -1:, :]
+    cut = np.minimum(np.stack([reference, energy], -3), end[..., None, :, :])
+    found = commitment_of(cut, ell, start)
     largest = energy[..., ell >= start, :].max(-2, keepdims=True)
     uncut = commitment(jnp.asarray(energy / largest), ell, start).level
     return {
         "tau": found.tau[..., 1, :],
         "tau_uncut": np.asarray(uncut),
         "decided": found.decided[..., 1, :],
-        "left": found.relative_energy[..., 1, -1, :],
+        "left": energy[..., -1, :] / end[..., 0, :],
         "gap": found.gap[..., 1],
         "gap_uncut": np.asarray(gap(uncut)),
     }

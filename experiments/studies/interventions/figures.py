@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_names, curve, new_figure
-from experiments.frame.estimator import HIGH, LOW, WEAK
+from experiments.frame.estimator import HIGH, LOW
 from experiments.frame.steps import WINDOW_START
-from experiments.studies.interventions.settings import ALL, CONSTANT, NONE
+from experiments.studies.interventions.settings import ALL, CONSTANT, NONE, WEAK
 
 FIRST_COLOR, LAST_COLOR, MIDDLE_COLOR = "#0072B2", "#D55E00", "#009E73"
 SCHEDULE_COLORS = (INK, "#0072B2", "#D55E00", "#E69F00", "#56B4E9")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import band_names
-from experiments.frame.estimator import HIGH, LOW, WEAK
+from experiments.frame.estimator import HIGH, LOW
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, power
 from experiments.frame.settings import SAMPLER_NAMES
@@ -17,7 +17,7 @@ from experiments.frame.steps import WINDOW_START
 from experiments.frame.verdict import Claim, Control, Verdict, above, all_hold, bounds
 from experiments.studies.interventions import figures as draw
 from experiments.studies.interventions.figures import arms_of
-from experiments.studies.interventions.settings import ALL, CLAIMED, NONE, InterventionsConfig
+from experiments.studies.interventions.settings import ALL, CLAIMED, NONE, WEAK, InterventionsConfig
 
 
 def page(measured: Measured[InterventionsConfig], analysis: xr.Dataset) -> Page:
