@@ -98,6 +98,15 @@ class Info:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest instead
 
 
+@dataclass(frozen=True)
+class Covariance:
+    """Add the covariance of its training data to a model folder that has none: what theory needs of the data."""
+
+    weights: tyro.conf.Positional[str]  # folder of the model
+    images: tyro.conf.Positional[Path]  # those that it was trained on: a folder or zip file of <class>/<image>
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+
+
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @functools.wraps(convert_checkpoint)
 def _convert(*args: Any, **settings: Any) -> Callable[[], int]:
@@ -120,6 +129,7 @@ def main(args: list[str] | None = None) -> int:
         "train": Train,
         "sample": Sample,
         "info": Info,
+        "covariance": Covariance,
         "convert": _convert,
     }
     command: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="syncgap")
@@ -157,13 +167,14 @@ def _ending_like_an_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(command: StudyRun | Train | Report | Theory | Sample | Info, line: str) -> int:
+def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covariance, line: str) -> int:
     if isinstance(command, StudyRun):
-        from experiments.frame.study import run_study
+        from experiments.frame.study import run_each, run_study
 
         kind = next(name for name in studies.NAMES if studies.settings_of(name) is type(command.settings))
         out = command.out or Path("runs") / kind
-        page = run_study(
+        run = run_each if isinstance(getattr(command.settings, "weights", None), tuple) else run_study
+        page = run(
             studies.find(kind), command.settings, out, resume=command.resume, command=line, progress=not command.quiet
         )
         print(f"report: {page}")
@@ -187,6 +198,17 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info, line: str)
         print(f"pictures: {command.out / 'grid.png'} ({made['grid']['shows']})")
     elif isinstance(command, Info):
         return _info(command)
+    elif isinstance(command, Covariance):
+        from dit_jax.checkpoint import load_manifest
+        from dit_jax.covariance import covariance_for, save_covariance
+        from dit_jax.images import load_images
+        from experiments.frame.subject import model_folder
+
+        folder = model_folder(command.weights)
+        manifest = load_manifest(folder)
+        images = load_images(command.images, manifest["config"]["input_size"], not command.quiet)
+        save_covariance(folder, covariance_for(manifest, images))
+        print(f"covariance: {folder / 'covariance.npz'}")
     else:
         print(f"model: {_train(command, line)}")
     return 0

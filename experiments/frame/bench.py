@@ -31,6 +31,14 @@ Measure = Callable[[Any, Any], Mapping[str, Any]]
 """Pairs (n,) and their labels (n,) -> arrays of the dimensions of the variables."""
 
 
+def one_of(weights: str | Sequence[str]) -> str:
+    """The one network of a run, which studies of several name in a tuple."""
+    if isinstance(weights, str):
+        return weights
+    (name,) = weights
+    return name
+
+
 class Bench(Measured[C]):
     """A study at work.
 
@@ -69,7 +77,7 @@ class Bench(Measured[C]):
         settings, extra = asdict(cast(Any, config)), {"kind": kind, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
-            self.subject = load_subject(config.weights, config.dtype, on_host=self.mesh is not None)
+            self.subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
             model = self.subject.model.config
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):

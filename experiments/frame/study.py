@@ -8,9 +8,9 @@ way of the data has one direction: `measure` fills the run's groups, `analyse` r
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import xarray as xr
 
@@ -19,7 +19,7 @@ from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
 from experiments.frame.store import RunFolder, StoreError
-from experiments.frame.subject import Subject
+from experiments.frame.subject import Subject, model_folder, model_name
 from experiments.frame.verdict import finite
 
 C = TypeVar("C")
@@ -81,6 +81,28 @@ def run_study(
     study.measure(bench)
     bench.run.note(measuring_s=round(time.perf_counter() - started, 1))
     return report(study, bench.run)
+
+
+def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Path:
+    """Runs a study of several networks: each in a folder of `out` that has the network's name, then all side by side.
+
+    Args:
+      config: settings whose `weights` are a tuple.
+      options: of `run_study`. With `resume`, networks that are finished are not run again, and new ones are added.
+
+    Returns:
+      the path of the joint ``report.html``.
+
+    Raises:
+      ValueError: two networks have the same name; see `run_study`.
+    """
+    out, weights = Path(out), cast(Any, config).weights
+    folders = {model_name(model_folder(each)): each for each in weights}
+    if len(folders) < len(weights):
+        raise ValueError(f"two of the networks have the same name: {', '.join(weights)}; rename a folder")
+    for name, each in folders.items():
+        run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
+    return joint_page(out, {study.name: study}.get)
 
 
 def report(study: Study[C], run: RunFolder) -> Path:

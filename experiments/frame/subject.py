@@ -24,10 +24,17 @@ def model_folder(weights: str) -> Path:
     return Path(weights) if Path(weights).is_dir() else shipped_model(weights)
 
 
+def model_name(folder: Path) -> str:
+    """What a model is called: as its folder, or, for the folder ``model`` that `syncgap train` leaves, as the training
+    run."""
+    path = folder.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
 class Subject(NamedTuple):
     """A network under study."""
 
-    name: str  # of its folder; of the training run for the folder ``model`` that `syncgap train` leaves in it
+    name: str  # see `model_name`
     model: DiT
     manifest: dict  # of its folder: digest, data, training
 
@@ -57,9 +64,7 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
     """
     source = model_folder(weights)
     with jax.default_device(jax.local_devices(backend="cpu")[0]) if on_host else nullcontext():
-        path = source.resolve()
-        name = path.parent.name if path.name == "model" else path.name
-        return Subject(name, load_model(source, dtype, params=dtype), load_manifest(source))
+        return Subject(model_name(source), load_model(source, dtype, params=dtype), load_manifest(source))
 
 
 def untrained_model(config: DiTConfig, seed: int) -> DiT:

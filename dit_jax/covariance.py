@@ -1,0 +1,144 @@
+"""The covariance of the data that a model was trained on, kept in its folder: what theory needs of the data.
+
+A pair of replicas shares its class, so this is the covariance within classes, the mean over classes. A Gaussian with it
+is denoised by a linear map whose principal components are those of the data; docs/theory.md, section 9.5.
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.fft import dctn
+
+from dit_jax.disk import CheckpointError
+from dit_jax.images import ImageSet
+from dit_jax.training import Photographs
+from dit_jax.transforms import TransformedImages, doubled, training_data
+from ou_theory.modes import Bands, radial_bands
+
+FILE = "covariance.npz"
+BANDS = 6  # annuli; DC is a band of its own beside them
+CHUNK = 1024  # images in double precision at a time
+MOST = 4096  # numbers of an image whose covariance is diagonalised in a few minutes and 1 GB
+
+
+class DataCovariance(NamedTuple):
+    """Within-class covariance of a model's training data, all float64, in squared units of what the network sees."""
+
+    variance: np.ndarray  # (n,) of the principal components, decreasing
+    share: np.ndarray  # (n, B) of each component that lies in each band; rows sum to 1
+    coefficient: np.ndarray  # (H, W, C, C) between the channels of each DCT coefficient
+    about: dict[str, Any]  # which data: how they were prepared, and how many images
+
+    def band_variance(self) -> np.ndarray:
+        """(B,) mean variance of a coefficient of each band."""
+        size, channels = self.coefficient.shape[1:3]
+        count = radial_bands(size, size, BANDS).count * channels
+        return self.variance @ self.share / count
+
+
+def within_class(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Covariance (n, n) float64 of the DCT coefficients of images (N, H, W, C), each class about its own mean, the mean
+    over the classes that occur; n = H W C, in the order of the flattened coefficients.
+
+    Raises:
+      ValueError: `x` is not of that form, or `labels` do not fit it.
+    """
+    if x.ndim != 4 or not len(x) or labels.shape != x.shape[:1]:
+        raise ValueError(f"expected images (N, H, W, C) and labels (N,), got {x.shape} and {labels.shape}")
+    classes = np.unique(labels)
+    total = np.zeros((x[0].size,) * 2)
+    for label in classes:
+        members = np.flatnonzero(labels == label)
+        mean = x[members].mean(0, dtype=np.float64)
+        within = np.zeros_like(total)
+        for first in range(0, len(members), CHUNK):
+            modes = dctn(x[members[first : first + CHUNK]] - mean, type=2, norm="ortho", axes=(1, 2))
+            modes = np.asarray(modes).reshape(len(modes), -1)
+            within += modes.T @ modes
+        total += within / len(members)
+    return total / len(classes)
+
+
+def data_covariance(data: ImageSet | Photographs | TransformedImages, bands: Bands | None = None) -> DataCovariance:
+    """The covariance of training data, mirror images counted where training makes them.
+
+    Args:
+      bands: `radial_bands` with six annuli by default.
+
+    Raises:
+      ValueError: an image has more than 4096 numbers.
+    """
+    data = Photographs(data) if isinstance(data, ImageSet) else data
+    size, _, channels = data.shape
+    if size * size * channels > MOST:
+        raise ValueError(f"images of {size} x {size} x {channels} numbers are too large for this; {MOST} is the most")
+    if isinstance(data, TransformedImages):
+        x, labels = data.x, data.labels
+    else:
+        x, labels = doubled(data.images), np.concatenate([data.images.labels] * 2)
+    bands = radial_bands(size, size, BANDS) if bands is None else bands
+    covariance = within_class(x, labels)
+    variance, components = np.linalg.eigh(covariance)
+    order = np.argsort(-variance, kind="stable")
+    variance, components = np.maximum(variance[order], 0), components[:, order]
+    in_band = (bands.index.reshape(-1, 1) == np.arange(len(bands))).repeat(channels, 0)
+    blocks = covariance.reshape(size, size, channels, size, size, channels)
+    rows, columns = np.indices((size, size))
+    coefficient = blocks[rows, columns, :, rows, columns]
+    about = {"data": data.preparation(), "images": len(x)}
+    return DataCovariance(variance, (components**2).T @ in_band, coefficient, about)
+
+
+def save_covariance(folder: str | Path, found: DataCovariance) -> None:
+    """Writes a covariance into a model folder, in one move."""
+    folder, content = Path(folder), io.BytesIO()
+    arrays = {name: getattr(found, name).astype(np.float32) for name in ("variance", "share", "coefficient")}
+    np.savez_compressed(content, about=np.array(json.dumps(found.about)), **arrays)
+    partial = folder / f".{FILE}.partial"
+    try:
+        partial.write_bytes(content.getvalue())
+        os.replace(partial, folder / FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_covariance(folder: str | Path) -> DataCovariance | None:
+    """The covariance in a model folder, None if there is none.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: np.asarray(stored[name], np.float64) for name in ("variance", "share", "coefficient")}
+            about = json.loads(str(stored["about"]))
+        found = DataCovariance(**arrays, about=about)
+        size, channels = found.coefficient.shape[1:3]
+        fits = found.variance.shape == (size * size * channels,) == found.share.shape[:1]
+        if not fits or not all(np.isfinite(v).all() for v in arrays.values()):
+            raise ValueError("its arrays do not fit each other, or are not finite")
+    except Exception as error:  # a damaged archive raises many kinds
+        raise CheckpointError(f"{path} cannot be used ({error}); syncgap covariance makes it again") from error
+    return found
+
+
+def covariance_for(manifest: Mapping[str, Any], images: ImageSet) -> DataCovariance:
+    """The covariance of the data that a model with this manifest was trained on, from its images.
+
+    Raises:
+      ValueError: the manifest records other images.
+    """
+    record = manifest.get("data") or {}
+    if record.get("sha256") not in (None, images.digest):
+        raise ValueError(
+            f"the model was trained on other images ({record['sha256'][:12]}) than these ({images.digest[:12]})"
+        )
+    return data_covariance(training_data(images, (record.get("transformation") or {}).get("name", "natural")))

@@ -1,0 +1,83 @@
+"""Levels and gaps of one network beside those of an exact denoiser of its data's covariance."""
+
+import jax
+import numpy as np
+import xarray as xr
+
+from experiments.frame.draws import bootstrap, pair_draws, with_interval
+from experiments.frame.estimator import HIGH, LOW, commitment_of, order
+from experiments.frame.gaussian import ddim_factors, wiener_gains
+from experiments.frame.measured import Definitions, Measured
+from experiments.studies.spectrum.settings import SpectrumConfig
+from ou_theory.clock import Clock
+
+DEFINITIONS: Definitions = {
+    "tau": ("commitment level of a band", "nat"),
+    "decided": ("decided fraction of a band, in units of its uncoupled variation", "1"),
+    "gap": ("synchronization gap", "nat"),
+    "gap_by_energy": ("synchronization gap by all energy, not only that along the outcome", "nat"),
+    "order": ("Kendall's tau-b of commitment level against frequency, DC left out", "1"),
+    "gap_draws": ("synchronization gap without coupling of resampled pairs", "nat"),
+    "draw": ("number of the resampling", "1"),
+    "theory_tau": ("commitment level of a band, exact denoiser of the data's covariance", "nat"),
+    "theory_gap": ("synchronization gap, exact denoiser of the data's covariance", "nat"),
+    "theory_order": ("Kendall's tau-b, exact denoiser of the data's covariance", "1"),
+    "variance": ("variance of the data by principal component within classes", "1"),
+    "share": ("share of the component that lies in the band", "1"),
+    "component": ("principal component of the data", "1"),
+}
+
+
+def theory_statistics(variance: np.ndarray, share: np.ndarray, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
+    """Energy of the denoised difference and its inner product with its end, (K, B) each, of an exact denoiser of
+    Gaussian data under DDIM.
+
+    Each principal component is denoised by its Wiener gain and keeps its own course, so a band is the sum over what of
+    the components lies in it (docs/theory.md, section 9.5).
+
+    Args:
+      variance: (n,) of the components.
+      share: (n, B) of each component in each band.
+    """
+    factors = np.concatenate([np.ones((1, variance.size)), ddim_factors(variance, clock)[:-1]])
+    start = np.sqrt(variance + clock.sigma[0] ** 2)
+    denoised = wiener_gains(variance, clock) * np.cumprod(factors, 0) * start
+    return denoised**2 @ share, denoised * denoised[-1] @ share
+
+
+def analyse(measured: Measured[SpectrumConfig]) -> xr.Dataset:
+    """Estimates with 95 % intervals over pairs, and the theory of the data."""
+    network, data = measured.load("network"), measured.load("data")
+    ell, seed = measured.clock.log_snr, measured.config.seed
+
+    def estimates(energy, inner):
+        found = commitment_of(energy, ell, inner=inner)
+        whole = commitment_of(energy, ell)
+        values = {"tau": found.tau, "decided": found.decided, "gap": found.gap, "gap_by_energy": whole.gap}
+        return {**values, "order": order(found.tau)}
+
+    with jax.enable_x64(True):
+        values = (network.energy.values, network.projection.values)
+        point, draws = bootstrap(estimates, values, pair_draws(seed, network.sizes["pair"]), 1)
+        energy, inner = theory_statistics(data.variance.values, data.share.values, measured.clock)
+        theory = commitment_of(energy[None], ell, inner=inner[None])
+    dims = {"tau": ("coupling", "band"), "decided": ("coupling", "band")}
+    return xr.Dataset(
+        {
+            **{n: ((*dims.get(n, ("coupling",)), "bound"), with_interval(v, draws[n])) for n, v in point.items()},
+            "gap_draws": ("draw", draws["gap"][:, 0]),
+            "theory_tau": ("band", theory.tau[0]),
+            "theory_gap": ((), theory.gap[0]),
+            "theory_order": ((), order(theory.tau[0])),
+        },
+        coords={
+            "bound": ["estimate", "low", "high"],
+            **{name: network[name] for name in ("coupling", "band", "radius", "count")},
+        },
+        attrs={
+            "transformation": data.attrs["transformation"],
+            "low_band": LOW,
+            "high_band": network.sizes["band"] + HIGH,
+            "pairs": network.sizes["pair"],
+        },
+    )

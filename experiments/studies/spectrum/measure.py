@@ -1,0 +1,79 @@
+"""Uncoupled and coupled pairs of one network, and the covariance of the data that it was trained on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from dit_jax.covariance import DataCovariance, load_covariance
+from experiments.frame.bench import Bench, Variables
+from experiments.frame.instrument import trajectories
+from experiments.frame.store import StoreError
+from experiments.frame.subject import Subject, model_folder
+from experiments.studies.spectrum.settings import SpectrumConfig
+
+_GRID = ("coupling", "pair", "step", "band")
+VARIABLES: Variables = {
+    "energy": (_GRID, "mean square per DCT coefficient of the denoised difference"),
+    "projection": (_GRID, "inner product per coefficient of the denoised difference with its end"),
+}
+
+
+def check(config: SpectrumConfig, subject: Subject) -> None:
+    """Raises ValueError unless the covariance of the network's data is known."""
+    _covariance(config)
+
+
+def measure(bench: Bench[SpectrumConfig]) -> None:
+    """Fills the groups ``network`` and ``data``."""
+    config = bench.config
+    grid = np.asarray(config.couplings)
+
+    @jax.jit
+    def run(model, couplings, pairs, labels):
+        found = trajectories(
+            bench.coupled(model),
+            bench.clock,
+            bench.bands,
+            couplings,
+            pairs,
+            labels,
+            bench.subject.image_shape,
+            seed=config.seed,
+            sampler=config.sampler,
+        )
+        return {"energy": found["energy"][..., 1], "projection": found["projection"]}
+
+    couplings = jnp.asarray(grid, jnp.float32)
+    bench.measure(
+        "network",
+        VARIABLES,
+        {"coupling": grid},
+        config.pairs,
+        lambda pairs, labels: run(bench.network, couplings, pairs, labels),
+    )
+    bench.whole("data", lambda: _stored(_covariance(config)))
+
+
+def _covariance(config: SpectrumConfig) -> DataCovariance:
+    (name,) = config.weights
+    found = load_covariance(model_folder(name))
+    if found is None:
+        raise StoreError(
+            f"{name} does not say what covariance its training data have: add it with "
+            f"syncgap covariance {name} IMAGES, where IMAGES are those it was trained on"
+        )
+    return found
+
+
+def _stored(found: DataCovariance) -> xr.Dataset:
+    about = "share of the component that lies in the band"
+    transformation = (found.about["data"].get("transformation") or {}).get("name", "natural")
+    return xr.Dataset(
+        {
+            "variance": ("component", found.variance, {"long_name": "within-class variance", "units": "1"}),
+            "share": (("component", "band"), found.share, {"long_name": about, "units": "1"}),
+        },
+        coords={"component": np.arange(found.variance.size), "band": np.arange(found.share.shape[1])},
+        attrs={"transformation": transformation, "images": found.about["images"]},
+    )

@@ -1,0 +1,31 @@
+"""Settings of the study of the data's spectrum."""
+
+# pyright: reportIncompatibleVariableOverride=false
+from dataclasses import dataclass
+from typing import ClassVar
+
+from experiments.frame.settings import StudyConfig, check_grid
+
+SHIPPED = ("photos8-natural", "photos8-whitened", "photos8-reversed")
+LIMIT = 0.5  # nats; a gap less than this beyond the data's own is none
+
+
+@dataclass(frozen=True)
+class SpectrumConfig(StudyConfig):
+    """Whose gap is it, the architecture's or the data's? Networks trained on data of different spectra, each against
+    the exact theory of its own data. Every network is a run of its own in a folder of that name under --out."""
+
+    weights: tuple[str, ...] = SHIPPED  # folders of converted or trained models, or names
+    couplings: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0, 2.0)  # of networks that have attention to couple
+    pairs: int = 64
+    block: int = 16
+
+    SAMPLERS: ClassVar[tuple[str, ...]] = ("ddim",)  # the theory is that of the flow
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_grid(self.couplings)
+        if not self.weights or len(set(self.weights)) < len(self.weights):
+            raise ValueError(f"weights must name at least one network, each once, got {self.weights}")
+        if self.guidance != 1:
+            raise ValueError("guidance must be 1: the theory is that of the data, and guidance leaves them")
