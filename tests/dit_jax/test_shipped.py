@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 
 from dit_jax.checkpoint import load_manifest, load_model, shipped_model
+from dit_jax.covariance import load_covariance
 from dit_jax.diffusion import network_denoiser
 from dit_jax.disk import CheckpointError
 from dit_jax.training import TrainConfig
 from experiments.frame.settings import DEFAULT_WEIGHTS
 from experiments.frame.subject import untrained_model
+from experiments.studies.spectrum.settings import SHIPPED as SPECTRA
 from experiments.studies.solvable.data import SolvableData
 from experiments.studies.solvable.measure import exact_denoiser
 from ou_theory.clock import make_clock
 
 PHOTOS = {"photos16-v": "v", "photos16-epsilon": "epsilon"}
-NAMES = {**PHOTOS, "solvable8": "v"}
+NAMES = {**PHOTOS, "solvable8": "v", **dict.fromkeys(SPECTRA, "v")}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,9 +37,20 @@ def test_a_shipped_model_says_where_it_comes_from(name):
 def test_the_default_is_shipped_and_all_stay_small():
     assert DEFAULT_WEIGHTS in NAMES
     files = [path for name in NAMES for path in shipped_model(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 18e6
+    assert sum(path.stat().st_size for path in files) < 20e6
     with pytest.raises(CheckpointError, match="photos16-v"):
         shipped_model("photos99")
+
+
+@pytest.mark.parametrize("name", [*PHOTOS, *SPECTRA])
+def test_a_shipped_model_of_photographs_knows_their_covariance(name):
+    """Its bands have the variances of the data, whose sum per pixel is 1 but for what classes tell apart."""
+    found, manifest = load_covariance(shipped_model(name)), load_manifest(shipped_model(name))
+    assert found.about["data"] == manifest["data"]
+    assert 0.85 < found.variance.mean() < 1
+    ratio = found.band_variance()[1] / found.band_variance()[-1]
+    expected = {"photos8-whitened": (0.9, 1), "photos8-reversed": (0.003, 0.01)}.get(name, (50, 200))
+    assert expected[0] < ratio < expected[1]
 
 
 @pytest.mark.parametrize("name", PHOTOS)

@@ -62,9 +62,11 @@ def analyse(measured: Measured[SpectrumConfig]) -> xr.Dataset:
         energy, inner = theory_statistics(data.variance.values, data.share.values, measured.clock)
         theory = commitment_of(energy[None], ell, inner=inner[None])
     dims = {"tau": ("coupling", "band"), "decided": ("coupling", "band")}
+    found = {name: with_interval(value, draws[name]) for name, value in point.items()}
+    found["order"] = np.clip(found["order"], -1, 1)
     return xr.Dataset(
         {
-            **{n: ((*dims.get(n, ("coupling",)), "bound"), with_interval(v, draws[n])) for n, v in point.items()},
+            **{name: ((*dims.get(name, ("coupling",)), "bound"), values) for name, values in found.items()},
             "gap_draws": ("draw", draws["gap"][:, 0]),
             "theory_tau": ("band", theory.tau[0]),
             "theory_gap": ((), theory.gap[0]),

@@ -24,7 +24,9 @@ TRANSFORMED = {
 def data_of(analysis: xr.Dataset) -> str:
     """What the network was trained on, in words."""
     name = analysis.attrs["transformation"]
-    return TRANSFORMED.get(name, f"photographs with spectrum r^−{name.removeprefix('power:')}")
+    if name in TRANSFORMED:
+        return TRANSFORMED[name]
+    return f"photographs with a spectrum proportional to r^{number(-float(name.removeprefix('power:')), 1)}"
 
 
 def page(measured: Measured[SpectrumConfig], analysis: xr.Dataset) -> Page:

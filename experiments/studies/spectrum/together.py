@@ -11,12 +11,13 @@ from scipy import stats
 
 from experiments.frame.drawing import FAINT, INK, band_names, coupling_axis, curve, new_figure
 from experiments.frame.measured import Measured
-from experiments.frame.page import Page, Section, Table, formatted, number
-from experiments.frame.verdict import Claim, Control, Verdict, above
+from experiments.frame.page import Page, Section, Table, formatted, interval, number
+from experiments.frame.verdict import Claim, Control, above, bounds
 from experiments.studies.spectrum.page import data_of
 from experiments.studies.spectrum.settings import LIMIT, SpectrumConfig
 from ou_theory.bootstrap import basic_interval
 
+Networks = dict[str, xr.Dataset]  # the analysis of each network, by name
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f99"]
 
 
@@ -51,16 +52,17 @@ def line(theory: np.ndarray, gaps: np.ndarray, draws: np.ndarray) -> Line | None
     return Line(*over_pairs, *across)
 
 
+def over_networks(values: np.ndarray) -> np.ndarray:
+    """95 % interval (2,) of the mean of independently trained networks, by Student's t; NaN for fewer than three."""
+    if values.size < 3:
+        return np.full(2, np.nan)
+    return np.array(stats.t.interval(0.95, values.size - 1, values.mean(), stats.sem(values)))
+
+
 def widest(*intervals: np.ndarray) -> list[float]:
     """The interval that holds all of these that are known."""
     known = np.array([each for each in intervals if np.isfinite(each).all()])
     return [float(known[:, 0].min()), float(known[:, 1].max())]
-
-
-def beyond(interval: Sequence[float]) -> Verdict:
-    """Whether the gap is more than the data's: holds if what is left where theory has none is wholly beyond `LIMIT`,
-    does not hold if it is wholly below it."""
-    return above(interval, LIMIT)
 
 
 def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
@@ -76,7 +78,7 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
             question="Is the synchronization gap, and its order, a property of the architecture or of the spectrum of "
             "the data?",
             answer=answer(theory, gaps, fit),
-            claims=[] if fit is None else [more_than_data(fit, found), order_beyond_data(found)],
+            claims=[more_than_data(found), order_beyond_data(found)],
             tables=[network_table(found), *band_tables(found)],
             captions={
                 "spectrum": "Gap of every network without coupling against that of an exact denoiser of its data's "
@@ -87,11 +89,10 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
                 "Every network through `syncgap spectrum`: the same pairs of noise, sampler and estimator. The theory "
                 "is that of each network's own data; nothing is fitted to a network. If the gap were the "
                 "architecture's, the points would lie on a flat line.",
-                f"The intercept is the gap where the data have none. The claim that the gap is more than the data's "
-                f"holds if the intercept is above {LIMIT:g} nats with its whole interval, the wider of that over pairs "
-                "and that over networks, and does not hold if it is wholly below. The claim that low frequencies "
-                "commit first whatever the data do does not hold if a network whose data say the opposite does the "
-                "opposite.",
+                f"The claim that the gap is more than the data's holds if networks whose data have none have more than "
+                f"{LIMIT:g} nats, with the whole interval, and does not hold if that is wholly below. The interval is "
+                "the wider of that over pairs and, from three such networks on, that over networks. The claim that low "
+                "frequencies commit first whatever the data is put to networks whose data have the opposite order.",
             ],
             limits=[
                 "The interval over networks takes each as one draw from around the line. Networks of several training "
@@ -109,72 +110,80 @@ def answer(theory: np.ndarray, gaps: np.ndarray, fit: Line | None) -> str:
     largest, smallest = int(np.argmax(theory)), int(np.argmin(theory))
     return (
         f"The gap follows the data: slope {formatted(fit.slope)}, intercept {formatted(fit.intercept)} nats over "
-        f"{len(theory)} networks. It is {formatted(gaps[largest])} nats where the data's is {number(theory[largest])}, "
-        f"and {formatted(gaps[smallest])} where the data's is {number(theory[smallest])}."
+        f"{len(theory)} networks{_across(fit)}. It is {formatted(gaps[largest])} nats where the data's is "
+        f"{number(theory[largest])}, and {formatted(gaps[smallest])} where the data's is {number(theory[smallest])}."
         if fit.slope[1] > 0
         else f"The gap does not follow the data: slope {formatted(fit.slope)} over {len(theory)} networks."
     )
 
 
-def more_than_data(fit: Line, found: dict[str, xr.Dataset]) -> Claim:
-    """Claim 1b."""
-    interval = widest(fit.intercept[1:], fit.intercept_over_networks)
-    name, flattest = min(found.items(), key=lambda item: abs(float(item[1].theory_gap)))
+def _across(fit: Line) -> str:
+    if not np.isfinite(fit.slope_over_networks).all():
+        return ""
+    return (
+        f" (over networks: slope {interval(fit.slope_over_networks.tolist())}, intercept "
+        f"{interval(fit.intercept_over_networks.tolist())})"
+    )
+
+
+def more_than_data(found: Networks) -> Claim:
+    """Claim 1b: a network whose data have no gap has one."""
+    flat = {name: at for name, at in found.items() if abs(float(at.theory_gap)) < LIMIT}
+    title, measure = "The gap is more than the spectrum of the data explains", "gap where the data have none, nats"
+    if not flat:
+        statement = f"No network here was trained on data whose own gap is below {LIMIT:g} nats."
+        return Claim(1, title, "not tested", measure, None, None, statement)
+    gaps = np.array([float(at.gap[0, 0]) for at in flat.values()])
+    drawn = np.mean([at.gap_draws.values for at in flat.values()], 0)
+    ends = widest(np.array(basic_interval(gaps.mean(), drawn)), over_networks(gaps))
+    strongest, at = max(found.items(), key=lambda item: float(item[1].theory_gap))
     return Claim(
         1,
-        "The gap is more than the spectrum of the data explains",
-        beyond(interval),
-        "intercept of the networks' gaps against those of their data, nats",
-        float(fit.intercept[0]),
-        interval,
-        f"Where the data have no gap, {number(fit.intercept[0])} nats are left; the gap changes by "
-        f"{formatted(fit.slope)} nats for every nat of the data's.",
+        title,
+        above(ends, LIMIT),
+        measure,
+        float(gaps.mean()),
+        ends,
+        f"Mean of {', '.join(flat)}, whose data have less than {LIMIT:g} nats of their own; more than the data explain "
+        f"means more than {LIMIT:g} nats.",
         [
             Control(
-                name,
-                float(flattest.gap[0, 0]),
-                [float(v) for v in flattest.gap[0, 1:]],
-                beyond(flattest.gap[0, 1:].values) == "holds",
-                f"The network whose data have the smallest gap, {number(float(flattest.theory_gap))}: its own gap.",
+                strongest,
+                float(at.gap[0, 0]),
+                bounds(at.gap[0]),
+                None,
+                f"The network whose data have the largest gap, {number(float(at.theory_gap))} nats.",
             )
         ],
     )
 
 
-def order_beyond_data(found: dict[str, xr.Dataset]) -> Claim:
-    """Claim 4b."""
-    opposite = {name: at for name, at in found.items() if float(at.theory_order) < 0}
+def order_beyond_data(found: Networks) -> Claim:
+    """Claim 4b: a network whose data have the opposite order has low before high."""
+    opposite = {name: at for name, at in found.items() if float(at.theory_gap) < -LIMIT}
+    title, measure = "Low frequencies commit first whatever the data", "Kendall's tau-b where the data say the opposite"
     if not opposite:
-        return Claim(
-            4,
-            "Low frequencies commit first whatever the data",
-            "not tested",
-            "Kendall's tau-b where the data say the opposite",
-            None,
-            None,
-            "No network here was trained on data whose high frequencies are stronger.",
-        )
+        statement = "No network here was trained on data whose high frequencies are stronger."
+        return Claim(4, title, "not tested", measure, None, None, statement)
     orders = np.array([at.order[0].values for at in opposite.values()])
-    interval = [float(orders[:, 1].min()), float(orders[:, 2].max())]
+    ends = [float(orders[:, 1].min()), float(orders[:, 2].max())]
     return Claim(
         4,
-        "Low frequencies commit first whatever the data",
-        above(interval),
-        "Kendall's tau-b of level against frequency where the data say the opposite, smallest and largest interval",
+        title,
+        above(ends),
+        measure,
         float(orders[:, 0].mean()),
-        interval,
-        f"In {', '.join(opposite)} the data's high frequencies are stronger.",
+        ends,
+        f"In the data of {', '.join(opposite)} high frequencies are stronger. The interval holds those of all.",
         [
-            Control(
-                name, float(at.order[0, 0]), [float(v) for v in at.order[0, 1:]], None, data_of(at).capitalize() + "."
-            )
+            Control(name, float(at.order[0, 0]), bounds(at.order[0]), None, f"Trained on {data_of(at)}.")
             for name, at in found.items()
-            if name not in opposite
+            if float(at.theory_gap) > LIMIT
         ],
     )
 
 
-def network_table(found: dict[str, xr.Dataset]) -> Table:
+def network_table(found: Networks) -> Table:
     """Over networks: data, gaps of data and network by two estimators, order."""
     rows = [
         [
@@ -192,7 +201,7 @@ def network_table(found: dict[str, xr.Dataset]) -> Table:
     return Table("Networks without coupling", [*head, "order of the data", "order"], rows)
 
 
-def band_tables(found: dict[str, xr.Dataset]) -> list[Table]:
+def band_tables(found: Networks) -> list[Table]:
     """Level of every network less that of its data, by band; a table for each set of bands."""
     sets: dict[tuple[str, ...], list[str]] = {}
     for name, at in found.items():
@@ -216,15 +225,15 @@ def band_tables(found: dict[str, xr.Dataset]) -> list[Table]:
     ]
 
 
-def colors(found: dict[str, xr.Dataset]) -> dict[str, str]:
+def colors(found: Networks) -> dict[str, str]:
     """A colour for every kind of data."""
     kinds = list(dict.fromkeys(at.attrs["transformation"] for at in found.values()))
     return {kind: COLORS[i % len(COLORS)] for i, kind in enumerate(kinds)}
 
 
-def figure_spectrum(found: dict[str, xr.Dataset], fit: Line | None) -> Figure:
+def figure_spectrum(found: Networks, fit: Line | None) -> Figure:
     """Gap of the networks against that of their data."""
-    figure, ax = new_figure(6.4, 4.2)
+    figure, ax = new_figure(7.2, 4.2)
     theory = np.array([float(at.theory_gap) for at in found.values()])
     ends = np.array([theory.min() - 0.4, theory.max() + 0.4])
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
@@ -239,13 +248,13 @@ def figure_spectrum(found: dict[str, xr.Dataset], fit: Line | None) -> Figure:
         ax.plot(x, gaps[:, 0], color=color, marker="o", markersize=5, linestyle="none", label=kind)
     ax.set_xlabel("gap of the data: exact denoiser of their covariance  (nats)")
     ax.set_ylabel("gap of the network  (nats)")
-    ax.legend()
+    figure.legend(loc="outside right upper")
     return figure
 
 
-def figure_couplings(found: dict[str, xr.Dataset]) -> Figure:
+def figure_couplings(found: Networks) -> Figure:
     """The gap against the coupling, by network."""
-    figure, ax = new_figure(6.4, 3.6)
+    figure, ax = new_figure(7.2, 3.6)
     shown = {name: at for name, at in found.items() if at.sizes["coupling"] > 1}
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     colour, named = colors(found), set()
@@ -256,6 +265,6 @@ def figure_couplings(found: dict[str, xr.Dataset]) -> Figure:
         curve(ax, at.coupling.values, at.gap.values, colour[kind], label, marker="o", markersize=3.5)
     if shown:
         coupling_axis(ax, next(iter(shown.values())).coupling.values)
-        ax.legend()
+        figure.legend(loc="outside right upper")
     ax.set_ylabel("gap  (nats)")
     return figure
