@@ -131,7 +131,7 @@ class Control(nnx.Module):
         config = self.config
         check_images(x, config)
         check_labels(y, config)
-        if gate is not None and (isinstance(gate, Tracer) or not _is_identity(gate)):
+        if gate is not None and (isinstance(gate, Tracer) or not _is_identity(gate, x)):
             raise ValueError(f"a {config.architecture} has no attention to couple replicas in: give no gate")
         if tap is not None or edit is not None:
             raise ValueError(f"taps and edits are of a DiT's activations, which a {config.architecture} has not")
@@ -141,8 +141,11 @@ class Control(nnx.Module):
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
 
-def _is_identity(gate: jax.Array) -> bool:
-    return gate.ndim >= 2 and bool(np.all(np.asarray(gate) == np.eye(gate.shape[-1])))
+def _is_identity(gate: jax.Array, x: jax.Array) -> bool:
+    """Whether the gate leaves each of the replicas of x (R, N, H, W, C) to itself."""
+    replicas = x.shape[0]
+    fits = x.ndim == 5 and gate.shape[-2:] == (replicas, replicas)
+    return fits and bool(np.all(np.asarray(gate) == np.eye(replicas)))
 
 
 class UNet(Control):
