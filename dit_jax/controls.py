@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from dit_jax.attention import GateKind, Implementation
 from dit_jax.config import ControlArchitecture, ControlConfig, DiTConfig, NetworkConfig
+from dit_jax.inputs import check_images, check_labels
 from dit_jax.model import (
     DiT,
     Edit,
@@ -21,8 +22,6 @@ from dit_jax.model import (
     Linear,
     Tap,
     TimestepEmbedder,
-    check_images,
-    check_labels,
     label_embedder,
     modulate,
     patchify,

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jax.extend.backend import get_default_device
 
 from dit_jax.attention import GateKind, Implementation, attend, check_gate, read_pattern
 from dit_jax.config import DiTConfig, NetworkConfig
+from dit_jax.inputs import check_images, check_labels
 
 Tap = Callable[[jax.Array, dict[str, jax.Array]], Any]
 Edit = Callable[[str, jax.Array, jax.Array], jax.Array]
@@ -161,22 +161,6 @@ def label_embedder(config: NetworkConfig, width: int, rngs: nnx.Rngs) -> nnx.Emb
         embedding_init=_normal,
         rngs=rngs,
     )
-
-
-def check_labels(y: jax.Array, config: NetworkConfig) -> None:
-    """Raises ValueError if a label is out of range. Traced labels are not checked."""
-    null = config.num_classes
-    if not isinstance(y, Tracer) and np.any((np.asarray(y) < 0) | (np.asarray(y) > null)):
-        raise ValueError(f"labels must be from 0 to {null}, the null label; got {y}")
-
-
-def check_images(x: jax.Array, config: NetworkConfig) -> None:
-    """Raises ValueError unless images (N, H, W, C) or (R, N, H, W, C) fit the config."""
-    image = (config.input_size, config.input_size, config.in_channels)
-    if x.shape[-3:] != image or x.ndim not in (4, 5):
-        raise ValueError(
-            f"this model takes images (N, {', '.join(map(str, image))}), with or without replicas; got {x.shape}"
-        )
 
 
 class Attention(nnx.Module):
