@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from dit_jax.array_folder import Arrays, check_shapes, read_arrays, write_arrays
-from dit_jax.config import DiTConfig, TimestepConvention
+from dit_jax.config import DiTConfig, NetworkConfig, TimestepConvention, config_from_dict
+from dit_jax.controls import Network, make_network
 from dit_jax.disk import CheckpointError, occupied, recover, replacing, write_json
 from dit_jax.model import Block, DiT, param_dtype
 
@@ -33,7 +34,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 def save_model(
-    model: DiT,
+    model: Network,
     directory: str | Path,
     *,
     extra: Mapping | None = None,
@@ -41,14 +42,14 @@ def save_model(
     overwrite: bool = False,
 ) -> dict:
     """Writes a model folder that `load_model` reads; see `save_weights` for the arguments and what is raised."""
-    if not isinstance(model.blocks, Block):
+    if isinstance(model, DiT) and not isinstance(model.blocks, Block):
         raise CheckpointError("an unstacked model cannot be saved; save the one that it was made from")
     weights = {path: np.asarray(variable[...]) for path, variable in _variables(model)}
     return save_weights(model.config, weights, directory, extra=extra, dtype=dtype, overwrite=overwrite)
 
 
 def save_weights(
-    config: DiTConfig,
+    config: NetworkConfig,
     weights: Arrays,
     directory: str | Path,
     *,
@@ -88,8 +89,10 @@ def load_model(
     *,
     params: str | None = None,
     timestep_convention: TimestepConvention | None = None,
-) -> DiT:
+) -> Network:
     """Reads a model folder. ``model(x, t, y)`` is then the network function, see `DiT.__call__`.
+
+    The model is a `DiT`, or the control network that the manifest's config names (`dit_jax.controls`).
 
     Args:
       directory: folder written by `save_model`, by training or by a conversion; or the name of a shipped model, for
@@ -102,19 +105,22 @@ def load_model(
 
     Raises:
       CheckpointError: the folder is not a complete, unaltered model folder of this format.
-      ValueError: unknown `dtype`, `params` or `timestep_convention`.
+      ValueError: unknown `dtype`, `params` or `timestep_convention`, or a convention for a network that is no DiT.
     """
     if params is not None and params not in STORED_DTYPES:
         raise ValueError(f"params {params!r} is not one of {', '.join(STORED_DTYPES)}")
     config, weights, _ = load_weights(_folder(directory))
+    if timestep_convention is not None and not isinstance(config, DiTConfig):
+        raise ValueError(f"{directory} holds no DiT: give no timestep_convention")
     changes: dict[str, Any] = {"dtype": dtype, "timestep_convention": timestep_convention}
-    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = dataclasses.replace(cast(Any, config), **changes)
     if "float64" in (config.dtype, params) and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
     return _consume(config, weights, params)
 
 
-def load_weights(directory: str | Path) -> tuple[DiTConfig, Arrays, dict]:
+def load_weights(directory: str | Path) -> tuple[NetworkConfig, Arrays, dict]:
     """The config of a model folder, its arrays as they are stored, and its manifest.
 
     Raises:
@@ -154,6 +160,18 @@ def load_manifest(directory: str | Path) -> dict:
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; make the model folder again")
     return manifest
+
+
+def manifest_config(directory: str | Path, manifest: Mapping) -> NetworkConfig:
+    """The config in the manifest of a model folder.
+
+    Raises:
+      CheckpointError: it is of an architecture that is not known, or not usable otherwise.
+    """
+    try:
+        return config_from_dict(manifest["config"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory}: the manifest's config is not usable ({str(error)[:500]})") from error
 
 
 def weights_digest(directory: str | Path) -> str:
@@ -214,17 +232,17 @@ def check_free(directory: str | Path, overwrite: bool = False) -> None:
         raise CheckpointError(f"{directory} is not overwritten, for it is no model folder of this format") from error
 
 
-def abstract_model(config: DiTConfig) -> DiT:
+def abstract_model(config: NetworkConfig) -> Network:
     """The model of a config with shapes in place of arrays. Nothing is allocated, and no random number drawn."""
-    return nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0)))
 
 
-def weight_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every array of a model by dotted path."""
     return {path: variable.shape for path, variable in _variables(abstract_model(config))}
 
 
-def assemble(config: DiTConfig, weights: Arrays, params: str | None = None) -> DiT:
+def assemble(config: NetworkConfig, weights: Arrays, params: str | None = None) -> Network:
     """The model of `config` with these weights.
 
     Args:
@@ -235,7 +253,7 @@ def assemble(config: DiTConfig, weights: Arrays, params: str | None = None) -> D
     return _consume(config, dict(weights), params)
 
 
-def _consume(config: DiTConfig, weights: Arrays, params: str | None) -> DiT:
+def _consume(config: NetworkConfig, weights: Arrays, params: str | None) -> Network:
     """`assemble`, but each array is taken out of the dict as it is used, so that two forms of all arrays never exist at
     the same time."""
     graph, state = nnx.split(abstract_model(config))
@@ -247,7 +265,7 @@ def _consume(config: DiTConfig, weights: Arrays, params: str | None) -> DiT:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def stored_form(config: DiTConfig, weights: Arrays, dtype: str | None) -> Arrays:
+def stored_form(config: NetworkConfig, weights: Arrays, dtype: str | None) -> Arrays:
     """The arrays as they are stored: trained parameters in `dtype`, or unchanged if it is None; constants unchanged."""
     if dtype is None:
         return weights
@@ -255,7 +273,7 @@ def stored_form(config: DiTConfig, weights: Arrays, dtype: str | None) -> Arrays
     return {path: array.astype(dtypes[path] or array.dtype, copy=False) for path, array in weights.items()}
 
 
-def stored_dtypes(config: DiTConfig, dtype: str, constants: str | None = "float32") -> dict[str, Any]:
+def stored_dtypes(config: NetworkConfig, dtype: str, constants: str | None = "float32") -> dict[str, Any]:
     """The dtype of every array of a model by dotted path: `dtype` for trained parameters, `constants` for constants.
 
     Raises:
@@ -269,7 +287,7 @@ def stored_dtypes(config: DiTConfig, dtype: str, constants: str | None = "float3
     }
 
 
-def _manifest(config: DiTConfig, weights: Arrays, extra: Mapping) -> dict:
+def _manifest(config: NetworkConfig, weights: Arrays, extra: Mapping) -> dict:
     own = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -289,7 +307,7 @@ def _manifest(config: DiTConfig, weights: Arrays, extra: Mapping) -> dict:
     return manifest
 
 
-def _variables(model: DiT) -> list[tuple[str, Any]]:
+def _variables(model: Network) -> list[tuple[str, Any]]:
     return [(_dotted(path), variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
 
 
@@ -297,26 +315,23 @@ def _dotted(path: Iterable) -> str:
     return ".".join(map(str, path))
 
 
-def _read_model(directory: Path, manifest: Mapping) -> tuple[DiTConfig, Arrays]:
+def _read_model(directory: Path, manifest: Mapping) -> tuple[NetworkConfig, Arrays]:
     """The config and the arrays of a model folder, checked to fit each other. Their digest is not compared."""
-    try:
-        config = DiTConfig.from_dict(manifest["config"])
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: the manifest's config is not usable ({str(error)[:500]})") from error
+    config = manifest_config(directory, manifest)
     _check_size(config, directory)
     weights = read_arrays(directory / "params", weight_shapes(config))
     _check_fit(config, weights, f"{directory / 'params'}")
     return config, weights
 
 
-def _check_fit(config: DiTConfig, weights: Arrays, what: str) -> None:
+def _check_fit(config: NetworkConfig, weights: Arrays, what: str) -> None:
     check_shapes(weight_shapes(config), weights, what)
     odd = [f"{path} ({array.dtype})" for path, array in weights.items() if array.dtype.name not in STORED_DTYPES]
     if odd:
         raise CheckpointError(f"{what}: dtype is not one of {', '.join(STORED_DTYPES)}: {', '.join(odd)}")
 
 
-def _check_size(config: DiTConfig, directory: Path) -> None:
+def _check_size(config: NetworkConfig, directory: Path) -> None:
     """Raises CheckpointError if the config asks for memory that the files on disk cannot account for. Compression saves
     a few percent of real parameters, and a good half of an untrained network's zeros."""
     params = directory / "params"
@@ -325,7 +340,8 @@ def _check_size(config: DiTConfig, directory: Path) -> None:
     try:
         there = sum(path.lstat().st_size for path in params.rglob("*"))
         most = SMALL_BYTES + COMPRESSION * there
-        needed = 32 * config.num_tokens * config.hidden_size  # of the position embedding, made to get the shapes
+        # of the DiT's position embedding, which is made to get the shapes
+        needed = 32 * config.num_tokens * config.hidden_size if isinstance(config, DiTConfig) else 0
         if needed <= most:
             needed = 2 * sum(math.prod(shape) for shape in weight_shapes(config).values())
     except Exception as error:  # sizes that are not numbers raise errors of any kind

@@ -1,20 +1,72 @@
-"""The configuration of a diffusion transformer, and the official variants by name."""
+"""The configuration of a network: of a diffusion transformer, with the official variants by name, or of a control."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 Prediction = Literal["epsilon", "v", "x0"]
 TimestepConvention = Literal["official", "diffusers"]
+ControlArchitecture = Literal["unet", "mlp"]
 Which = Literal["ema", "model"]  # parts of a training checkpoint
 TIMESTEP_CONVENTIONS: tuple[TimestepConvention, ...] = ("official", "diffusers")
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0")
 DTYPES = ("float32", "bfloat16", "float64")
+CONTROL_ARCHITECTURES: tuple[ControlArchitecture, ...] = ("unet", "mlp")
+MOST_BLOCKS = 64  # of a control network: they are compiled one by one
+
+C = TypeVar("C", bound="NetworkConfig")
+
+
+class NetworkConfig:
+    """What the configurations of all networks have."""
+
+    input_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_classes: int
+    learn_sigma: bool
+    prediction: Prediction
+    dtype: str
+    timestep_convention: TimestepConvention = "official"
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[C], entries: dict) -> C:
+        """Inverse of `to_dict`.
+
+        Raises:
+          ValueError: an entry is unknown, and might change the function, or it is out of its domain.
+        """
+        unknown = sorted(set(entries) - {f.name for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(f"unknown {cls.__name__.removesuffix('Config')} config entries: {', '.join(unknown)}")
+        return cls(**entries)
+
+    def _check(self, *counts: str) -> None:
+        """Raises ValueError unless these entries are positive integers, and those that all networks have fit."""
+        own = type(self).__name__
+        for name in ("input_size", "in_channels", "hidden_size", "depth", "num_classes", *counts):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{own}.{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.learn_sigma, bool):
+            raise ValueError(f"{own}.learn_sigma must be true or false, got {self.learn_sigma!r}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(NetworkConfig):
     """Everything but the weights that determines the function a DiT computes. The defaults are DiT-XL/2 at 256 px.
 
     Raises:
@@ -36,20 +88,7 @@ class DiTConfig:
     dtype: str = "float32"  # of activations and matrix products; softmax and norms are computed in float32 or wider
 
     def __post_init__(self) -> None:
-        for name in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "num_classes",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"DiTConfig.{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.learn_sigma, bool):
-            raise ValueError(f"DiTConfig.learn_sigma must be true or false, got {self.learn_sigma!r}")
+        self._check("patch_size", "num_heads")
         if not isinstance(self.mlp_ratio, int | float) or not 0 < self.mlp_ratio < math.inf:
             raise ValueError(f"DiTConfig.mlp_ratio must be a positive number, got {self.mlp_ratio!r}")
         if self.input_size % self.patch_size:
@@ -58,21 +97,13 @@ class DiTConfig:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 for the position embedding")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
         if self.timestep_convention not in TIMESTEP_CONVENTIONS:
             known = ", ".join(TIMESTEP_CONVENTIONS)
             raise ValueError(f"timestep_convention {self.timestep_convention!r} is not one of {known}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
     @property
     def num_tokens(self) -> int:
         return (self.input_size // self.patch_size) ** 2
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def mlp_size(self) -> int:
@@ -83,20 +114,52 @@ class DiTConfig:
         """How many numbers one output patch has."""
         return self.patch_size**2 * self.out_channels
 
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, entries: dict) -> "DiTConfig":
-        """Inverse of `to_dict`.
+@dataclass(frozen=True)
+class ControlConfig(NetworkConfig):
+    """Everything but the weights that determines the function of a network without attention, see `dit_jax.controls`.
 
-        Raises:
-          ValueError: an entry is unknown, and might change the function, or it is out of its domain.
-        """
-        unknown = sorted(set(entries) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown DiT config entries: {', '.join(unknown)}")
-        return cls(**entries)
+    Raises:
+      ValueError: an entry is out of its domain, or entries do not fit each other.
+    """
+
+    architecture: ControlArchitecture
+    hidden_size: int  # channels of the U-Net at full resolution, twice as many below, or features of the MLP
+    depth: int  # blocks of the U-Net at full resolution, below and at full resolution again, or blocks of the MLP
+    input_size: int = 8
+    in_channels: int = 3
+    num_classes: int = 10
+    learn_sigma: bool = True
+    prediction: Prediction = "v"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check_architecture(self.architecture)
+        self._check()
+        if self.depth > MOST_BLOCKS:
+            raise ValueError(f"ControlConfig.depth must be at most {MOST_BLOCKS}, got {self.depth}")
+        if self.architecture == "unet" and self.input_size % 2:
+            raise ValueError(f"input_size {self.input_size} must be even for a unet, which halves it once")
+
+
+CONTROL_SIZES: dict[ControlArchitecture, tuple[int, int]] = {"unet": (1, 48), "mlp": (2, 256)}  # depth, width
+
+
+def config_from_dict(entries: dict[str, Any]) -> NetworkConfig:
+    """The config of a manifest. That of a control names its ``architecture``, that of a DiT has no such entry.
+
+    Raises:
+      ValueError: the architecture or another entry is unknown, or an entry is out of its domain.
+    """
+    if "architecture" not in entries:
+        return DiTConfig.from_dict(entries)
+    _check_architecture(entries["architecture"])  # first: another one may well have other entries
+    return ControlConfig.from_dict(entries)
+
+
+def _check_architecture(name: Any) -> None:
+    if name not in CONTROL_ARCHITECTURES:
+        raise ValueError(f"unknown architecture {name!r}; known: {', '.join(CONTROL_ARCHITECTURES)}")
 
 
 _SIZES = {

@@ -79,9 +79,12 @@ def convert_checkpoint(
     if not verify:
         return 0
     del conversion, weights
+    from dit_jax.model import DiT
     from dit_jax.verify import compare_stages, report
 
-    stages = compare_stages(source, load_model(out, "float32"), which=which, stored=dtype)
+    model = load_model(out, "float32")
+    assert isinstance(model, DiT)
+    stages = compare_stages(source, model, which=which, stored=dtype)
     table, passed = report(stages, config.depth)
     print(table)
     return 0 if passed else 1

@@ -13,7 +13,8 @@ import numpy as np
 
 from dit_jax.attention import GateKind, Implementation
 from dit_jax.config import Prediction
-from dit_jax.model import DiT, Edit, Tap
+from dit_jax.controls import Network
+from dit_jax.model import Edit, Tap
 from dit_jax.objective import denoised_from, posterior_tables
 from ou_theory.clock import Clock
 
@@ -43,7 +44,7 @@ def guide(conditional: jax.Array, null: jax.Array, scale, channels: int) -> jax.
 
 
 def guided_output(
-    model: DiT,
+    model: Network,
     x: jax.Array,
     t: jax.Array,
     y: jax.Array,
@@ -99,7 +100,7 @@ def _interleaved(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def network_denoiser(
-    model: DiT,
+    model: Network,
     clock: Clock,
     gate: jax.Array | None = None,
     *,
@@ -111,13 +112,14 @@ def network_denoiser(
     tap: Tap | None = None,
     edit: Edit | None = None,
 ) -> Denoiser:
-    """The denoiser of a DiT: state (N, H, W, C) or (R, N, H, W, C), labels (N,).
+    """The denoiser of a network: state (N, H, W, C) or (R, N, H, W, C), labels (N,).
 
     The network is given the timestep of the step on the full schedule. Build the denoiser inside the jitted function
     that uses it, so that weights and gate are arguments of the compiled program and not constants in it.
 
     Args:
-      gate: as in `DiT.__call__`, or (n, layers, pairs, R, R) with a gate for each of the n steps of the clock.
+      gate: as in `DiT.__call__`, or (n, layers, pairs, R, R) with a gate for each of the n steps of the clock. None for
+        the networks of `dit_jax.controls`, which have no attention to couple in.
       kind, attention, tap, edit: see `DiT.__call__`. The taps come back as `DenoiserOutput.taps`. For an edit that
         depends on the step, write a denoiser that builds this one with the edit of its step.
       guidance: scale of classifier-free guidance; 1 is without, and needs no doubled batch.

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax.checkpoint import load_weights
+from dit_jax.config import DiTConfig
 from dit_jax.disk import CheckpointError
 from dit_jax.weights import TABLE, inverted
 
@@ -21,7 +22,8 @@ def export_model(directory: str | Path, out: str | Path, *, overwrite: bool = Fa
       overwrite: replace a file that is there already.
 
     Raises:
-      CheckpointError: the folder is not a complete model folder, the file is there already, or its form is unknown.
+      CheckpointError: the folder is not a complete model folder of a DiT, the file is there already, or its form is
+        unknown.
     """
     out = Path(out)
     if out.suffix not in SUFFIXES:
@@ -31,6 +33,8 @@ def export_model(directory: str | Path, out: str | Path, *, overwrite: bool = Fa
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists; choose another name, or overwrite it (--overwrite)")
     config, weights, _ = load_weights(directory)
+    if not isinstance(config, DiTConfig):
+        raise CheckpointError(f"{directory} holds no DiT; the official keys are those of a DiT")
     entries: dict[str, np.ndarray] = {}
     for rule in TABLE:  # arrays are taken out one by one, so that both forms of all of them never exist at once
         entries.update(inverted(rule, weights.pop(rule.target), config))

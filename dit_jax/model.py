@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jax.extend.backend import get_default_device
 
 from dit_jax.attention import GateKind, Implementation, attend, check_gate, read_pattern
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, NetworkConfig
+from dit_jax.inputs import check_images, check_labels
 
 Tap = Callable[[jax.Array, dict[str, jax.Array]], Any]
 Edit = Callable[[str, jax.Array, jax.Array], jax.Array]
@@ -110,7 +110,7 @@ class Linear(nnx.Linear):
     a narrower dtype is summed in float32. A GPU rounds a bfloat16 result before the bias is added, and once after.
     """
 
-    def __init__(self, fan_in: int, fan_out: int, config: DiTConfig, rngs: nnx.Rngs, init=_xavier):
+    def __init__(self, fan_in: int, fan_out: int, config: NetworkConfig, rngs: nnx.Rngs, init=_xavier):
         self.compute_dtype = jnp.dtype(config.dtype)
         super().__init__(
             fan_in,
@@ -135,20 +135,32 @@ class Linear(nnx.Linear):
         return (out + bias.astype(wide)).astype(dtype)
 
 
-def param_dtype(config: DiTConfig):
+def param_dtype(config: NetworkConfig):
     """The dtype in which a model keeps its parameters: float64 for a float64 model, else float32."""
     return jnp.float64 if config.dtype == "float64" else jnp.float32
 
 
 class TimestepEmbedder(nnx.Module):
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        self.fc1 = Linear(FREQUENCY_FEATURES, config.hidden_size, config, rngs, _normal)
-        self.fc2 = Linear(config.hidden_size, config.hidden_size, config, rngs, _normal)
+    def __init__(self, config: NetworkConfig, width: int, rngs: nnx.Rngs):
+        self.fc1 = Linear(FREQUENCY_FEATURES, width, config, rngs, _normal)
+        self.fc2 = Linear(width, width, config, rngs, _normal)
         self.feature_dtype = param_dtype(config)
         self.divisor = FREQUENCY_FEATURES // 2 - (config.timestep_convention == "diffusers")
 
     def __call__(self, t: jax.Array) -> jax.Array:
         return self.fc2(nnx.silu(self.fc1(timestep_features(t, self.feature_dtype, self.divisor))))
+
+
+def label_embedder(config: NetworkConfig, width: int, rngs: nnx.Rngs) -> nnx.Embed:
+    """A vector (width,) for every label, the null label included."""
+    return nnx.Embed(
+        config.num_classes + 1,
+        width,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=param_dtype(config),
+        embedding_init=_normal,
+        rngs=rngs,
+    )
 
 
 class Attention(nnx.Module):
@@ -258,15 +270,8 @@ class DiT(nnx.Module):
         self.config = config
         self.x_embedder = Linear(config.patch_size**2 * config.in_channels, width, config, rngs)
         self.pos_embed = Constant(jnp.asarray(position_embedding(grid, width), param_dtype(config)))
-        self.t_embedder = TimestepEmbedder(config, rngs)
-        self.y_embedder = nnx.Embed(
-            config.num_classes + 1,
-            width,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=param_dtype(config),
-            embedding_init=_normal,
-            rngs=rngs,
-        )
+        self.t_embedder = TimestepEmbedder(config, width, rngs)
+        self.y_embedder = label_embedder(config, width, rngs)
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=(None, 0), out_axes=0)
@@ -304,9 +309,7 @@ class DiT(nnx.Module):
         Raises:
           ValueError: a label is out of range. Traced labels are not checked.
         """
-        null = self.config.num_classes
-        if not isinstance(y, Tracer) and np.any((np.asarray(y) < 0) | (np.asarray(y) > null)):
-            raise ValueError(f"labels must be from 0 to {null}, the null label; got {y}")
+        check_labels(y, self.config)
         return self.t_embedder(t) + self.y_embedder(y)
 
     def readout(self, h: jax.Array, c: jax.Array) -> jax.Array:
@@ -354,11 +357,7 @@ class DiT(nnx.Module):
             edit changes a shape or dtype, or a label or gate that is not traced is out of range.
         """
         config = self.config
-        image = (config.input_size, config.input_size, config.in_channels)
-        if x.shape[-3:] != image or x.ndim not in (4, 5):
-            raise ValueError(
-                f"this model takes images (N, {', '.join(map(str, image))}), with or without replicas; got {x.shape}"
-            )
+        check_images(x, config)
         if gate is not None and x.ndim != 5:
             raise ValueError("a gate couples replicas: give x as (R, N, H, W, C)")
         single = x.ndim == 4

@@ -1,4 +1,4 @@
-"""The training loss of a DiT: the squared error of the prediction, plus the variational bound of the learned variance.
+"""The training loss: the squared error of the prediction, plus the variational bound of the learned variance.
 
 The bound (Nichol & Dhariwal, arXiv 2102.09672) trains the variance channels only; the mean in it is held constant.
 """

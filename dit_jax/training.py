@@ -1,4 +1,4 @@
-"""Training a DiT on images or on a law that draws them: AdamW, warm-up, constant rate, linear decay; EMA; exact resume.
+"""Training on images or on a law that draws them: AdamW, warm-up, constant rate, linear decay; EMA; exact resume.
 
 Every random choice of step s (batch, flips, label drops, timesteps, noise) is a function of (seed, s), so a run that
 stops and resumes ends with the same bits as one that does not, and with the same log but for its seconds.
@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from dit_jax.array_folder import load_arrays, save_arrays
 from dit_jax.checkpoint import save_model
-from dit_jax.config import DiTConfig
+from dit_jax.config import NetworkConfig
+from dit_jax.controls import Network, make_network
 from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.disk import recover, write_json
 from dit_jax.images import ImageSet, image_grid, standardize, to_pixels
-from dit_jax.model import DiT
 from dit_jax.objective import add_noise, losses
 from dit_jax.training_log import LossLog
 from ou_theory.clock import Clock, make_clock
@@ -159,14 +159,14 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-def make_step(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
+def make_step(model_config: NetworkConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
     """The jitted update ``(state, x0, labels) -> state, metrics``; the state's buffers are donated."""
     update = make_update(model_config, config, graph, constants, clock)
     mirrored = 0.5 if config.flip else 0.0
     return jax.jit(lambda state, x0, labels: update(state, x0, labels, config.seed, mirrored), donate_argnums=0)
 
 
-def make_update(model_config: DiTConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
+def make_update(model_config: NetworkConfig, config: TrainConfig, graph: nnx.GraphDef, constants, clock: Clock):
     """The pure function of one training step, ``update(state, x0, labels, seed, mirrored, rate) -> state, metrics``.
 
     The seed and the share of images that are mirrored are arguments, in place of the config's, so that networks of one
@@ -231,7 +231,7 @@ def initial_state(params: nnx.State, config: TrainConfig) -> dict[str, Any]:
 
 def train(
     data: TrainingData | ImageSet,
-    model_config: DiTConfig,
+    model_config: NetworkConfig,
     config: TrainConfig,
     out: str | Path,
     *,
@@ -265,7 +265,7 @@ def train(
         "data": data.preparation(),
     }
     _open_run(out, record, resume)
-    graph, params, constants = nnx.split(DiT(model_config, nnx.Rngs(config.seed)), nnx.Param, ...)
+    graph, params, constants = nnx.split(make_network(model_config, nnx.Rngs(config.seed)), nnx.Param, ...)
     state = initial_state(params, config)
     if recover(out / "state"):
         state = load_arrays(out / "state", state)
@@ -303,7 +303,7 @@ def train(
     return out / "model"
 
 
-def _check_fit(data: TrainingData, config: DiTConfig, training: TrainConfig) -> None:
+def _check_fit(data: TrainingData, config: NetworkConfig, training: TrainConfig) -> None:
     shape = (config.input_size, config.input_size, config.in_channels)
     if data.shape != shape:
         raise ValueError(f"images are {data.shape}, the model takes {shape}")
@@ -336,7 +336,7 @@ def _open_run(out: Path, record: dict, resume: bool) -> None:
     write_json(path, record)
 
 
-def _sample_grid(model: DiT, data: TrainingData, per_class: int = 8, steps: int = 50, seed: int = 0) -> Image.Image:
+def _sample_grid(model: Network, data: TrainingData, per_class: int = 8, steps: int = 50, seed: int = 0) -> Image.Image:
     """One row of uncoupled DDIM samples per class (the first ten classes)."""
     config = model.config
     clock = make_clock(steps)

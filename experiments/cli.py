@@ -21,17 +21,18 @@ INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the sign
 
 @dataclass(frozen=True)
 class Train:
-    """Train a small DiT on class folders of images, or on data whose law is known."""
+    """Train a small network on class folders of images, or on data whose law is known."""
 
     data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable (--size 8)
     out: tyro.conf.Positional[Path]  # folder of the training run
     transform: str = "natural"  # of the images: natural, whitened, reversed, power:A, permuted or gaussian
     size: int = 16  # images are cropped and resized to size x size
     prediction: Literal["epsilon", "v", "x0"] = "v"
-    depth: int = 12
-    hidden_size: int = 96
-    num_heads: int = 6
-    patch_size: int = 2
+    architecture: Literal["dit", "unet", "mlp"] = "dit"  # a DiT, or a control without attention
+    depth: int | None = None  # 12 of a DiT, 1 of a unet, 2 of an mlp by default
+    hidden_size: int | None = None  # 96 of a DiT, 48 of a unet, 256 of an mlp by default
+    num_heads: int | None = None  # of a DiT only, 6 by default
+    patch_size: int | None = None  # of a DiT only, 2 by default
     steps: int = 6000
     batch_size: int = 64
     learning_rate: float = 1.5e-3
@@ -241,7 +242,7 @@ def _info(command: Info) -> int:
 
 
 def _train(command: Train, line: str) -> Path:
-    from dit_jax.config import DiTConfig
+    from dit_jax.config import config_from_dict
     from dit_jax.images import load_images
     from dit_jax.training import TrainConfig, train
     from dit_jax.transforms import training_data, transformation_name
@@ -249,23 +250,23 @@ def _train(command: Train, line: str) -> Path:
 
     solvable = command.data == Path("solvable")
     transform = transformation_name(command.transform)  # before the images are read, which takes a while
+    size = _size(command)
     if solvable and transform != "natural":
         raise ValueError("solvable data have a law of their own; --transform is for folders and zip files of images")
     if solvable:
         data = SolvableData()
     else:
         data = training_data(load_images(command.data, command.size, not command.quiet), transform)
-    model = DiTConfig(
-        input_size=command.size,
-        patch_size=command.patch_size,
-        in_channels=data.shape[-1],
-        hidden_size=command.hidden_size,
-        depth=command.depth,
-        num_heads=command.num_heads,
-        num_classes=len(data.class_names),
-        learn_sigma=not solvable,  # the theory is that of the posterior variance
-        prediction=command.prediction,
-        dtype=command.dtype,
+    model = config_from_dict(
+        size
+        | {
+            "input_size": command.size,
+            "in_channels": data.shape[-1],
+            "num_classes": len(data.class_names),
+            "learn_sigma": not solvable,  # the theory is that of the posterior variance
+            "prediction": command.prediction,
+            "dtype": command.dtype,
+        }
     )
     settings = TrainConfig(
         steps=command.steps,
@@ -287,6 +288,25 @@ def _train(command: Train, line: str) -> Path:
         command=line,
         progress=not command.quiet,
     )
+
+
+def _size(command: Train) -> dict[str, Any]:
+    """The entries of the config that say what is trained, and how large it is.
+
+    Raises:
+      ValueError: an option of a DiT is given for another architecture.
+    """
+    from dit_jax.config import CONTROL_SIZES
+
+    given = {name: getattr(command, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if command.architecture == "dit":
+        return {"depth": 12, "hidden_size": 96, "num_heads": 6, "patch_size": 2} | given
+    foreign = [f"--{name.replace('_', '-')}" for name in ("num_heads", "patch_size") if name in given]
+    if foreign:
+        raise ValueError(f"{' and '.join(foreign)} of a DiT means nothing for a {command.architecture}; leave it out")
+    depth, width = CONTROL_SIZES[command.architecture]
+    return {"architecture": command.architecture, "depth": depth, "hidden_size": width} | given
 
 
 if __name__ == "__main__":

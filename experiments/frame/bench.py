@@ -19,7 +19,7 @@ from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
-from experiments.frame.subject import Subject, load_subject
+from experiments.frame.subject import Subject, check_dit, load_subject
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -59,6 +59,7 @@ class Bench(Measured[C]):
         subject: str | None = None,
         definitions: Definitions | None = None,
         check: Callable[[C, Subject], None] | None = None,
+        any_network: bool = False,
         resume: bool = False,
         command: str = "",
         progress: bool = False,
@@ -69,15 +70,19 @@ class Bench(Measured[C]):
           subject: what the study is about, where that is no network.
           definitions: meaning and units of coordinates, beside those that are common.
           check: raises ValueError for settings that do not fit the network, before there is a folder.
+          any_network: take networks without attention, too (`dit_jax.controls`).
 
         Raises:
-          ValueError: settings that do not fit the weights or the devices; an output folder that holds another run.
+          ValueError: a network that is no DiT where one is needed; settings that do not fit the weights or the devices;
+            an output folder that holds another run.
         """
         self.kind, self.progress, self.mesh, self.definitions = kind, progress, None, definitions or {}
         settings, extra = asdict(cast(Any, config)), {"kind": kind, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
             self.subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
+            if not any_network:
+                check_dit(self.subject, kind)
             model = self.subject.model.config
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):

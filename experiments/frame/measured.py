@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import xarray as xr
 
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, config_from_dict
 from experiments.frame.settings import RENAMED
 from experiments.frame.store import RunFolder, StoreError
 from ou_theory.clock import Clock, make_clock
@@ -61,8 +61,8 @@ class Measured(Generic[C]):
 
     @cached_property
     def model(self) -> DiTConfig:
-        """The architecture of the network."""
-        return DiTConfig.from_dict(self.manifest["model"])
+        """The architecture of the network: a `ControlConfig` only in a study that takes any network."""
+        return cast(DiTConfig, config_from_dict(self.manifest["model"]))
 
     @cached_property
     def bands(self) -> Bands:

@@ -38,6 +38,7 @@ class Study(Generic[C]):
     check: Callable[[C, Subject], None] | None = None  # raises ValueError for settings that do not fit the network
     together: Callable[[Sequence[Measured[C]]], Page] | None = None  # several runs side by side
     subject: str | None = None  # what is studied, where that is no network
+    any_network: bool = False  # whether it runs networks without attention, too; others refuse them
 
 
 def run_study(
@@ -71,6 +72,7 @@ def run_study(
         subject=study.subject,
         definitions=study.definitions,
         check=study.check,
+        any_network=study.any_network,
         resume=resume,
         command=command,
         progress=progress,

@@ -1,8 +1,8 @@
-"""Networks under study: a converted, trained or shipped DiT, and its control with random weights."""
+"""Networks under study: a converted, trained or shipped one, and its control with random weights."""
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.checkpoint import load_manifest, load_model, shipped_model
-from dit_jax.config import DiTConfig
+from dit_jax.config import ControlConfig, NetworkConfig
+from dit_jax.controls import Network, make_network
 from dit_jax.model import DiT
 from experiments.frame.settings import Dtype
 
@@ -35,7 +36,7 @@ class Subject(NamedTuple):
     """A network under study."""
 
     name: str  # see `model_name`
-    model: DiT
+    model: DiT  # a network of `dit_jax.controls` only in a study that takes any
     manifest: dict  # of its folder: digest, data, training
 
     @property
@@ -48,11 +49,11 @@ class Subject(NamedTuple):
         drawn too, so that the blocks act and the output is not trivially zero; where the subject's arrays lie."""
         device = next(iter(jax.tree.leaves(nnx.state(self.model))[0].devices()))
         with jax.default_device(device):
-            return untrained_model(self.model.config, seed)
+            return cast(DiT, untrained_model(self.model.config, seed))
 
 
 def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False) -> Subject:
-    """A converted or trained DiT (a folder), or a shipped model by name.
+    """A converted or trained network (a folder), or a shipped model by name.
 
     Args:
       dtype: of activations and parameters, in place of the stored one.
@@ -64,12 +65,23 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
     """
     source = model_folder(weights)
     with jax.default_device(jax.local_devices(backend="cpu")[0]) if on_host else nullcontext():
-        return Subject(model_name(source), load_model(source, dtype, params=dtype), load_manifest(source))
+        model = cast(DiT, load_model(source, dtype, params=dtype))
+        return Subject(model_name(source), model, load_manifest(source))
 
 
-def untrained_model(config: DiTConfig, seed: int) -> DiT:
-    """A DiT with random weights everywhere, see `Subject.untrained`."""
-    model = DiT(config, nnx.Rngs(seed))
+def check_dit(subject: Subject, kind: str) -> None:
+    """Raises ValueError unless the subject is a DiT, which a study of this kind couples or looks into."""
+    config = cast(NetworkConfig, subject.model.config)
+    if isinstance(config, ControlConfig):
+        raise ValueError(
+            f"syncgap {kind} needs a DiT, whose attention it couples or reads; {subject.name} holds a "
+            f"{config.architecture}"
+        )
+
+
+def untrained_model(config: NetworkConfig, seed: int) -> Network:
+    """A network with random weights everywhere, see `Subject.untrained`."""
+    model = make_network(config, nnx.Rngs(seed))
     state = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     drawn = [

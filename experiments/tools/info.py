@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dit_jax.checkpoint import load_manifest, weights_digest
+from dit_jax.checkpoint import load_manifest, manifest_config, weights_digest
 from dit_jax.class_names import names, short_name
-from dit_jax.config import DiTConfig
-from dit_jax.disk import CheckpointError
+from dit_jax.config import ControlConfig, DiTConfig, NetworkConfig
 from dit_jax.latents import VAE_FACTOR, has_pixels, is_latent
 from dit_jax.weights import variant_name
 
@@ -19,17 +18,14 @@ SHOWN_CLASSES = 8
 LICENCE = "if these are the released DiT weights: CC BY-NC 4.0, non-commercial use only, in this form too"
 
 
-def read_manifest(directory: str | Path) -> tuple[dict, DiTConfig]:
+def read_manifest(directory: str | Path) -> tuple[dict, NetworkConfig]:
     """Manifest and config of a model folder.
 
     Raises:
       CheckpointError: it is not a model folder, or its manifest's config is not usable.
     """
     manifest = load_manifest(directory)
-    try:
-        return manifest, DiTConfig.from_dict(manifest["config"])
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: the manifest's config is not usable ({str(error)[:500]})") from error
+    return manifest, manifest_config(directory, manifest)
 
 
 def describe(directory: str | Path) -> str:
@@ -40,13 +36,14 @@ def describe(directory: str | Path) -> str:
     """
     directory = Path(directory)
     manifest, config = read_manifest(directory)
+    is_dit = isinstance(config, DiTConfig)
+    variant = (variant_name(config) if is_dit else None) or "none of the official variants"
     entries = {
-        "model": f"{directory.resolve().name}, {variant_name(config) or 'none of the official variants'}",
-        "architecture": f"{config.depth} layers, width {config.hidden_size}, {config.num_heads} heads, MLP "
-        f"{config.mlp_size}, patch {config.patch_size}",
+        "model": f"{directory.resolve().name}, {variant}",
+        "architecture": _architecture(config),
         "input": _input(config, manifest),
-        "tokens": str(config.num_tokens),
-        "parameters": f"{_number(manifest.get('parameters'))}, position embedding included",
+        "tokens": str(config.num_tokens) if is_dit else None,
+        "parameters": _number(manifest.get("parameters")) + (", position embedding included" if is_dit else ""),
         "prediction": config.prediction + (" and variance" if config.learn_sigma else ""),
         "timesteps": f"{config.timestep_convention} convention",
         "dtype": f"stored {_stored_dtypes(directory)}, computes in {config.dtype}",
@@ -80,7 +77,17 @@ def verify(directory: str | Path) -> tuple[bool, str]:
     return False, f"MISMATCH: the arrays have digest {found}, the manifest says {written}; make the folder again"
 
 
-def _input(config: DiTConfig, manifest: Mapping) -> str:
+def _architecture(config: NetworkConfig) -> str:
+    if isinstance(config, ControlConfig):
+        return f"{config.architecture}, depth {config.depth}, width {config.hidden_size}, no attention"
+    assert isinstance(config, DiTConfig)
+    return (
+        f"{config.depth} layers, width {config.hidden_size}, {config.num_heads} heads, MLP {config.mlp_size}, "
+        f"patch {config.patch_size}"
+    )
+
+
+def _input(config: NetworkConfig, manifest: Mapping) -> str:
     size = f"{config.input_size} x {config.input_size} x {config.in_channels}"
     if has_pixels(manifest):
         return f"{size}, standardized pixels"
@@ -90,7 +97,7 @@ def _input(config: DiTConfig, manifest: Mapping) -> str:
     return size
 
 
-def _classes(config: DiTConfig, manifest: Mapping) -> str:
+def _classes(config: NetworkConfig, manifest: Mapping) -> str:
     known = names(manifest)
     if not known:
         return f"{config.num_classes}, without names"

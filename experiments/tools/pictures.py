@@ -1,4 +1,4 @@
-"""Pictures from a DiT: samples of chosen classes as arrays, as a grid to look at, and a manifest."""
+"""Pictures from a network: samples of chosen classes as arrays, as a grid to look at, and a manifest."""
 
 import json
 from dataclasses import asdict
@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from dit_jax.checkpoint import load_model
 from dit_jax.class_names import names, resolve, short_name
+from dit_jax.controls import Network
 from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.disk import recover, replacing, write_json
 from dit_jax.images import image_grid
 from dit_jax.latents import is_latent, to_pictures, vae_decoder
-from dit_jax.model import DiT
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments.frame.manifest import environment
 from experiments.frame.subject import model_folder
@@ -102,7 +102,9 @@ def sample_pictures(
     return written
 
 
-def draw(model: DiT, clock: Clock, config: SampleConfig, labels: np.ndarray, *, progress: bool = False) -> np.ndarray:
+def draw(
+    model: Network, clock: Clock, config: SampleConfig, labels: np.ndarray, *, progress: bool = False
+) -> np.ndarray:
     """Samples (N, H, W, C) float32 of labels (N,).
 
     All noise is a function of (seed, index of the picture, step), so that a picture does not depend on the batch.
@@ -110,7 +112,7 @@ def draw(model: DiT, clock: Clock, config: SampleConfig, labels: np.ndarray, *, 
     shape = (model.config.input_size, model.config.input_size, model.config.in_channels)
 
     @jax.jit
-    def run(model: DiT, pictures: jax.Array, labels: jax.Array) -> jax.Array:
+    def run(model: Network, pictures: jax.Array, labels: jax.Array) -> jax.Array:
         def noise(step):
             return pair_noise(config.seed, pictures, step, shape, replicas=1)[0]
 
