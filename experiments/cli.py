@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import shlex
 import signal
 import sys
@@ -243,6 +244,7 @@ def _info(command: Info) -> int:
 
 def _train(command: Train, line: str) -> Path:
     from dit_jax.config import config_from_dict
+    from dit_jax.covariance import MOST, data_covariance, save_covariance
     from dit_jax.images import load_images
     from dit_jax.training import TrainConfig, train
     from dit_jax.transforms import training_data, transformation_name
@@ -278,7 +280,7 @@ def _train(command: Train, line: str) -> Path:
         label_dropout=0.0 if solvable else 0.1,
         seed=command.seed,
     )
-    return train(
+    trained = train(
         data,
         model,
         settings,
@@ -288,6 +290,12 @@ def _train(command: Train, line: str) -> Path:
         command=line,
         progress=not command.quiet,
     )
+    if not isinstance(data, SolvableData):  # whose law is known
+        if math.prod(data.shape) <= MOST:
+            save_covariance(trained, data_covariance(data))
+        else:
+            print("syncgap: the images are too large for their covariance to be kept with the model", file=sys.stderr)
+    return trained
 
 
 def _size(command: Train) -> dict[str, Any]:

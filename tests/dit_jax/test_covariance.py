@@ -2,29 +2,113 @@
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.fft import dctn
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from dit_jax.covariance import (
-    FILE,
-    covariance_for,
-    data_covariance,
-    load_covariance,
-    save_covariance,
-    within_class,
-)
+from dit_jax.covariance import FILE, covariance_for, data_covariance, load_covariance, save_covariance, within_class
 from dit_jax.disk import CheckpointError
-from dit_jax.images import ImageSet
+from dit_jax.images import ImageSet, load_images
 from dit_jax.transforms import doubled, training_data
 from experiments.cli import main
+from experiments.frame.subject import untrained_model
 from ou_theory.modes import radial_bands
 
-RNG = np.random.default_rng(0)
 SIZE = 8
-PIXELS = RNG.integers(0, 256, (300, SIZE, SIZE, 3)).astype(np.uint8)
-PIXELS[:150, :4] //= 3  # the classes differ in their mean
+CONFIG = DiTConfig(input_size=SIZE, in_channels=3, hidden_size=8, depth=1, num_heads=2, num_classes=2, prediction="v")
 
 
-def image_set() -> ImageSet:
-    labels = np.repeat([0, 1], 150).astype(np.int32)
-    return ImageSet.of(PIXELS, labels, ("dark", "light")) if hasattr(ImageSet, "of") else make(PIXELS, labels)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of smooth images of colour that differ in their mean, 60 each."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, base in (("bright", 150), ("dark", 60)):
+        (root / name).mkdir()
+        for i in range(60):
+            coarse = np.clip(base + 40 * rng.standard_normal((4, 4, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BILINEAR).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(folder) -> ImageSet:
+    return load_images(folder, SIZE, progress=False)
+
+
+def test_it_is_the_covariance_within_classes_in_the_bands(images):
+    found, bands = data_covariance(images), radial_bands(SIZE, SIZE, 6)
+    x, labels = doubled(images), np.concatenate([images.labels] * 2)
+    within = np.concatenate([x[labels == c] - x[labels == c].mean(0) for c in (0, 1)])  # classes of one size
+    energy = np.square(dctn(within, axes=(1, 2), norm="ortho")).mean(0)
+    expected = [energy[bands.index == b].mean() for b in range(len(bands))]
+    np.testing.assert_allclose(found.band_variance(), expected, rtol=1e-5)
+    np.testing.assert_allclose(found.share.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.variance.sum(), energy.sum(), rtol=1e-5)
+    assert np.all(np.diff(found.variance) <= 0)
+    np.testing.assert_allclose(np.einsum("hwcc->hwc", found.coefficient), energy, rtol=1e-4, atol=1e-6)
+    assert found.about == {"data": training_data(images).preparation(), "images": 240}
+
+
+def test_the_mean_of_a_class_is_no_variance():
+    x = np.zeros((6, 2, 2, 1), np.float32)
+    x[3:] = 5
+    np.testing.assert_allclose(within_class(x, np.array([0, 0, 0, 1, 1, 1])), 0, atol=1e-12)
+    assert within_class(x, np.zeros(6, int)).trace() == pytest.approx(4 * 6.25)
+
+
+def test_classes_count_alike():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 2, 2, 1)).astype(np.float32)
+    x[:30] *= 3
+    labels = np.repeat([0, 1], [30, 10])
+    both = within_class(x, labels)
+    each = [within_class(x[labels == c], labels[labels == c]) for c in (0, 1)]
+    np.testing.assert_allclose(both, (each[0] + each[1]) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["permuted", "reversed"])
+def test_transformed_data_have_their_own(images, name):
+    natural, found = data_covariance(images), data_covariance(training_data(images, name))
+    if name == "permuted":  # an orthogonal map keeps the eigenvalues
+        np.testing.assert_allclose(found.variance, natural.variance, rtol=1e-3, atol=1e-5)
+    low_high = [each.band_variance()[1] / each.band_variance()[-1] for each in (natural, found)]
+    assert low_high[0] > 30 > 3 > low_high[1]
+
+
+def test_it_comes_back_from_a_model_folder(images, tmp_path):
+    save_model(untrained_model(CONFIG, 0), tmp_path / "model")
+    assert load_covariance(tmp_path / "model") is None
+    found = data_covariance(images)
+    save_covariance(tmp_path / "model", found)
+    back = load_covariance(tmp_path / "model")
+    for name in ("variance", "share", "coefficient"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(found, name).astype(np.float32))
+    assert back.about == found.about
+    for damage in (b"", (tmp_path / "model" / FILE).read_bytes()[:-40], b"no archive"):
+        (tmp_path / "model" / FILE).write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"covariance\.npz cannot be used.*syncgap covariance"):
+            load_covariance(tmp_path / "model")
+
+
+def test_no_object_is_unpickled(tmp_path):
+    np.savez(tmp_path / FILE, variance=np.array([{}], object), share=np.ones((1, 7)), coefficient=np.ones((1, 1, 1, 1)))
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        load_covariance(tmp_path)
+
+
+def test_the_command_adds_it_and_refuses_other_images(folder, images, tmp_path, capsys):
+    record = training_data(images, "reversed").preparation()
+    save_model(untrained_model(CONFIG, 0), tmp_path / "model", extra={"data": record})
+    assert main(["covariance", str(tmp_path / "model"), str(folder), "--quiet"]) == 0
+    assert load_covariance(tmp_path / "model").about["data"] == record
+    with pytest.raises(ValueError, match="trained on other images"):
+        covariance_for({"data": {"sha256": "0" * 64}}, images)
+    assert main(["covariance", str(tmp_path / "nothing"), str(folder), "--quiet"]) == 2
+    assert "no shipped model" in capsys.readouterr().err
+
+
+def test_too_large_images_are_refused():
+    data = ImageSet(np.zeros((2, 64, 64, 3), np.uint8), np.zeros(2, np.int32), ("a",), np.zeros(3), 1.0, "d")
+    with pytest.raises(ValueError, match="too large"):
+        data_covariance(data)

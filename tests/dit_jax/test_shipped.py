@@ -12,9 +12,9 @@ from dit_jax.disk import CheckpointError
 from dit_jax.training import TrainConfig
 from experiments.frame.settings import DEFAULT_WEIGHTS
 from experiments.frame.subject import untrained_model
-from experiments.studies.spectrum.settings import SHIPPED as SPECTRA
 from experiments.studies.solvable.data import SolvableData
 from experiments.studies.solvable.measure import exact_denoiser
+from experiments.studies.spectrum.settings import SHIPPED as SPECTRA
 from ou_theory.clock import make_clock
 
 PHOTOS = {"photos16-v": "v", "photos16-epsilon": "epsilon"}
@@ -49,7 +49,7 @@ def test_a_shipped_model_of_photographs_knows_their_covariance(name):
     assert found.about["data"] == manifest["data"]
     assert 0.85 < found.variance.mean() < 1
     ratio = found.band_variance()[1] / found.band_variance()[-1]
-    expected = {"photos8-whitened": (0.9, 1), "photos8-reversed": (0.003, 0.01)}.get(name, (50, 200))
+    expected = {"photos8-whitened": (0.9, 1), "photos8-reversed": (0.003, 0.01)}.get(name, (50, 500))
     assert expected[0] < ratio < expected[1]
 
 

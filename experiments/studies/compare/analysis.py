@@ -191,7 +191,10 @@ def estimates(
 
     values, weights = (energy, network.projection.values), pair_draws(seed, network.sizes["pair"])
     by, drawn_by = bootstrap(
-        lambda *means: {"gap": companions(*means, ell, WINDOW_START, stochastic=stochastic)}, values, weights, 1
+        lambda energy, inner: {"gap": companions(energy, inner, ell, WINDOW_START, stochastic=stochastic)},
+        values,
+        weights,
+        1,
     )
     dataset = dataset.assign_coords(estimator=list(ESTIMATORS))
     dataset["gap_by"] = (("estimator", "coupling"), by["gap"])

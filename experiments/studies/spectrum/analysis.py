@@ -78,6 +78,7 @@ def analyse(measured: Measured[SpectrumConfig]) -> xr.Dataset:
         },
         attrs={
             "transformation": data.attrs["transformation"],
+            "architecture": getattr(measured.model, "architecture", "dit"),
             "low_band": LOW,
             "high_band": network.sizes["band"] + HIGH,
             "pairs": network.sizes["pair"],

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from dit_jax.covariance import DataCovariance, load_covariance
+from dit_jax.model import DiT
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.instrument import trajectories
 from experiments.frame.store import StoreError
@@ -25,14 +26,15 @@ def check(config: SpectrumConfig, subject: Subject) -> None:
 
 
 def measure(bench: Bench[SpectrumConfig]) -> None:
-    """Fills the groups ``network`` and ``data``."""
+    """Fills the groups ``network`` and ``data``. Networks without attention run uncoupled."""
     config = bench.config
-    grid = np.asarray(config.couplings)
+    has_attention = isinstance(bench.network, DiT)
+    grid = np.asarray(config.couplings if has_attention else [0.0])
 
     @jax.jit
     def run(model, couplings, pairs, labels):
         found = trajectories(
-            bench.coupled(model),
+            bench.coupled(model) if has_attention else lambda gate: bench.denoiser(model),
             bench.clock,
             bench.bands,
             couplings,

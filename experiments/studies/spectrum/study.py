@@ -7,4 +7,4 @@ from experiments.studies.spectrum.page import page
 from experiments.studies.spectrum.settings import SpectrumConfig
 from experiments.studies.spectrum.together import together
 
-STUDY = Study("spectrum", SpectrumConfig, measure, page, analyse, DEFINITIONS, check, together)
+STUDY = Study("spectrum", SpectrumConfig, measure, page, analyse, DEFINITIONS, check, together, any_network=True)

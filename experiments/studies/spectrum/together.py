@@ -17,6 +17,7 @@ from experiments.studies.spectrum.page import data_of
 from experiments.studies.spectrum.settings import LIMIT, SpectrumConfig
 from ou_theory.bootstrap import basic_interval
 
+ARCHITECTURES = {"dit": ("transformer", "o"), "unet": ("U-Net", "s"), "mlp": ("MLP", "^")}
 Networks = dict[str, xr.Dataset]  # the analysis of each network, by name
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f99"]
 
@@ -44,9 +45,8 @@ def line(theory: np.ndarray, gaps: np.ndarray, draws: np.ndarray) -> Line | None
     drawn = np.polyfit(theory, draws.T, 1)
     across = np.full((2, 2), np.nan)
     if len(theory) > 2:
-        fit = stats.linregress(theory, gaps)
-        reach = stats.t.ppf(0.975, len(theory) - 2) * np.array([fit.stderr, fit.intercept_stderr])
-        centre = np.array([slope, intercept])
+        (centre, covariance) = np.polyfit(theory, gaps, 1, cov=True)  # of the residuals, divided by n - 2
+        reach = stats.t.ppf(0.975, len(theory) - 2) * np.sqrt(np.diag(covariance))
         across = np.stack([centre - reach, centre + reach], -1)
     over_pairs = [np.stack([v, *basic_interval(v, d)], -1) for v, d in zip((slope, intercept), drawn, strict=True)]
     return Line(*over_pairs, *across)
@@ -188,6 +188,7 @@ def network_table(found: Networks) -> Table:
     rows = [
         [
             name,
+            ARCHITECTURES[at.attrs["architecture"]][0],
             data_of(at),
             number(float(at.theory_gap)),
             formatted(at.gap[0]),
@@ -197,7 +198,7 @@ def network_table(found: Networks) -> Table:
         ]
         for name, at in found.items()
     ]
-    head = ["network", "trained on", "gap of the data, nats", "gap, nats", "gap by all energy"]
+    head = ["network", "architecture", "trained on", "gap of the data, nats", "gap, nats", "gap by all energy"]
     return Table("Networks without coupling", [*head, "order of the data", "order"], rows)
 
 
@@ -240,12 +241,15 @@ def figure_spectrum(found: Networks, fit: Line | None) -> Figure:
     ax.plot(ends, ends, color=INK, linestyle="--", linewidth=1, label="the gap is the data's")
     if fit is not None:
         ax.plot(ends, fit.slope[0] * ends + fit.intercept[0], color=INK, linewidth=1, label="least squares")
-    for kind, color in colors(found).items():
-        members = [at for at in found.values() if at.attrs["transformation"] == kind]
-        x = [float(at.theory_gap) for at in members]
-        gaps = np.stack([at.gap[0].values for at in members])
-        ax.vlines(x, gaps[:, 1], gaps[:, 2], color=color, linewidth=1.2)
-        ax.plot(x, gaps[:, 0], color=color, marker="o", markersize=5, linestyle="none", label=kind)
+    named = set()
+    for at in found.values():
+        kind, (architecture, marker) = at.attrs["transformation"], ARCHITECTURES[at.attrs["architecture"]]
+        label = kind if architecture == "transformer" else f"{kind}, {architecture}"
+        gap, color = at.gap[0].values, colors(found)[kind]
+        ax.vlines(float(at.theory_gap), gap[1], gap[2], color=color, linewidth=1.2)
+        style = {"color": color, "marker": marker, "markersize": 5, "linestyle": "none"}
+        ax.plot([float(at.theory_gap)], [gap[0]], label=None if label in named else label, **style)
+        named.add(label)
     ax.set_xlabel("gap of the data: exact denoiser of their covariance  (nats)")
     ax.set_ylabel("gap of the network  (nats)")
     figure.legend(loc="outside right upper")
