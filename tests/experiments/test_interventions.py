@@ -235,13 +235,18 @@ def linear_energy(levels, decided=1.0, pairs=4, jitter=None):
     return np.broadcast_to(q, (pairs, *q.shape))[:, None] * scale[:, None, None, None]
 
 
+def along(energy):
+    """Inner products with the end of differences that only change their size."""
+    return np.sqrt(energy * energy[..., -1:, :])
+
+
 def test_shares_of_known_gaps():
     """Gaps 4, 1 and 2.5 nats: the third arm brings half of what the second takes. No pair differs: no spread."""
     levels = np.array([-3.0, -3.0, 1.0])
     arms = [levels, [-3.0, -1.0, 0.0], [-3.0, -2.0, 0.5]]
     energy = np.concatenate([linear_energy(arm) for arm in arms], 1)
     with jax.enable_x64(True):
-        found = arm_readings(energy, ELL, -6.0, pair_draws(0, 4, 20))
+        found = arm_readings(energy, along(energy), ELL, pair_draws(0, 4, 20))
     step = np.diff(ELL).max()
     np.testing.assert_allclose(found["gap"][0], [4, 1, 2.5], atol=step)
     assert found["share"][0, 2] == pytest.approx(0.5, abs=step / 3 * 2)
@@ -256,27 +261,37 @@ def test_decided_fraction_and_what_is_left():
     energy = np.concatenate([linear_energy([-3.0, -3.0, 1.0], f) for f in (1.0, 0.25, 0.5)], 1)
     energy[:, 2, -1] /= 5
     with jax.enable_x64(True):
-        found = arm_readings(energy, ELL, -6.0, pair_draws(0, 4, 20))
+        found = arm_readings(energy, along(energy), ELL, pair_draws(0, 4, 20))
     np.testing.assert_allclose(found["decided"][0], [[1] * 3, [0.25] * 3, [0.5] * 3])
     np.testing.assert_allclose(found["left"][0, 2], 0.1)
-    np.testing.assert_allclose(found["gap_uncut"], found["gap"])
+    np.testing.assert_allclose(found["gap_energy"], found["gap"])
 
 
-def test_a_band_that_differs_more_than_uncoupled_is_cut_off_or_not():
-    """A ramp to twice the reference passes 1 half way: its level comes forward, and does not if it is not cut off."""
-    along = np.clip((ELL + 6) / (ELL[-1] + 6), 0, 1)[:, None]
-    ramp = np.broadcast_to(along, (50, 3))
+def test_a_band_that_differs_more_than_uncoupled_keeps_its_level():
+    """A ramp to twice the reference is a ramp: it decides twice as much at the same level."""
+    ramp = np.broadcast_to(np.clip((ELL + 6) / (ELL[-1] + 6), 0, 1)[:, None], (50, 3))
     energy = np.stack([ramp, np.concatenate([ramp[:, :2], 2 * ramp[:, 2:]], 1)])[None].repeat(3, 0)
     with jax.enable_x64(True):
-        found = arm_readings(energy, ELL, -6.0, pair_draws(0, 3, 5))
-    assert found["gap"][0, 0] == pytest.approx(0)
-    assert found["gap"][0, 1] == pytest.approx(-(ELL[-1] + 6) / 4, rel=0.02)
-    np.testing.assert_allclose(found["gap_uncut"][0], 0, atol=1e-9)
+        found = arm_readings(energy, along(energy), ELL, pair_draws(0, 3, 5))
+    np.testing.assert_allclose(found["gap"][0], 0, atol=1e-9)
+    np.testing.assert_allclose(found["decided"][0], [[1] * 3, [1, 1, 2]])
+
+
+def test_error_moves_the_level_of_all_energy_alone():
+    energy = np.concatenate([linear_energy([-3.0, -3.0, 1.0])] * 2, 1).copy()
+    inner = along(energy)
+    energy[:, :, ELL < 1, 2] += 0.5
+    with jax.enable_x64(True):
+        found = arm_readings(energy, inner, ELL, pair_draws(0, 4, 5))
+    step = np.diff(ELL).max()
+    np.testing.assert_allclose(found["gap"][0], 4, atol=step)
+    assert np.all(found["gap_energy"][0] < 2)
+    np.testing.assert_allclose(found["floor"][0, 1], [0, 0, 0.5], atol=1e-5)
 
 
 def test_identical_replicas_have_no_levels_and_no_verdict():
     with jax.enable_x64(True), np.errstate(invalid="ignore"):
-        found = arm_readings(np.zeros((3, 2, 50, 3)), ELL, -6.0, pair_draws(0, 3, 10))
+        found = arm_readings(np.zeros((3, 2, 50, 3)), np.zeros((3, 2, 50, 3)), ELL, pair_draws(0, 3, 10))
     assert np.isnan(found["gap"]).all()
     assert localised([np.nan] * 3, [np.nan] * 3, [np.nan] * 3) == "undecided"
 
@@ -310,8 +325,9 @@ def synthetic(stored, shares):
             moved = levels.copy()
             moved[1:] = np.linspace(-3, 1, 6) + 3 * shares(str(name)) * np.linspace(1, 0, 6)
             energy.append(linear_energy(moved, pairs=6, jitter=jitter))
+        dims, values = ("pair", "arm", "step", "band"), np.concatenate(energy, 1)
         sources[group] = xr.Dataset(
-            {"energy": (("pair", "arm", "step", "band"), np.concatenate(energy, 1))},
+            {"energy": (dims, values), "projection": (dims, along(values))},
             coords={name: dataset[name] for name in ("arm", "kind", "layer", "band", "radius", "count")}
             | {"step": np.arange(50), "ell": ("step", ELL)}
             | {"gate": (("arm", "step", "layer"), np.zeros((dataset.sizes["arm"], 50, 3)))},
@@ -360,7 +376,8 @@ def test_the_folder_holds_everything(finished, stored, has_ink):
     np.testing.assert_array_equal(analysis.share.sel(arm="none"), 0)
     np.testing.assert_array_equal(analysis.share.sel(arm="all"), 1)
     np.testing.assert_array_equal(analysis.gap_against_constant.sel(arm="constant"), 0)
-    np.testing.assert_allclose(analysis.decided.sel(arm="none"), 1, rtol=1e-12)
+    np.testing.assert_allclose(analysis.left.sel(arm="none"), 1, rtol=1e-12)
+    assert np.all(analysis.decided.sel(arm="none", bound="estimate") > 1 - 1e-6)
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["status"] == "complete"
     assert manifest["kind"] == "interventions"

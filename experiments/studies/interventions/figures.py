@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from experiments.frame.drawing import FAINT, INK, LEVEL_LABEL, QUIET, band_names, curve, new_figure
 from experiments.frame.estimator import HIGH, LOW
 from experiments.frame.steps import WINDOW_START
-from experiments.studies.interventions.settings import ALL, CONSTANT, NONE, WEAK
+from experiments.studies.interventions.settings import ALL, CONSTANT, NONE
 
 FIRST_COLOR, LAST_COLOR, MIDDLE_COLOR = "#0072B2", "#D55E00", "#009E73"
 SCHEDULE_COLORS = (INK, "#0072B2", "#D55E00", "#E69F00", "#56B4E9")
@@ -23,10 +23,10 @@ def arms_of(analysis: xr.Dataset, *kinds: str) -> list[str]:
 
 
 def _points(ax: Axes, at: Sequence[int], arms: xr.Dataset, color: str, label: str) -> None:
-    """Shares of the full effect with their intervals, filled, and uncut ones beside them, open."""
+    """Shares of the full effect with their intervals, filled, and those by all energy beside them, open."""
     for name, shift, options in (
         ("share", 0.0, {"markersize": 4.5, "label": label or None}),
-        ("share_uncut", 0.22, {"markersize": 4, "markerfacecolor": "white", "alpha": 0.7}),
+        ("share_energy", 0.22, {"markersize": 4, "markerfacecolor": "white", "alpha": 0.7}),
     ):
         values = arms[name].values
         bars = np.abs(values[:, 1:] - values[:, :1]).T
@@ -74,16 +74,17 @@ def figure_bands(analysis: xr.Dataset) -> Figure:
     for ax, name in zip(axes, ("tau", "decided"), strict=True):
         for arm, color in arms.items():
             values = analysis[name].sel(arm=arm).values
-            if name == "tau":  # no level rests on less
-                values = np.where((analysis.decided.sel(arm=arm)[:, :1] < WEAK).values, np.nan, values)
+            if name == "tau":  # no more than the error
+                at = analysis.sel(arm=arm)
+                values = np.where((at.decided[:, :1] <= at.floor[:, :1]).values, np.nan, values)
             curve(ax, analysis.radius, values, color, arm, marker="o", markersize=3.5)
             if name == "tau":
-                uncut = np.where(np.isfinite(values[:, 0]), analysis.tau_uncut.sel(arm=arm)[:, 0].values, np.nan)
-                ax.plot(analysis.radius, uncut, color=color, linestyle=":", linewidth=1.2)
+                whole = np.where(np.isfinite(values[:, 0]), analysis.tau_energy.sel(arm=arm)[:, 0].values, np.nan)
+                ax.plot(analysis.radius, whole, color=color, linestyle=":", linewidth=1.2)
         ax.set_xlabel("radial frequency of the band")
     axes[0].set_ylabel("commitment level  $\\tau$  (nats)")
     axes[1].set_ylabel("decided fraction  $F$")
-    axes[1].set_ylim(-0.04, 1.08)
+    axes[1].set_ylim(bottom=-0.04)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper left", ncols=len(labels), title="layers coupled", alignment="left"
@@ -106,7 +107,7 @@ def figure_parts(analysis: xr.Dataset) -> Figure:
     for height, (_, arm) in enumerate(rows):
         if not arm:
             continue
-        _dot(left, height + 0.2, analysis.gap_uncut.sel(arm=arm).values, QUIET, fill="white")
+        _dot(left, height + 0.2, analysis.gap_energy.sel(arm=arm).values, QUIET, fill="white")
         _dot(left, height, analysis.gap.sel(arm=arm).values, INK)
         for band, color in ((LOW, FIRST_COLOR), (HIGH, LAST_COLOR)):
             _dot(right, height, analysis.decided.sel(arm=arm)[band].values, color)

@@ -38,7 +38,7 @@ class InterventionsInstrument:
     def energies(
         self, model: DiT, arms: Mapping[str, Arm], edited: bool, pairs: np.ndarray, labels: np.ndarray
     ) -> dict[str, Any]:
-        """Difference energies (P, arm, K, B) of a block of pairs.
+        """Energies of the denoised difference and inner products with its end, (P, arm, K, B) each, of a block.
 
         Args:
           edited: whether arms close heads or share anything; else the network runs without an edit.
@@ -62,9 +62,9 @@ class InterventionsInstrument:
             edit = _edit(closed, shared)
 
         def observe(step, x, denoised):
-            return band_mean(jnp.square(pair_modes(denoised)[1]), bench.bands)
+            return pair_modes(denoised)[1]
 
-        _, energy = run_pairs(
+        _, difference = run_pairs(
             bench.coupled(model, edit=edit),
             bench.clock,
             gates,
@@ -75,7 +75,8 @@ class InterventionsInstrument:
             sampler=config.sampler,
             observe=observe,
         )
-        return {"energy": jnp.transpose(energy, (2, 1, 0, 3))}
+        products = {"energy": difference * difference, "projection": difference * difference[-1]}
+        return {name: jnp.transpose(band_mean(v, bench.bands), (2, 1, 0, 3)) for name, v in products.items()}
 
 
 def _edit(closed: jax.Array, shared: jax.Array) -> Edit:
@@ -85,6 +86,7 @@ def _edit(closed: jax.Array, shared: jax.Array) -> Edit:
 
 VARIABLES: Variables = {
     "energy": (("arm", "step", "band"), "mean square per DCT coefficient of the denoised difference"),
+    "projection": (("arm", "step", "band"), "inner product per coefficient of the denoised difference with its end"),
 }
 
 

@@ -16,8 +16,9 @@ from experiments.frame.settings import SAMPLER_NAMES
 from experiments.frame.steps import WINDOW_START
 from experiments.frame.verdict import Claim, Control, Verdict, above, all_hold, bounds
 from experiments.studies.interventions import figures as draw
+from experiments.studies.interventions.analysis import BY
 from experiments.studies.interventions.figures import arms_of
-from experiments.studies.interventions.settings import ALL, CLAIMED, NONE, WEAK, InterventionsConfig
+from experiments.studies.interventions.settings import ALL, CLAIMED, NONE, InterventionsConfig
 
 
 def page(measured: Measured[InterventionsConfig], analysis: xr.Dataset) -> Page:
@@ -41,12 +42,12 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
     captions = {
         "layers": "The full effect is what coupling all layers takes from the gap. Left: share of it that comes with "
         "coupling the first, or the last, layers only. Right: share that comes with coupling one layer only. Dashed: "
-        "an equal share for every layer. Open: by the gap that is not cut off at 1. Bars: 95 % intervals.",
+        "an equal share for every layer. Open: by the gap of all energy. Bars: 95 % intervals.",
         "bands": f"Commitment level (left) and decided fraction (right) of every band under coupling of a fifth of the "
-        f"layers, of none and of all, g = {g:g}. Dotted: the level that is not cut off at 1.",
+        f"layers, of none and of all, g = {g:g}. Dotted: the level by all energy.",
         "parts": f"Gap (left) and decided fraction of the lowest and the highest band (right) where coupling g = {g:g} "
         "is on in some steps or heads only, or where replicas share queries, keys or values instead. Open: "
-        "the gap that is not cut off at 1. Vertical lines: no coupling, and all of it.",
+        "the gap by all energy. Vertical lines: no coupling, and all of it.",
         "schedules": "Schedules of equal total coupling over log-SNR (left), the gap under each, and the decided "
         "fraction of the lowest band. Bars: 95 % intervals; vertical line: constant coupling.",
     }
@@ -85,10 +86,8 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
             f"and the estimator's window opens at {analysis.attrs['ell_start']:.1f} nats. The share of the full effect "
             "is (gap without coupling − gap of the arm) / (gap without coupling − gap with everything coupled). One "
             "draw of pairs serves all arms, so that the noise they share cancels.",
-            "Relative energies are cut off at 1. Where coupling makes a band differ more than it does without, the "
-            "band counts as decided once its energy passes the final one without coupling, so that its level comes "
-            "earlier. The gap that is not cut off takes every arm's own largest energy as the reference; where nothing "
-            "passes 1 it is the same.",
+            "What counts is the energy along the outcome of the same arm, by its own maximum (docs/theory.md, section "
+            "7.4). Beside it stands the gap by all energy, which the network's errors can bring forward.",
             f"Layers count from 0. Windows of steps are thirds of the log-SNR from {WINDOW_START:g} to the end; the "
             f"steps before {WINDOW_START:g} belong to the early one. Schedules act "
             f"from {WINDOW_START:g} on and have the integral over log-SNR of g = {settings.schedule_strength:g}.",
@@ -151,9 +150,9 @@ def localisation(analysis: xr.Dataset) -> Claim:
         _value(shares["last"], there),
         _bounds(shares["last"], there),
         f"Coupling all layers takes {formatted(analysis.effect)} nats from the gap; the last {fifth} bring "
-        f"{formatted(difference)} of that more than the first {fifth}. Not cut off at 1, the gap loses "
-        f"{formatted(analysis.effect_uncut)} nats, and the last {fifth} bring "
-        f"{formatted(analysis.share_uncut.sel(arm=f'last {fifth}'))} of it."
+        f"{formatted(difference)} of that more than the first {fifth}. By all energy, the gap loses "
+        f"{formatted(analysis.effect_energy)} nats, and the last {fifth} bring "
+        f"{formatted(analysis.share_energy.sel(arm=f'last {fifth}'))} of it."
         if there
         else f"Coupling all layers takes {formatted(analysis.effect)} nats from the gap: no effect to be localised.",
         controls,
@@ -178,8 +177,10 @@ def _bounds(values: np.ndarray, there: bool) -> list[float] | None:
 
 
 def _answer(analysis: xr.Dataset, g: float, depth: int) -> str:
-    gaps = [formatted(analysis[name].sel(arm=arm)) for name in ("gap", "gap_uncut") for arm in (NONE, ALL)]
-    start = f"Coupling everything at g = {g:g} takes the gap from {gaps[0]} to {gaps[1]} nats (not cut off: {gaps[3]})"
+    gaps = [formatted(analysis[name].sel(arm=arm)) for name in ("gap", "gap_energy") for arm in (NONE, ALL)]
+    start = (
+        f"Coupling everything at g = {g:g} takes the gap from {gaps[0]} to {gaps[1]} nats (by all energy: {gaps[3]})"
+    )
     if not analysis.effect[1] > 0:
         return f"{start}: no effect that a part could have a share in."
     fifth = analysis.attrs["fifth"]
@@ -198,16 +199,16 @@ def _answer(analysis: xr.Dataset, g: float, depth: int) -> str:
 def _row(analysis: xr.Dataset, name: str) -> list[str]:
     at = analysis.sel(arm=name)
     decided = at.decided[:, 0].values
-    weak = " *" if min(decided[LOW], decided[HIGH]) < WEAK else ""
+    weak = " *" if np.any(decided[[LOW, HIGH]] <= at.floor[[LOW, HIGH], 0].values) else ""
     cells = [name]
-    for cut in ("", "_uncut"):
-        there = analysis[f"effect{cut}"][1] > 0
-        cells += [formatted(at[f"gap{cut}"]) + weak, formatted(at[f"share{cut}"]) if there else "–"]
+    for by in BY:
+        there = analysis[f"effect{by}"][1] > 0
+        cells += [formatted(at[f"gap{by}"]) + weak, formatted(at[f"share{by}"]) if there else "–"]
     return cells + [formatted(at[what][band]) for what in ("decided", "left") for band in (LOW, HIGH)]
 
 
 def _tables(analysis: xr.Dataset, settings: InterventionsConfig) -> list[Table]:
-    head = ["coupled", "gap, nats", "share of the full effect", "gap, not cut off", "share"]
+    head = ["coupled", "gap, nats", "share of the full effect", "gap by all energy", "share"]
     head += ["decided, low", "decided, high", "left at the end, low", "left at the end, high"]
     note = "Decided and left: of the difference without coupling, lowest band above DC and highest band."
     references = [_row(analysis, name) for name in (NONE, ALL)]
@@ -225,12 +226,12 @@ def _tables(analysis: xr.Dataset, settings: InterventionsConfig) -> list[Table]:
     for name in arms_of(analysis, "schedule"):
         at = analysis.sel(arm=name)
         row = [name, f"{float(at.gate.max()):.2f}"]
-        for what, band in (("gap", None), ("gap_uncut", None), ("decided", LOW), ("decided", HIGH)):
+        for what, band in (("gap", None), ("gap_energy", None), ("decided", LOW), ("decided", HIGH)):
             value, change = at[what], at[f"{what}_against_constant"]
             row += [formatted(x if band is None else x[band]) for x in (value, change)]
         rows.append(row)
     head = ["schedule", "largest g"]
-    for what in ("gap, nats", "gap, not cut off", "decided, low", "decided, high"):
+    for what in ("gap, nats", "gap by all energy", "decided, low", "decided, high"):
         head += [what, "against constant"]
     title = f"Schedules with the total of g = {settings.schedule_strength:g}"
     return [*tables, Table(title, head, rows)]
@@ -238,5 +239,5 @@ def _tables(analysis: xr.Dataset, settings: InterventionsConfig) -> list[Table]:
 
 def _weak_note(rows: list[list[str]]) -> str:
     if any(row[1].endswith("*") for row in rows):
-        return f" *: one of the two bands decides less than {100 * WEAK:g} % individually."
+        return " *: one of the two bands decides no more than the error where the window opens."
     return ""

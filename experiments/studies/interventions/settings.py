@@ -6,7 +6,6 @@ from math import isfinite
 from experiments.frame.settings import StudyConfig
 
 NONE, ALL, NO_HEAD, CONSTANT = "none", "all", "no head", "constant"  # names of arms
-WEAK = 0.002  # decided fraction under which a commitment level rests on too little
 CLAIMED = 0.5  # share of the full effect that coupling the last fifth of the layers must bring
 
 
