@@ -143,7 +143,7 @@ def test_the_sentence_over_networks_follows_from_them(networks, said):
 
 def test_networks_are_counted_by_what_they_predict():
     text = answer({"a": network("epsilon", True), "b": network("epsilon", False), "c": network("v", False, True)})
-    assert "in 1 of 2 that predict the noise and 0 of 1 that predict v; by the linear probe 1 of all 3" in text
+    assert "in 1 of 2 that predict the noise and 0 of 1 that predict v; by the linear probe 1 of all 3, which" in text
 
 
 def test_a_network_without_a_gap_or_with_a_wide_interval_is_neither():

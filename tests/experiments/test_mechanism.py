@@ -376,7 +376,7 @@ def test_the_folder_holds_what_was_measured(finished):
 
 def test_report_and_figures_are_there(finished, has_ink):
     text = (finished.path / "report.html").read_text()
-    assert "low-pass synchroniser" in text
+    assert "Coupling synchronises this network&#39;s low bands more than its high ones" in text
     section = finished.read_json("section.json")
     for name in section["captions"]:
         assert has_ink(finished.path / "figures" / f"{name}.png")

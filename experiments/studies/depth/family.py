@@ -71,7 +71,12 @@ def answer(networks: dict[str, tuple[str, dict[str, bool | None]]]) -> str:
         readout.setdefault(prediction, []).append(found["readout"])
     parts = [f"{values.count(True)} of {len(values)} that predict {_named(kind)}" for kind, values in readout.items()]
     probes = [found["probe"] for _, found in networks.values() if "probe" in found]
-    by_probe = f"; by the linear probe {probes.count(True)} of all {len(probes)}" if probes else ""
+    by_probe = (
+        f"; by the linear probe {probes.count(True)} of all {len(probes)}, which is no evidence: the embedding holds "
+        "the noisy image, of which the probe decodes the gap before any block"
+        if probes
+        else ""
+    )
     start = (
         f"Read by the final layer, the gap is made in the last {100 * LAST:.0f} % of the layers in "
         f"{' and '.join(', '.join(parts).rsplit(', ', 1))}{by_probe}. "

@@ -133,7 +133,7 @@ def low_pass_claim(analysis: xr.Dataset) -> Claim:
     grows = ends["network"][1][1] > 1
     return Claim(
         0,
-        "Attention under coupling is a low-pass synchroniser",
+        "Coupling synchronises this network's low bands more than its high ones",
         above([low, high]),
         f"one-pass gain of the highest band minus that of the lowest above DC, g = {g:g}",
         value,
@@ -141,7 +141,9 @@ def low_pass_claim(analysis: xr.Dataset) -> Claim:
         f"The gain passes half way between the lowest band's and 1: {cutoff_text(last.network_cutoff.values, top)}. "
         f"Inside attention, its heads' difference keeps {formatted(first[LOW_BAND])} of its size in the lowest band of "
         f"the token grid and {formatted(first[HIGH_BAND])} in the highest, of the same queries, keys and values."
-        + (f" The highest band of the denoised difference grows: {formatted(ends['network'][1])}." if grows else ""),
+        + (f" The highest band of the denoised difference grows: {formatted(ends['network'][1])}." if grows else "")
+        + " That is no law of attention: networks of a reversed spectrum synchronise their high bands, see syncgap "
+        "spectrum.",
         [
             _control(SOURCES[source], last[f"{source}_slope"].values, *ends[source])
             for source in ("untrained", "random")
@@ -194,7 +196,7 @@ def _gain_table(analysis: xr.Dataset) -> Table:
     head = ["gain, lowest band", "gain, highest band", "highest − lowest", "half-way frequency"]
     note = (
         "Of the denoised difference, after one pass; geometric mean over levels. Half-way frequency: where the gain "
-        "passes half way between that of the lowest band and 1. It is given where coupling is low-pass."
+        "passes half way between that of the lowest band and 1. It is given where the lowest band is synchronised."
     )
     return _table("End-to-end gain", analysis, head, cells, note)
 
