@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import xarray as xr
 
+from dit_jax.disk import write_json
 from experiments.frame.bench import Bench
 from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
@@ -164,4 +165,6 @@ def _together(folder: Path, kind: str, study: Study[Any], runs: Sequence[RunFold
     assert study.together is not None
     page = study.together([Measured.of(run, study.config) for run in runs])
     draw_figures(folder / "figures", page.figures)
-    return {**filled(finite(asdict(page.section)), folder / "figures"), "id": f"{kind}-together"}
+    section = finite(asdict(page.section))
+    write_json(folder / f"{kind}-together.json", section)
+    return {**filled(section, folder / "figures"), "id": f"{kind}-together"}

@@ -182,6 +182,8 @@ def test_every_network_is_a_run_and_all_are_one_page(finished):
     assert "Whose gap is it? 2 networks" in page
     assert "spectrum turned round" in page or "spectrum is turned round" in page
     assert len(list((finished / "figures").glob("*.svg"))) == 2
+    stored = json.loads((finished / "spectrum-together.json").read_text())
+    assert [claim["id"] for claim in stored["claims"]] == [1, 4]
 
 
 def test_networks_are_added_and_finished_ones_left(finished, folders, capsys):

@@ -188,7 +188,7 @@ def network_table(found: Networks) -> Table:
     rows = [
         [
             name,
-            ARCHITECTURES[at.attrs["architecture"]][0],
+            ARCHITECTURES[at.attrs.get("architecture", "dit")][0],
             data_of(at),
             number(float(at.theory_gap)),
             formatted(at.gap[0]),
@@ -243,7 +243,7 @@ def figure_spectrum(found: Networks, fit: Line | None) -> Figure:
         ax.plot(ends, fit.slope[0] * ends + fit.intercept[0], color=INK, linewidth=1, label="least squares")
     named = set()
     for at in found.values():
-        kind, (architecture, marker) = at.attrs["transformation"], ARCHITECTURES[at.attrs["architecture"]]
+        kind, (architecture, marker) = at.attrs["transformation"], ARCHITECTURES[at.attrs.get("architecture", "dit")]
         label = kind if architecture == "transformer" else f"{kind}, {architecture}"
         gap, color = at.gap[0].values, colors(found)[kind]
         ax.vlines(float(at.theory_gap), gap[1], gap[2], color=color, linewidth=1.2)
