@@ -274,8 +274,9 @@ def remaining_gap(gap: np.ndarray, draws: np.ndarray) -> np.ndarray:
     gap, draws = gap[np.isfinite(gap)], draws[:, np.isfinite(draws).all(0)]
     if min(gap.size, draws.shape[1]) < 2:
         return np.full(3, np.nan)
-    ratio = gap[-1] / gap[0]
-    return np.array([ratio, *basic_interval(ratio, draws[:, -1] / draws[:, 0])])
+    with np.errstate(divide="ignore", invalid="ignore"):  # a network that has none has nothing that could remain
+        ratio, drawn = gap[-1] / gap[0], draws[:, -1] / draws[:, 0]
+        return np.array([ratio, *basic_interval(ratio, drawn)]) if np.isfinite(drawn).all() else np.full(3, np.nan)
 
 
 def _order(levels: np.ndarray, draws: np.ndarray) -> np.ndarray:
