@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,16 @@ def check_free(directory: str | Path, overwrite: bool = False) -> None:
 
 def abstract_model(config: DiTConfig) -> DiT:
     """The model of a config with shapes in place of arrays. Nothing is allocated, and no random number drawn."""
-    return nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0)))
+    model = nnx.merge(*_traced(config, jax.config.jax_enable_x64))
+    model.config = config  # equal configs may differ in type, as 4 and 4.0 do
+    return model
+
+
+@lru_cache(maxsize=64)
+def _traced(config: DiTConfig, x64: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    """What makes up an abstract model. Tracing it takes a tenth of a second, and one load wants it five times. Dtypes
+    hang on the switch `x64`, too."""
+    return nnx.split(nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0))))
 
 
 def weight_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
