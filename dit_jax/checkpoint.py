@@ -217,7 +217,8 @@ def check_free(directory: str | Path, overwrite: bool = False) -> None:
 
 def abstract_model(config: DiTConfig) -> DiT:
     """The model of a config with shapes in place of arrays. Nothing is allocated, and no random number drawn."""
-    model = nnx.merge(*_traced(config, jax.config.jax_enable_x64))
+    graph, state = _traced(config, jax.config.jax_enable_x64)
+    model = nnx.merge(graph, state, copy=True)
     model.config = config  # equal configs may differ in type, as 4 and 4.0 do
     return model
 

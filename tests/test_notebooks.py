@@ -53,8 +53,8 @@ matplotlib.rcdefaults()
 
 
 def probed(notebook):
-    """The notebook's cells, with one in front that makes the kernel as new and one behind each check that probes it; and
-    the places of its own cells."""
+    """The notebook's cells, with one in front that makes the kernel as new and one behind each check that probes it;
+    and the places of its own cells."""
     cells, own, name = [nbformat.v4.new_code_cell(source) for source in (RESET, PROBE)], [], None
     for cell in notebook.cells:
         cell.id = nbformat.v4.new_code_cell().id  # those of another notebook may be the same
