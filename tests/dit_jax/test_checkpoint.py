@@ -279,6 +279,7 @@ def test_manifests_that_are_refused(folder, changes, message):
         load_model(folder)
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
 def test_abstract_models_share_nothing_that_changes():
     """They are traced once a config: dtypes follow the x64 switch, a change of one model stays its own, and the config
     is the one that was asked for."""
