@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -234,7 +235,17 @@ def check_free(directory: str | Path, overwrite: bool = False) -> None:
 
 def abstract_model(config: NetworkConfig) -> Network:
     """The model of a config with shapes in place of arrays. Nothing is allocated, and no random number drawn."""
-    return nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0)))
+    graph, state = _traced(config, jax.dtypes.canonicalize_dtype(np.float64) == np.float64)
+    model = nnx.merge(graph, state, copy=True)
+    model.config = config  # equal configs may differ in type, as 4 and 4.0 do
+    return model
+
+
+@lru_cache(maxsize=64)
+def _traced(config: NetworkConfig, x64: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    """What makes up an abstract model. Tracing it takes a tenth of a second, and one load wants it five times. Dtypes
+    hang on the switch `x64`, too."""
+    return nnx.split(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
 
 
 def weight_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:

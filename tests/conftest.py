@@ -6,6 +6,9 @@ import sys
 import tempfile
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("thorough", max_examples=250)  # by default 100; see test_fuzz.py
 
 # LLVM does not optimise, and fusions are written in one piece by the emitters that compile fast: a quarter of the time
 # to compile, programs that run slower and round in other places. The tolerances of all tests hold with and without;

@@ -42,16 +42,41 @@ def _probe(name, source):
 '''
 
 
+RESET = """
+%reset -f
+import jax
+jax.config.update("jax_enable_x64", False)
+import matplotlib
+matplotlib.rcdefaults()
+%matplotlib inline
+"""
+
+
 def probed(notebook):
-    """The notebook with a cell behind each check that probes it, and the places of its own cells."""
-    cells, own, name = [nbformat.v4.new_code_cell(PROBE)], [], None
+    """The notebook's cells, with one in front that makes the kernel as new and one behind each check that probes it;
+    and the places of its own cells."""
+    cells, own, name = [nbformat.v4.new_code_cell(source) for source in (RESET, PROBE)], [], None
     for cell in notebook.cells:
+        cell.id = nbformat.v4.new_code_cell().id  # those of another notebook may be the same
         own.append(len(cells))
         cells.append(cell)
         name = cell.metadata.get("answer", name)
         if "check" in cell.metadata.get("tags", []):
             cells.append(nbformat.v4.new_code_cell(f"_probe({name!r}, {cell.source!r})"))
-    return nbformat.v4.new_notebook(cells=cells), own
+    return cells, own
+
+
+@pytest.fixture(scope="module")
+def executed():
+    """The own cells of each notebook after all of them have run in one kernel, one after the other, none with names or
+    settings of those before it: starting five kernels takes longer than what they compute."""
+    cells, places = [], {}
+    for path in execute.PATHS:
+        more, own = probed(nbformat.read(path, 4))
+        places[path] = [len(cells) + place for place in own]
+        cells += more
+    done = execute.run(nbformat.v4.new_notebook(cells=cells)).cells
+    return {path: [done[place] for place in own] for path, own in places.items()}
 
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.(\d+))?")
@@ -77,12 +102,10 @@ def outputs(cell):
 
 @pytest.mark.slow
 @each_notebook
-def test_runs_and_says_what_is_stored_and_its_checks_can_fail(path):
+def test_runs_and_says_what_is_stored_and_its_checks_can_fail(executed, path):
     stored = nbformat.read(path, 4)
-    notebook, own = probed(stored)
-    done = execute.run(notebook)
-    for cell, place in zip(stored.cells, own, strict=True):
-        got, expected = outputs(done.cells[place]), outputs(cell)
+    for cell, done in zip(stored.cells, executed[path], strict=True):
+        got, expected = outputs(done), outputs(cell)
         assert len(got) == len(expected), cell.source
         for a, b in zip(got, expected, strict=True):
             if isinstance(b, str):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -276,6 +277,24 @@ def test_manifests_that_are_refused(folder, changes, message):
     edit_manifest(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         load_model(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
+def test_abstract_models_share_nothing_that_changes():
+    """They are traced once a config: dtypes follow the x64 switch, a change of one model stays its own, and the config
+    is the one that was asked for."""
+    one, other = abstract_model(CONFIG), abstract_model(CONFIG)
+    assert one.x_embedder.kernel is not other.x_embedder.kernel
+    one.x_embedder.bias = one.blocks = None  # pyright: ignore
+    assert other.blocks is not None
+    assert abstract_model(CONFIG).x_embedder.bias is not None
+    ratio = replace(CONFIG, mlp_ratio=int(CONFIG.mlp_ratio))
+    assert ratio == CONFIG
+    assert abstract_model(ratio).config is ratio
+    wide = replace(CONFIG, dtype="float64")
+    narrow = abstract_model(wide).x_embedder.kernel.dtype
+    with jax.enable_x64(True):
+        assert (narrow, abstract_model(wide).x_embedder.kernel.dtype) == (jnp.float32, jnp.float64)
 
 
 def test_incomplete_folders_are_refused(folder, tmp_path):

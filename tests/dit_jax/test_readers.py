@@ -773,9 +773,9 @@ def test_pipes_in_parameters_are_not_waited_for(folder):
     load_model(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quiet():
-    """Without Orbax's reports of the reads that it gives up after one has failed."""
+    """From here on without Orbax's reports of the reads that it gives up after one has failed."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     yield
     gc.collect()

@@ -237,7 +237,7 @@ def test_every_figure_is_saved_twice(drawn_run):
 
 
 @pytest.mark.slow
-def test_drawing_again_gives_the_same_files(drawn_run, analysis):
+def test_drawing_again_gives_the_same_files(drawn_run, analysis, fine):
     folder = drawn_run.path / "figures"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     draw_figures(folder, {name: partial(figures.FIGURES[name][1], analysis) for name in ("gap", "noise_floor")})
