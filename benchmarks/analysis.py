@@ -63,6 +63,7 @@ def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
     variance = np.geomspace(30, 0.05, len(bands)).astype(np.float32)
     signal = variance * np.exp(clock.log_snr)[:, None].astype(np.float32)
     sizes = {"pair": pairs, "coupling": couplings, "step": steps, "band": len(bands), "parity": 2}
+    sizes |= {"row": 16, "column": 16}
     rng = np.random.default_rng(0)
     stored = 0
 
@@ -73,9 +74,11 @@ def make_run(folder: Path, pairs: int, couplings: int, steps: int) -> int:
         data = {}
         for name, (dims, *_) in NETWORK.items():
             mean = energy[0] if "coupling" not in dims else energy[:, None]
-            mean = mean[..., None] if "parity" in dims else mean
+            mean = mean[..., None] if "parity" in dims else mean[..., bands.index] if "row" in dims else mean
             shape = [shapes[dim] for dim in dims]
             data[name] = (dims, mean * rng.gamma(8, 1 / 8, shape).astype(np.float32))
+            if "row" in dims:  # stored of these pairs alone
+                data[name][1][index >= config.gain_pairs] = np.nan
         coords = {"coupling": couplings, "pair": index, "step": np.arange(steps), "ell": ("step", clock.log_snr)}
         coords |= {"timestep": ("step", clock.timesteps), "band": np.arange(len(bands))}
         coords |= {"radius": ("band", bands.radius), "count": ("band", bands.count), "parity": ["common", "difference"]}
