@@ -26,7 +26,7 @@ def data_of(analysis: xr.Dataset) -> str:
     name = analysis.attrs["transformation"]
     if name in TRANSFORMED:
         return TRANSFORMED[name]
-    return f"photographs with a spectrum proportional to r^{number(-float(name.removeprefix('power:')), 1)}"
+    return f"photographs with a spectrum proportional to r^{-float(name.removeprefix('power:')):g}".replace("^-", "^−")
 
 
 def page(measured: Measured[SpectrumConfig], analysis: xr.Dataset) -> Page:
