@@ -153,11 +153,6 @@ def aligned_energy(
     return share * (end_energy / reference)[..., None, :]
 
 
-def noise_floor(q: ArrayLike, a: ArrayLike, *, stochastic: bool = False) -> jax.Array:
-    """The part of Q beyond its aligned share, which estimates the denoiser's error energy (theory, section 7.3)."""
-    return jnp.asarray(q) - aligned_share(a, stochastic=stochastic)
-
-
 def crossing(a: jax.Array, ell: ArrayLike, threshold: float = 0.5**0.5) -> jax.Array:
     """Level (..., B) of the last upward crossing of `threshold` by a (..., K, B), linear between steps; NaN if there is
     none (theory, section 7.4)."""

@@ -60,7 +60,7 @@ def stub(monkeypatch):
     monkeypatch.setattr(training, "save_arrays", save_arrays)
     monkeypatch.setattr(training, "load_arrays", load_arrays)
     monkeypatch.setattr(training, "save_model", lambda *_, **__: None)
-    monkeypatch.setattr(training, "DiT", lambda *_: None)
+    monkeypatch.setattr(training, "make_network", lambda *_: None)
     monkeypatch.setattr(training, "make_step", make_step)
     monkeypatch.setattr(training, "_sample_grid", lambda *_: training.Image.new("RGB", (1, 1)))
 

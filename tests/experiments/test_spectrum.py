@@ -18,8 +18,8 @@ from experiments.frame.instrument import coupled_wiener, trajectories
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import untrained_model
 from experiments.studies.spectrum.analysis import theory_statistics
+from experiments.studies.spectrum.family import line, more_than_data, order_beyond_data, over_networks
 from experiments.studies.spectrum.settings import SHIPPED, SpectrumConfig
-from experiments.studies.spectrum.together import line, more_than_data, order_beyond_data, over_networks
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 

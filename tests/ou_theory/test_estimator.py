@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from ou_theory.clock import make_clock
 from ou_theory.estimator import (
+    aligned_energy,
     commitment,
     crossing,
     gap,
     latch,
-    noise_floor,
     projection,
     relative_energy,
     threshold_gap,
@@ -290,8 +290,30 @@ def test_projection_of_a_gaussian_band_crosses_at_unit_snr(x64):
     a = projection(jnp.sqrt(q) * variances, jnp.asarray(variances))
     np.testing.assert_allclose(a, np.sqrt(q), rtol=1e-12)
     np.testing.assert_allclose(crossing(a, ell), -np.log(variances), atol=1e-4)
-    np.testing.assert_allclose(noise_floor(q, a), 0, atol=1e-12)
-    np.testing.assert_allclose(noise_floor(q + 0.25, a), 0.25, atol=1e-12)
+    aligned = aligned_energy(jnp.sqrt(q) * variances, jnp.asarray(variances), jnp.asarray(2 * variances))
+    np.testing.assert_allclose(aligned, q / 2, rtol=1e-12)  # the reference is twice as large
+
+
+@LAW
+@given(seeds)
+def test_aligned_energy_is_never_above_all_energy(seed):
+    """By Cauchy and Schwarz, for any differences under a deterministic sampler; a stochastic one's is the root."""
+    rng = np.random.default_rng(seed)
+    d = rng.standard_normal((STEPS, 50, BANDS)) * rng.uniform(0.1, 3, (STEPS, 1, BANDS))
+    energy, inner, reference = (d**2).mean(1), (d * d[-1]).mean(1), rng.uniform(0.5, 2, BANDS)
+    with jax.enable_x64(True):
+        arrays = (jnp.asarray(inner), jnp.asarray(energy[-1]), jnp.asarray(reference))
+        aligned, stochastic = (np.asarray(aligned_energy(*arrays, stochastic=which)) for which in (False, True))
+    assert np.all(aligned <= energy / reference + 1e-12)
+    np.testing.assert_allclose(aligned[-1], energy[-1] / reference)
+    np.testing.assert_array_equal(aligned == 0, inner < 0)  # what points away from the outcome counts as nothing
+    ends = energy[-1] / reference
+    np.testing.assert_allclose(stochastic / ends, np.sqrt(aligned / ends))
+
+
+def test_replicas_that_end_alike_have_decided_nothing():
+    found = aligned_energy(jnp.zeros((3, 2)), jnp.array([0.0, 1.0]), jnp.ones(2))
+    np.testing.assert_array_equal(found, 0)
 
 
 def test_crossing_is_the_last_upward_one():

@@ -93,7 +93,7 @@ EXAMPLES = {
     "estimator.threshold_step": at(Q, ell=ELL, threshold=0.4),
     "estimator.projection": at(Q, np.array([0.9, 0.8, 0.6])),
     "estimator.aligned_share": at(Q),
-    "estimator.noise_floor": at(Q, 0.8 * Q),
+    "estimator.aligned_energy": at(0.7 * Q, np.array([0.9, 0.8, 0.6]), np.array([1.0, 1.1, 0.5])),
     "estimator.crossing": at(Q, ell=ELL, threshold=0.6),
     "gain_model.q_uncoupled": at(2.0),
     "gain_model.commitment_log_snr": at(2.0, 0.4),
