@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import tyro
 
@@ -58,19 +58,20 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class StudyRun(Generic[C]):
-    """One of the studies; its settings say which."""
+    """One of the studies."""
 
+    study: ClassVar[str]  # its name
     settings: tyro.conf.OmitArgPrefixes[C]
     out: Path | None = None  # folder of the run; runs/ and the name of the study by default
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with an interrupted run in --out
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
-def _command(config: type) -> type:
-    """`StudyRun` of these settings, with their docstring as its help."""
-    return make_dataclass(
-        config.__name__, [], bases=(StudyRun[config],), namespace={"__doc__": config.__doc__}, frozen=True
-    )
+def _command(study: str) -> type:
+    """`StudyRun` of this study, with the docstring of its settings as its help."""
+    config = studies.settings_of(study)
+    namespace = {"__doc__": config.__doc__, "study": study}
+    return make_dataclass(config.__name__, [], bases=(StudyRun[config],), namespace=namespace, frozen=True)
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ class Terminated(KeyboardInterrupt):
 def main(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors of ours are one message, not a traceback."""
     argv = sys.argv[1:] if args is None else args
-    configs = {name: studies.settings_of(name) for name in studies.NAMES}
-    commands: dict[str, Any] = {name: _command(config) for name, config in configs.items()}
+    commands: dict[str, Any] = {name: _command(name) for name in studies.NAMES}
     commands |= {
         "report": Report,
         "theory": Theory,
@@ -173,7 +173,7 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
     if isinstance(command, StudyRun):
         from experiments.frame.study import run_each, run_study
 
-        kind = next(name for name in studies.NAMES if studies.settings_of(name) is type(command.settings))
+        kind = command.study
         out = command.out or Path("runs") / kind
         run = run_each if isinstance(getattr(command.settings, "weights", None), tuple) else run_study
         page = run(
