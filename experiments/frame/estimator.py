@@ -5,8 +5,11 @@ final one. Other estimators stand beside it as companions, since a gap that only
 estimator.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -54,30 +57,49 @@ def commitment_of(
         for exact recursions alone: theirs has no error.
       stochastic: whether the sampler adds noise.
     """
-    energy = jnp.asarray(energy)
-    end = energy[..., -1, :]
-    q = oc.relative_energy(energy, end[..., :1, :])
-    aligned = q if inner is None else oc.aligned_energy(jnp.asarray(inner), end, end[..., :1, :], stochastic=stochastic)
-    found = oc.commitment(aligned, jnp.asarray(ell), start)
-    return Estimates(
-        tau=np.asarray(found.level),
-        decided=np.asarray(found.decided),
-        gap=np.asarray(oc.gap(found.level, LOW, HIGH)),
-        latched_gap=np.asarray(oc.gap(found.latched, LOW, HIGH)),
-        relative_energy=np.asarray(q),
-        floor=np.asarray((q - aligned)[..., int(np.searchsorted(ell, start)), :]),
-    )
+    found = _program(tuple(np.asarray(ell, np.float64)), float(start), stochastic)(energy, inner)
+    return Estimates(**{name: np.asarray(value) for name, value in found.items()})
+
+
+@lru_cache(maxsize=64)
+def _program(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable[..., dict[str, jax.Array]]:
+    """The estimator on the steps of one clock as one program: operation by operation, compiling takes most of the time
+    of an analysis."""
+
+    @jax.jit
+    def estimates(energy: jax.Array, inner: jax.Array | None) -> dict[str, jax.Array]:
+        end = energy[..., -1, :]
+        q = oc.relative_energy(energy, end[..., :1, :])
+        aligned = q if inner is None else oc.aligned_energy(inner, end, end[..., :1, :], stochastic=stochastic)
+        found = oc.commitment(aligned, ell, start)
+        return {
+            "tau": found.level,
+            "decided": found.decided,
+            "gap": oc.gap(found.level, LOW, HIGH),
+            "latched_gap": oc.gap(found.latched, LOW, HIGH),
+            "relative_energy": q,
+            "floor": (q - aligned)[..., int(np.searchsorted(ell, start)), :],
+        }
+
+    return estimates
 
 
 def companions(energy: ArrayLike, inner: ArrayLike, ell: np.ndarray, start: float, *, stochastic: bool) -> np.ndarray:
     """Gaps (..., estimator, C) by all of `ESTIMATORS`; the arguments are those of `commitment_of`."""
-    energy, inner = jnp.asarray(energy), jnp.asarray(inner)
-    end = energy[..., -1, :]
-    share = oc.aligned_share(oc.projection(inner, end), stochastic=stochastic)
-    q = oc.relative_energy(energy, end[..., :1, :])
-    accumulated = dict(zip(ESTIMATORS, (share, jnp.minimum(share, 1), q, jnp.minimum(q, 1)), strict=True))
-    levels = [oc.commitment(values, jnp.asarray(ell), start).level for values in accumulated.values()]
-    return np.stack([np.asarray(oc.gap(level, LOW, HIGH)) for level in levels], -2)
+    return np.asarray(_companions(tuple(np.asarray(ell, np.float64)), float(start), stochastic)(energy, inner))
+
+
+@lru_cache(maxsize=64)
+def _companions(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable[..., jax.Array]:
+    @jax.jit
+    def gaps(energy: jax.Array, inner: jax.Array) -> jax.Array:
+        end = energy[..., -1, :]
+        share = oc.aligned_share(oc.projection(inner, end), stochastic=stochastic)
+        q = oc.relative_energy(energy, end[..., :1, :])
+        accumulated = (share, jnp.minimum(share, 1), q, jnp.minimum(q, 1))  # the order of `ESTIMATORS`
+        return jnp.stack([oc.gap(oc.commitment(each, ell, start).level, LOW, HIGH) for each in accumulated], -2)
+
+    return gaps
 
 
 def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: float = WINDOW_START) -> float:

@@ -78,9 +78,13 @@ DEFINITIONS: Definitions = {
 
 def theory_energy(rho_gain: ArrayLike, band_gain: ArrayLike, clock: Clock, eta: float) -> jax.Array:
     """Exact energies (..., C, K, B) of the denoised difference under per-step gains ``rho * W``."""
+    return _recursion(rho_gain, band_gain, clock.sigma, 1 / clock.alpha_bar[0], eta)
+
+
+@partial(jax.jit, static_argnames="eta")
+def _recursion(rho_gain, band_gain, sigma, start, eta: float) -> jax.Array:
     gain = jnp.asarray(rho_gain) * jnp.asarray(band_gain)
-    start = jnp.full(gain.shape[:-2] + gain.shape[-1:], 1 / clock.alpha_bar[0])
-    return recursion_energy(gain, jnp.asarray(clock.sigma), start, eta=eta)
+    return recursion_energy(gain, sigma, jnp.full(gain.shape[:-2] + gain.shape[-1:], start), eta=eta)
 
 
 def ideal_energy(couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float) -> jax.Array:
