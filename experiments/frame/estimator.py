@@ -65,20 +65,21 @@ def commitment_of(
 def _program(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable[..., dict[str, jax.Array]]:
     """The estimator on the steps of one clock as one program: operation by operation, compiling takes most of the time
     of an analysis."""
+    levels = np.array(ell)
 
     @jax.jit
     def estimates(energy: jax.Array, inner: jax.Array | None) -> dict[str, jax.Array]:
         end = energy[..., -1, :]
         q = oc.relative_energy(energy, end[..., :1, :])
         aligned = q if inner is None else oc.aligned_energy(inner, end, end[..., :1, :], stochastic=stochastic)
-        found = oc.commitment(aligned, ell, start)
+        found = oc.commitment(aligned, levels, start)
         return {
             "tau": found.level,
             "decided": found.decided,
             "gap": oc.gap(found.level, LOW, HIGH),
             "latched_gap": oc.gap(found.latched, LOW, HIGH),
             "relative_energy": q,
-            "floor": (q - aligned)[..., int(np.searchsorted(ell, start)), :],
+            "floor": (q - aligned)[..., int(np.searchsorted(levels, start)), :],
         }
 
     return estimates
@@ -91,13 +92,15 @@ def companions(energy: ArrayLike, inner: ArrayLike, ell: np.ndarray, start: floa
 
 @lru_cache(maxsize=64)
 def _companions(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable[..., jax.Array]:
+    levels = np.array(ell)
+
     @jax.jit
     def gaps(energy: jax.Array, inner: jax.Array) -> jax.Array:
         end = energy[..., -1, :]
         share = oc.aligned_share(oc.projection(inner, end), stochastic=stochastic)
         q = oc.relative_energy(energy, end[..., :1, :])
         accumulated = (share, jnp.minimum(share, 1), q, jnp.minimum(q, 1))  # the order of `ESTIMATORS`
-        return jnp.stack([oc.gap(oc.commitment(each, ell, start).level, LOW, HIGH) for each in accumulated], -2)
+        return jnp.stack([oc.gap(oc.commitment(each, levels, start).level, LOW, HIGH) for each in accumulated], -2)
 
     return gaps
 
