@@ -243,8 +243,8 @@ def limits(analysis: xr.Dataset) -> list[str]:
     )
     return [
         f"Intervals come from {attrs['pairs']} pairs and are slightly short: in trials with 64 to 128 pairs nominal "
-        "95 % intervals covered 91 to 92 %, with 16 pairs 82 to 89 %. They speak for this network, this sampler and these "
-        "classes, not for a network trained again.",
+        "95 % intervals covered 91 to 92 %, with 16 pairs 82 to 89 %. They speak for this network, this sampler and "
+        "these classes, not for a network trained again.",
         f"The noise floor is {largest} at most. " + (above if noisy else f"No band is above {attrs['floor_limit']:g}."),
         f"The estimator looks at ℓ ≥ {number(attrs['ell_start'], 1)} only, for theory as for the network; what is "
         "decided earlier counts there.",
