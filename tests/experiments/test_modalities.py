@@ -133,11 +133,8 @@ def test_noise_between_the_edges_of_a_schedule():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Without the largest of the stored data sets, which takes half of the time of all."""
     out = tmp_path_factory.mktemp("runs") / "modalities"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "SIZES", cases.SIZES[:-1])
-        assert cli.main(["modalities", "--out", str(out), *FLAGS]) == 0
+    assert cli.main(["modalities", "--out", str(out), *FLAGS]) == 0
     return RunFolder.open(out)
 
 
@@ -170,7 +167,7 @@ def test_claims_have_controls_that_fail(finished):
     assert len(set(names)) == len(names)
     control = {k["name"]: k["also_holds"] for c in claims for k in c["controls"]}
     for name in ("no coupling", "rates without coupling", "times without coupling", "gap of far clusters",
-                 "the other direction", "d = 24 alone", "waves without coupling", "constant coupling"):  # fmt: skip
+                 "the other direction", "d = 28 alone", "waves without coupling", "constant coupling"):  # fmt: skip
         assert control[name] is False, name
 
 
