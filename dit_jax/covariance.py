@@ -7,6 +7,7 @@ is denoised by a linear map whose principal components are those of the data; do
 import io
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,26 +19,26 @@ from dit_jax.disk import CheckpointError
 from dit_jax.images import ImageSet
 from dit_jax.training import Photographs
 from dit_jax.transforms import TransformedImages, doubled, training_data
-from ou_theory.modes import Bands, radial_bands
+from ou_theory.modes import radial_bands
 
 FILE = "covariance.npz"
-BANDS = 6  # annuli; DC is a band of its own beside them
 CHUNK = 1024  # images in double precision at a time
-MOST = 4096  # numbers of an image whose covariance is diagonalised in a few minutes and 1 GB
+MOST = 4096  # numbers of an image: its covariance then takes 134 MB, and diagonalising it a few times that
+LARGEST = 2**24  # bytes that the arrays of a stored covariance may take; a folder from elsewhere could claim any number
 
 
 class DataCovariance(NamedTuple):
     """Within-class covariance of a model's training data, all float64, in squared units of what the network sees."""
 
     variance: np.ndarray  # (n,) of the principal components, decreasing
-    share: np.ndarray  # (n, B) of each component that lies in each band; rows sum to 1
+    share: np.ndarray  # (n, B) of each component that lies in each band of `radial_bands`; rows sum to 1
     coefficient: np.ndarray  # (H, W, C, C) between the channels of each DCT coefficient
     about: dict[str, Any]  # which data: how they were prepared, and how many images
 
     def band_variance(self) -> np.ndarray:
         """(B,) mean variance of a coefficient of each band."""
         size, channels = self.coefficient.shape[1:3]
-        count = radial_bands(size, size, BANDS).count * channels
+        count = radial_bands(size, size).count * channels
         return self.variance @ self.share / count
 
 
@@ -64,11 +65,8 @@ def within_class(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return total / len(classes)
 
 
-def data_covariance(data: ImageSet | Photographs | TransformedImages, bands: Bands | None = None) -> DataCovariance:
+def data_covariance(data: ImageSet | Photographs | TransformedImages) -> DataCovariance:
     """The covariance of training data, mirror images counted where training makes them.
-
-    Args:
-      bands: `radial_bands` with six annuli by default.
 
     Raises:
       ValueError: an image has more than 4096 numbers.
@@ -81,7 +79,7 @@ def data_covariance(data: ImageSet | Photographs | TransformedImages, bands: Ban
         x, labels = data.x, data.labels
     else:
         x, labels = doubled(data.images), np.concatenate([data.images.labels] * 2)
-    bands = radial_bands(size, size, BANDS) if bands is None else bands
+    bands = radial_bands(size, size)
     covariance = within_class(x, labels)
     variance, components = np.linalg.eigh(covariance)
     order = np.argsort(-variance, kind="stable")
@@ -117,6 +115,9 @@ def load_covariance(folder: str | Path) -> DataCovariance | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
+                raise ValueError("it claims more bytes than any covariance has")
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: np.asarray(stored[name], np.float64) for name in ("variance", "share", "coefficient")}
             about = json.loads(str(stored["about"]))

@@ -91,6 +91,12 @@ def test_it_comes_back_from_a_model_folder(images, tmp_path):
             load_covariance(tmp_path / "model")
 
 
+def test_a_claim_of_too_many_bytes_is_refused_unread(tmp_path):
+    np.savez_compressed(tmp_path / FILE, variance=np.zeros(2**23), share=np.ones((1, 7)), about="{}")
+    with pytest.raises(CheckpointError, match="claims more bytes"):
+        load_covariance(tmp_path)
+
+
 def test_no_object_is_unpickled(tmp_path):
     np.savez(tmp_path / FILE, variance=np.array([{}], object), share=np.ones((1, 7)), coefficient=np.ones((1, 1, 1, 1)))
     with pytest.raises(CheckpointError, match="allow_pickle"):

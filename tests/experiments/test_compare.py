@@ -103,6 +103,16 @@ def test_report_and_figures_are_there_and_self_contained(finished):
     assert {control["name"] for control in claims[0]["controls"]} >= {"untrained network", "Wiener denoiser"}
 
 
+def test_order_is_weighed_against_shuffles_and_collapse_at_a_coupling_that_is_known(finished):
+    analysis = RunFolder.open(finished).load("analysis")
+    orders, found = analysis.shuffled_order.values, analysis.order.sel(claimed="network").item()
+    assert orders.size == 999
+    assert len(np.unique(orders)) > 5
+    assert analysis.order_p.item() == pytest.approx((1 + np.sum(orders >= found)) / 1000)
+    weak = analysis.weak.sel(source="network").values[:, [1, -1]].any(1)
+    assert analysis.strongest.sel(claimed="network").item() == analysis.coupling.values[~weak][-1]
+
+
 def test_the_wiener_denoiser_agrees_with_its_recursion(finished):
     analysis = RunFolder.open(finished).load("analysis")
     for name in ("tau", "decided", "gap"):

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 
+from experiments.frame.estimator import commitment_of, order
 from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_bands, trajectories
-from experiments.studies.compare.analysis import ideal_energy
+from experiments.studies.compare.analysis import ideal_statistics, shuffled_orders
 from ou_theory.attention import rho
 from ou_theory.clock import make_clock
 from ou_theory.gain_model import wiener_gain
@@ -46,7 +48,7 @@ def relative(energy):
 
 
 def theory(eta):
-    energy = np.asarray(ideal_energy(COUPLINGS, VARIANCE, CLOCK, eta))
+    energy = np.asarray(ideal_statistics(COUPLINGS, VARIANCE, CLOCK, eta)[0])
     return energy / energy[0, -1]
 
 
@@ -59,6 +61,33 @@ def test_coefficients_make_up_the_bands(ddim):
         plane = np.asarray(ddim[f"coefficient_{name}"])
         made = plane.reshape(*plane.shape[:2], -1) @ BANDS.averaging.reshape(-1, len(BANDS))
         np.testing.assert_allclose(made, of, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+def test_theory_has_the_instrument_s_inner_products(subject, sampler):
+    """Beyond g = 1, too, where the ideal gain is below 0 and the last step turns the difference round."""
+    couplings, labels = np.array([0.0, 0.6, 4.0], np.float32), jnp.zeros(400, jnp.int32)
+    shape, options = (SIZE, SIZE, CHANNELS), {"seed": 0, "sampler": sampler}
+    run = jax.jit(lambda pairs: trajectories(subject, CLOCK, BANDS, couplings, pairs, labels, shape, **options))
+    found = np.asarray(run(jnp.arange(400))["projection"], np.float64).mean(1)
+    energy, inner = (np.asarray(v) for v in ideal_statistics(couplings, VARIANCE, CLOCK, float(sampler == "ancestral")))
+    samples = 400 * CHANNELS * np.asarray(BANDS.count)
+    error = np.sqrt(2 * energy * energy[:, -1:] / samples)
+    assert np.all(np.abs(found - inner) < 5 * error + 1e-6 * energy[:, -1:])
+    assert inner[2].min() < 0 < inner[2].max()
+
+
+def test_shuffled_coefficients_have_no_order_and_the_true_ones_have(ddim):
+    dims = ("pair", "step", "row", "column")
+    names = ("coefficient_energy", "coefficient_projection")
+    network = xr.Dataset({name: (dims, np.asarray(ddim[name])) for name in names})
+    with jax.enable_x64(True):
+        orders = shuffled_orders(network, BANDS, CLOCK.log_snr, 0, stochastic=False)
+        inner = np.asarray(ddim["projection"], np.float64).mean(1)
+        tau = commitment_of(np.asarray(ddim["energy"], np.float64)[..., 1].mean(1), CLOCK.log_snr, inner=inner).tau[0]
+    assert order(tau) == 1
+    assert abs(orders.mean()) < 0.3
+    assert np.mean(orders == 1) < 0.3  # of three bands, one order in six is the true one
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_every_network_is_a_run_and_all_are_one_page(finished):
     assert gaps["turned"] < -3
     page = (finished / "report.html").read_text()
     assert "Whose gap is it? 2 networks" in page
-    assert "spectrum turned round" in page or "spectrum is turned round" in page
+    assert "photographs whose spectrum is turned round, low for high" in page
     assert len(list((finished / "figures").glob("*.svg"))) == 2
     stored = json.loads((finished / "spectrum-together.json").read_text())
     assert [claim["id"] for claim in stored["claims"]] == [1, 4]

@@ -5,6 +5,7 @@ stand beside it in a table. Pairs are the unit of resampling: one draw of pairs 
 a source.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -76,22 +77,33 @@ DEFINITIONS: Definitions = {
 }
 
 
-def theory_energy(rho_gain: ArrayLike, band_gain: ArrayLike, clock: Clock, eta: float) -> jax.Array:
-    """Exact energies (..., C, K, B) of the denoised difference under per-step gains ``rho * W``."""
+def theory_statistics(
+    rho_gain: ArrayLike, band_gain: ArrayLike, clock: Clock, eta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Exact energies of the denoised difference under per-step gains ``rho * W``, and its inner products with its end,
+    (..., C, K, B) each. The two say different things where a gain below 0 turns the difference round."""
     return _recursion(rho_gain, band_gain, clock.sigma, 1 / clock.alpha_bar[0], eta)
 
 
 @partial(jax.jit, static_argnames="eta")
-def _recursion(rho_gain, band_gain, sigma, start, eta: float) -> jax.Array:
+def _recursion(rho_gain, band_gain, sigma, start, eta: float) -> tuple[jax.Array, jax.Array]:
     gain = jnp.asarray(rho_gain) * jnp.asarray(band_gain)
-    return recursion_energy(gain, sigma, jnp.full(gain.shape[:-2] + gain.shape[-1:], start), eta=eta)
+    energy = recursion_energy(gain, sigma, jnp.full(gain.shape[:-2] + gain.shape[-1:], start), eta=eta)
+    ratio = sigma[1:] / sigma[:-1]
+    keep = ratio * jnp.sqrt(1 - eta**2 * (1 - ratio**2))
+    factor = gain[..., :-1, :] + (1 - gain[..., :-1, :]) * keep[:, None]  # of the state, step by step
+    onward = jnp.concatenate([jnp.cumprod(factor[..., ::-1, :], -2)[..., ::-1, :], jnp.ones_like(gain[..., :1, :])], -2)
+    state = jnp.where(gain == 0, 0, energy / jnp.where(gain == 0, 1, gain))  # gain times the variance of the state
+    return energy, state * onward * gain[..., -1:, :]
 
 
-def ideal_energy(couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float) -> jax.Array:
-    """`theory_energy` of the ideal model: Wiener gains of band variances (..., B), and the gain (1 - g) / (1 + g).
+def ideal_statistics(
+    couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float
+) -> tuple[jax.Array, jax.Array]:
+    """`theory_statistics` of the ideal model: Wiener gains of band variances (..., B), and the gain (1 - g) / (1 + g).
     Networks run at couplings of single precision, and so does this."""
     band_gain = wiener_gain(jnp.asarray(variance)[..., None, None, :], jnp.asarray(clock.sigma**2)[:, None])
-    return theory_energy(np.asarray(rho(jnp.asarray(couplings, jnp.float32)))[:, None, None], band_gain, clock, eta)
+    return theory_statistics(np.asarray(rho(jnp.asarray(couplings, jnp.float32)))[:, None, None], band_gain, clock, eta)
 
 
 def measured_gains(one_pass: np.ndarray, uncoupled: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,13 +153,14 @@ def estimates(
         found = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
         return {"tau": found.tau, "decided": found.decided, "gap": found.gap}
 
-    def add(name: str, point: ArrayLike, grid: np.ndarray, values=None, energy_of=lambda *means: means[0], axis=0):
-        """A recursion: its energies, and how they follow from means of what is resampled, if anything is."""
-        sources[name], grids[name] = commitment_of(point, ell), grid
-        if values is not None:
-            weights = pair_draws(seed, (values[0] if isinstance(values, tuple) else values).shape[axis])
-            size = np.size(point)
-            draws[name] = bootstrap(lambda *m: levels(energy_of(*m)), values, weights, axis, numbers=size)[1]
+    def add(name: str, statistics: Callable[..., tuple[ArrayLike, ArrayLike]], grid: np.ndarray, values=(), axis=0):
+        """A recursion: how its energies and inner products follow from means of what is resampled, if anything is."""
+        energy, inner = statistics(*(np.asarray(v, np.float64).mean(axis) for v in values))
+        sources[name], grids[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic), grid
+        if values:
+            weights = pair_draws(seed, values[0].shape[axis])
+            size = np.size(energy)
+            draws[name] = bootstrap(lambda *m: levels(*statistics(*m)), values, weights, axis, numbers=size)[1]
 
     def run(name: str, group: xr.Dataset):
         """What was run: the part of its energies that lies along its outcomes."""
@@ -162,24 +175,19 @@ def estimates(
     gain_pairs = int(np.isfinite(network.one_pass_energy.isel(coupling=0, step=0, band=0)).sum())
     one_pass = network.one_pass_energy.values[:, :gain_pairs]
     state = network.state_energy.values[:gain_pairs]
-    gain, band_gain = measured_gains(one_pass.mean(1), one_pass[0].mean(0), state.mean(0))
+    gain, _ = measured_gains(one_pass.mean(1), one_pass[0].mean(0), state.mean(0))
     add(
         "measured gain",
-        theory_energy(gain, band_gain, clock, eta),
+        lambda *means: theory_statistics(*measured_gains(*means), clock, eta),
         couplings,
         (np.moveaxis(one_pass, 1, 0), one_pass[0], state),  # a draw of all pairs might hold none of these
-        lambda *means: theory_energy(*measured_gains(*means), clock, eta),
     )
-    ideal = partial(ideal_energy, couplings, clock=clock, eta=eta)
-    ends = energy[:1, :, -1:]
-    add("ideal gain", ideal(mean[0, -1]), couplings, ends, lambda variance: ideal(variance[:, 0, 0]), axis=1)
+    ideal = partial(ideal_statistics, couplings, clock=clock, eta=eta)
+    add("ideal gain", lambda ends: ideal(ends[..., 0, :]), couplings, (energy[:1, :, -1],), axis=1)
     run("untrained", untrained)
     run("wiener", wiener)
-    add(
-        "wiener theory",
-        ideal_energy(wiener.coupling.values, wiener.variance.values, clock, eta),
-        wiener.coupling.values,
-    )
+    exact = ideal_statistics(wiener.coupling.values, wiener.variance.values, clock, eta)
+    add("wiener theory", lambda: exact, wiener.coupling.values)
     dataset = _dataset(clock, network, sources, draws, grids)
     dataset["gain"] = (
         ("source", "coupling", "step", "band"),

@@ -2,7 +2,9 @@
 
 # pyright: reportIncompatibleVariableOverride=false
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import tyro
 
 from experiments.frame.settings import StudyConfig, check_grid
 
@@ -19,6 +21,7 @@ class SpectrumConfig(StudyConfig):
     couplings: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0, 2.0)  # of networks that have attention to couple
     pairs: int = 64
     block: int = 16
+    untrained_pairs: Annotated[int, tyro.conf.Suppress] = 16  # of other studies: here other data are the control
 
     SAMPLERS: ClassVar[tuple[str, ...]] = ("ddim",)  # the theory is that of the flow
 
