@@ -86,7 +86,8 @@ METHODS = [
 CAPTIONS = {
     "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Orange: the exact "
     "recursion under the network's measured one-pass gain, nothing fitted. Dotted: the recursion under the ideal "
-    "gain; at g = 1 nothing individual is left, and beyond, all is decided in the last step. Grey: the untrained network.",
+    "gain; at g = 1 nothing individual is left, and beyond, all is decided in the last step. Grey: the untrained "
+    "network.",
     "commitment": "When each band commits. Points: the network with its intervals; open points rest on too little. "
     "Lines: the recursion under the measured and the ideal gain.",
     "decided": "How much of each band the replicas still decide individually, against the coupling.",
