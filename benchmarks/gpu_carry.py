@@ -13,7 +13,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "carry"
 # zarr and tyro with what they need, for Python 3.12 on x86-64; all other dependencies come with GPU images of JAX
-PACKAGES = ("zarr", "numcodecs", "google-crc32c", "donfig", "tyro", "docstring-parser", "typeguard", "pyyaml")
+ZARR = ("zarr", "numcodecs", "google-crc32c", "donfig", "msgspec", "pyyaml")
+PACKAGES = (*ZARR, "tyro", "docstring-parser", "typeguard")
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 34, 35)] + ["manylinux2014_x86_64"]
 SHEET = 40  # images per side of a sheet
 SIZE = 16

@@ -1,7 +1,7 @@
 """With what is left: networks trained side by side, brought back in parts.
 
-The 28-layer pair, and further seeds and spectra of the shipped 12-layer architecture, on 16 x 16 photographs in
-bfloat16. Small networks leave a GPU idle between kernels, so those of one shape are trained as one program (a group),
+The shipped architecture with 28 layers in place of 12, two seeds of each kind, and further seeds and spectra of the
+shipped one, on 16 x 16 photographs in bfloat16. Small networks leave a GPU idle between kernels, so those of one shape are trained as one program (a group),
 and each group runs in a process of its own. Training ends by the clock: the learning rate falls over the last quarter
 of the time, and the manifest says how many steps there were.
 """
@@ -44,27 +44,24 @@ class Shape:
     learning_rate: float = 1.5e-3
 
 
-DEEP = Shape(depth=28, hidden_size=128, num_heads=4, batch_size=256, learning_rate=1e-3)
+DEEP = Shape(depth=28, batch_size=256, learning_rate=1e-3)
 GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
-    "deep-epsilon": (DEEP, {"deep-epsilon": Network("epsilon")}),
-    "deep-v": (DEEP, {"deep-v": Network("v")}),
+    "deep-epsilon": (DEEP, {f"deep-epsilon-{seed}": Network("epsilon", seed=seed) for seed in range(2)}),
+    "deep-v": (DEEP, {f"deep-v-{seed}": Network("v", seed=seed) for seed in range(2)}),
     "v": (
         Shape(),
         {
-            "reversed-v": Network("v", "reversed"),
-            "whitened-v": Network("v", "whitened"),
-            "natural-v-1": Network("v", seed=1),
-            "natural-v-2": Network("v", seed=2),
-            "reversed-v-1": Network("v", "reversed", seed=1),
+            f"{transform}-v-{seed}": Network("v", transform, seed)
+            for transform, seeds in (("natural", 3), ("reversed", 2), ("whitened", 2))
+            for seed in range(seeds)
         },
     ),
     "epsilon": (
         Shape(),
         {
-            "natural-epsilon-0": Network("epsilon"),
-            "natural-epsilon-1": Network("epsilon", seed=1),
-            "natural-epsilon-2": Network("epsilon", seed=2),
-            "reversed-epsilon": Network("epsilon", "reversed"),
+            f"{transform}-epsilon-{seed}": Network("epsilon", transform, seed)
+            for transform, seeds in (("natural", 3), ("reversed", 1))
+            for seed in range(seeds)
         },
     ),
 }
