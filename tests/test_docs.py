@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/inside.md", "docs/studies.md")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # runs are written under it
@@ -42,7 +42,7 @@ def extensions() -> list[str]:
     return space["extensions"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_documentation_builds_without_a_warning(tmp_path):
     # without pages of source code and without every function in every sidebar, which take half of the time
     quick = ["-D", "toc_object_entries=0", "-D", f"extensions={','.join(set(extensions()) - {'sphinx.ext.viewcode'})}"]

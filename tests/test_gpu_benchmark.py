@@ -65,7 +65,7 @@ def test_only_wheels_that_are_missing_go_on_the_path(tmp_path, benchmarks, monke
     assert [path.name for path in Path(folder).iterdir()] == ["no_such_package"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_rehearsal_goes_through_every_stage(images, tmp_path, benchmarks):
     import gpu
     import gpu_carry
@@ -94,8 +94,8 @@ def test_the_rehearsal_goes_through_every_stage(images, tmp_path, benchmarks):
     for row in gpu.read_rows(out, "ensembles"):
         assert abs(row["variance"] - 1) < 0.2  # 500 paths of 8 modes
 
-    assert join(out, tmp_path / "models") == ["deep-epsilon"]
-    assert load_model(tmp_path / "models" / "deep-epsilon").config.prediction == "epsilon"
+    assert join(out, tmp_path / "models") == ["deep-epsilon-0", "deep-epsilon-1"]
+    assert load_model(tmp_path / "models" / "deep-epsilon-1").config.prediction == "epsilon"
     text = (out / "report.md").read_text()
     assert all(f"## {name}" in text for name in gpu.STAGES)
 

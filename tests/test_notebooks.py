@@ -100,7 +100,7 @@ def outputs(cell):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each_notebook
 def test_runs_and_says_what_is_stored_and_its_checks_can_fail(executed, path):
     stored = nbformat.read(path, 4)

@@ -1,9 +1,9 @@
 """With what is left: networks trained side by side, brought back in parts.
 
 The shipped architecture with 28 layers in place of 12, two seeds of each kind, and further seeds and spectra of the
-shipped one, on 16 x 16 photographs in bfloat16. Small networks leave a GPU idle between kernels, so those of one shape are trained as one program (a group),
-and each group runs in a process of its own. Training ends by the clock: the learning rate falls over the last quarter
-of the time, and the manifest says how many steps there were.
+shipped one, on 16 x 16 photographs in bfloat16. Small networks leave a GPU idle between kernels, so those of one shape
+are trained as one program (a group), and each group runs in a process of its own. Training ends by the clock: the
+learning rate falls over the last quarter of the time, and the manifest says how many steps there were.
 """
 
 import json

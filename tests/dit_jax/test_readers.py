@@ -860,7 +860,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.long
 def test_big_claims_take_no_memory(plain, folder, tmp_path, official):
     """Each would fill gigabytes if it were believed."""
     numcodecs = pytest.importorskip("numcodecs")

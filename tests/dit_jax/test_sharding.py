@@ -112,7 +112,7 @@ def test_large_parameters_are_split_and_small_ones_whole(single):
     assert single["8 replicated ddim/part_if_split"].size == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_give_what_one_gives(single, tmp_path):
     cases = ("4 replicated ddim", "4 sharded ancestral")
     address = f"127.0.0.1:{free_port()}"
@@ -139,7 +139,7 @@ def test_a_failing_process_ends_the_other_and_is_shown(tmp_path):
     assert time.monotonic() - started < TIMEOUT / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_benchmark_prints_a_line_per_device_count():
     """Two pairs do not divide among four devices, so that one and two are left."""
     command = [str(BENCHMARK), "--size", "tiny", "--pairs", "2", "--steps", "2", "--parameters", "sharded"]

@@ -181,7 +181,7 @@ def test_rows_are_kept_as_they_are(tmp_path):
     assert again.rows == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_network_s_log_goes_on_in_the_middle_of_a_line(images, tmp_path, monkeypatch):
     run(images, tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -344,7 +344,7 @@ def flags(folder, out, *more):
     return ["train", str(folder), str(out), *tiny, "--quiet", *more]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_records_its_transformation_and_goes_on_with_no_other(folder, tmp_path, capsys):
     run, plain = tmp_path / "run", tmp_path / "plain"
     assert main(flags(folder, run, "--steps", "2", "--transform", "power:1.50")) == 0

@@ -23,11 +23,15 @@ from experiments.frame.measured import Measured
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
-from experiments.studies.depth.analysis import localisation, probe_readings, readings
+from experiments.studies.depth import scaled
+from experiments.studies.depth.analysis import analyse
 from experiments.studies.depth.family import answer, localised, together
+from experiments.studies.depth.page import gap_cell
 from experiments.studies.depth.probe import patch_modes, probe_bands, probe_scores
+from experiments.studies.depth.readings import localisation, probe_readings, readings
 from experiments.studies.depth.settings import FOLDS, DepthConfig
 from experiments.studies.depth.study import STUDY
+from experiments.studies.depth.verdicts import verdict_of
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -83,13 +87,13 @@ def test_the_last_readout_is_the_networks_own_output(finished, weights):
 def test_the_folder_holds_three_readings_with_controls(finished):
     analysis = finished.load("analysis")
     for source in ("network", "untrained"):
-        for reading in ("raw", "readout", "probe"):
+        for reading in ("raw", "readout", "probe", "scaled", "joined"):
             assert np.isfinite(analysis[f"{source}_{reading}_gap"].isel(bound=0)).all()
             assert analysis[f"{source}_{reading}_gap"].sizes["layer"] == 3
     stored = finished.load("network")
     assert stored.raw.sizes == {"pair": 4, "coupling": 2, "layer": 3, "step": 10, "token_band": 5, "parity": 2}
     claims = finished.read_json("claims.json")["claims"]
-    assert [claim["id"] for claim in claims] == [3, 3, 3]
+    assert [claim["id"] for claim in claims] == [3, 3, 3, 3]
     captions = finished.read_json("section.json")["captions"]
     assert (finished.path / "report.html").read_text().count("<figure") == len(captions)
 
@@ -122,45 +126,154 @@ def test_several_networks_are_shown_side_by_side(finished, tmp_path, has_ink):
     assert [row[:4] for row in table.rows] == [["one", "tiny", "the noise", "2"], ["two", "tiny", "v", "2"]]
 
 
-def network(prediction, readout, probe=False):
-    return prediction, {"readout": readout, "probe": probe}
+def network(prediction, readout, scaled=False):
+    return prediction, {"readout": readout, "scaled": scaled}
 
 
 @pytest.mark.parametrize(
     ("networks", "said"),
     [
-        ([network("epsilon", True), network("v", False), network("x0", False)], "a property of predicting the noise"),
-        ([network("epsilon", True), network("v", True)], "does not depend on what is predicted"),
+        ([network("epsilon", True), network("v", False), network("x0", False)], "is the scale of the readout"),
+        ([network("epsilon", True, True), network("v", False, True)], "does not depend on how"),
         ([network("epsilon", False), network("v", False)], "None of these networks"),
-        ([network("epsilon", True), network("v", None)], "does not decide it alone"),
-        ([network("epsilon", True), network("epsilon", False), network("v", False)], "does not decide it alone"),
+        ([network("epsilon", True), network("v", True, None)], "do not decide"),
+        ([network("epsilon", True, True), network("epsilon", True), network("v", False)], "disagree between networks"),
+        ([("epsilon", {"readout": True})], "lets through of the noise"),
     ],
 )
 def test_the_sentence_over_networks_follows_from_them(networks, said):
     text = answer(dict(enumerate(networks)))
     assert said in text
-    assert sum(name in text for name in ("property", "depend", "None of", "decide")) == 1
+    assert sum(name in text for name in ("scale of", "depend", "None of", "decide", "disagree", "lets through of")) == 1
 
 
 def test_networks_are_counted_by_what_they_predict():
     text = answer({"a": network("epsilon", True), "b": network("epsilon", False), "c": network("v", False, True)})
-    assert "in 1 of 2 that predict the noise and 0 of 1 that predict v; by the linear probe 1 of all 3, which" in text
+    assert "in 1 of 2 that predict the noise and 0 of 1 that predict v; up to one scalar" in text
+    assert "in 0 of 2 that predict the noise and 1 of 1 that predict v. " in text
+
+
+def analysis_of(gap, share, edges=((0, 0), (0, 0))):
+    """Of a network with ten layers and bands DC, low, high; edges of low and high at layers 8 and 10."""
+    edge = np.zeros((1, 11, 3))
+    edge[0, 8, 1:], edge[0, 10, 1:] = edges
+    return xr.Dataset(
+        {
+            "network_readout_gap": (("coupling", "layer", "bound"), np.tile(np.asarray(gap, float), (1, 11, 1))),
+            "network_readout_share": (("bound",), np.asarray(share, float)),
+            "network_readout_edge": (("coupling", "layer", "band"), edge),
+        },
+        coords={"layer": np.arange(11)},
+    )
 
 
 def test_a_network_without_a_gap_or_with_a_wide_interval_is_neither():
-    def analysis(gap, share):
-        return xr.Dataset(
-            {
-                "network_readout_gap": (("coupling", "layer", "bound"), np.asarray(gap, float)[None, None]),
-                "network_readout_share": (("bound",), np.asarray(share, float)),
-            }
-        )
+    assert localised(analysis_of([4, 3, 5], [0.9, 0.7, 1.1])) == {"readout": True}
+    assert localised(analysis_of([4, 3, 5], [0.2, 0.1, 0.5])) == {"readout": False}
+    assert localised(analysis_of([4, 3, 5], [0.5, 0.4, 0.6])) == {"readout": None}
+    assert localised(analysis_of([0.1, -1, 1], [0.9, 0.7, 1.1])) == {"readout": None}
+    assert localised(analysis_of([0, 0, 0], [np.nan] * 3)) == {"readout": None}
 
-    assert localised(analysis([4, 3, 5], [0.9, 0.7, 1.1])) == {"readout": True}
-    assert localised(analysis([4, 3, 5], [0.2, 0.1, 0.5])) == {"readout": False}
-    assert localised(analysis([4, 3, 5], [0.5, 0.4, 0.6])) == {"readout": None}
-    assert localised(analysis([0.1, -1, 1], [0.9, 0.7, 1.1])) == {"readout": None}
-    assert localised(analysis([0, 0, 0], [np.nan] * 3)) == {"readout": None}
+
+LATE, EARLY = [0.9, 0.7, 1.1], [0.2, 0.1, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high", "verdict"),
+    [
+        (LATE, 0.2, 0.3, "holds"),
+        (LATE, 0.9, 0.9, "undecided"),  # neither level is known, nor the gap
+        (LATE, 0.9, 0.3, "undecided"),  # the low band is earlier, so that the share is smaller than it looks
+        (LATE, 0.2, 0.9, "holds"),  # the high band is earlier, the share larger
+        (EARLY, 0.9, 0.3, "does not hold"),
+        (EARLY, 0.2, 0.9, "undecided"),
+        (EARLY, 0.9, 0.9, "undecided"),
+    ],
+)
+def test_a_level_before_the_window_is_a_bound(share, low, high, verdict):
+    found, doubt = verdict_of(analysis_of([4, 3, 5], share, ((low, high), (0, 0))), "readout")
+    assert found == verdict
+    assert ("before the estimator's window" in doubt) == (verdict == "undecided")
+
+
+def test_tables_say_what_is_a_bound_and_what_is_not_known():
+    cells = {
+        edges: gap_cell(analysis_of([4, 3, 5], LATE, (edges, (0, 0))), "network", "readout", 8)
+        for edges in ((0.1, 0.2), (0.9, 0.2), (0.1, 0.9), (0.9, 0.9))
+    }
+    assert list(cells.values()) == ["4.00 [3.00, 5.00]", "> 4.00 [3.00, 5.00]", "< 4.00 [3.00, 5.00]", "not known"]
+
+
+def products_of(read, state, outcome):
+    """(1, P, 1, 2, 2, 6) of vectors (P, n): one layer, the same at two levels and in two bands."""
+    factors = ((read, read), (read, state), (read, outcome), (state, state), (state, outcome), (outcome, outcome))
+    products = np.stack([(a * b).mean(-1) for a, b in factors], -1)[None, :, None, None, None]
+    return np.tile(products, (1, 1, 1, 2, 2, 1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(0.05, 20), st.integers(0, 99))
+def test_a_readout_is_parted_into_outcome_and_noise(signal, noise, variance, seed):
+    """Exactly, whatever the sample. Its scale says nothing of what it explains, and the state beside it never hurts."""
+    rng = np.random.default_rng(seed)
+    outcome, error, other = rng.standard_normal((3, 5, 40)) * np.sqrt([[[1.0]], [[variance]], [[0.3]]])
+    read = signal * outcome + noise * error
+    _, passed = scaled.scaled_readings(products_of(read, outcome + error, outcome), np.arange(2.0), UNIFORM)
+    np.testing.assert_allclose([passed["signal"].flat[0], passed["noise"].flat[0]], [signal, noise], atol=1e-8)
+    read = read + other
+    r2 = {}
+    for factor in (1.0, -7.3):
+        found, _ = scaled.scaled_readings(products_of(factor * read, outcome + error, outcome), np.arange(2.0), UNIFORM)
+        r2[factor] = {name: values["r2"].flat[0] for name, values in found.items()}
+    assert r2[1.0] == pytest.approx(r2[-7.3], abs=1e-9)
+    assert r2[1.0]["joined"] >= max(r2[1.0]["state"], r2[1.0]["scaled"]) - 1e-9
+
+
+UNIFORM = np.full((2, 5), 0.2)
+
+
+def test_a_network_that_reads_out_nothing_knows_what_the_state_knows():
+    """Null readouts are multiples of the state, whatever is predicted: by one scalar they explain what it explains."""
+    rng = np.random.default_rng(0)
+    outcome, error = rng.standard_normal((2, 5, 40))
+    state = outcome + error
+    for factor in (1.0, 0.03):  # of a network that predicts the noise; of one that predicts v, where it is noisy
+        found, passed = scaled.scaled_readings(products_of(factor * state, state, outcome), np.arange(2.0), UNIFORM)
+        values = [found[name]["r2"].flat[0] for name in ("scaled", "joined", "state")]
+        np.testing.assert_allclose(values, values[2], rtol=1e-9)
+        assert values[2] == pytest.approx(0.5, abs=0.1)
+        assert passed["noise"].flat[0] == pytest.approx(factor)
+
+
+@pytest.mark.slow
+def test_the_last_readout_at_the_clean_end_is_the_outcome(finished):
+    """Products of what was run: the sampler ends at its last denoised image. Coefficients in random bands have the same
+    total."""
+    stored, analysis = finished.load("probe_network"), finished.load("analysis")
+    last = stored.products.isel(layer=-1, level=-1)
+    for product in ("read read", "read outcome"):
+        np.testing.assert_allclose(last.sel(product=product), last.sel(product="outcome outcome"), rtol=1e-3)
+    counts = radial_bands(8, 8, 6).count
+    whole = (stored.products * counts[:, None]).sum("band")
+    shuffled = (stored.products_shuffled * counts[:, None]).sum("band")
+    np.testing.assert_allclose(whole, shuffled, rtol=1e-3, atol=1e-3 * np.abs(whole).max().item())
+    assert np.abs(stored.products / stored.products_shuffled - 1).max() > 0.1
+    np.testing.assert_allclose(analysis.network_scaled_r2.isel(layer=-1, level=-1, bound=0), 1, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_without_products_is_reported_by_the_other_readings(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "old")
+    old = Measured.of(RunFolder.open(tmp_path / "old"), DepthConfig)
+    load = old.load
+    old.load = lambda group: load(group).drop_vars(["products", "products_shuffled"], errors="ignore")
+    found = analyse(old)
+    assert "network_scaled_gap" not in found
+    xr.testing.assert_identical(
+        found.network_readout_gap, analyse(Measured.of(finished, DepthConfig)).network_readout_gap
+    )
+    section = STUDY.page(old, found).section
+    assert [claim.statement != "" for claim in section.claims] == [True] * 3
 
 
 GUIDED = ["--guidance", "2", "--guided-coupling", "conditional", "--sampler", "ancestral", "--dtype", "float32"]

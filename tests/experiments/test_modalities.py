@@ -138,7 +138,7 @@ def finished(tmp_path_factory):
     return RunFolder.open(out)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_folder_holds_what_theory_and_simulation_say(finished):
     assert finished.manifest["status"] == "complete"
     assert finished.manifest["kind"] == "modalities"
@@ -157,7 +157,7 @@ def test_the_folder_holds_what_theory_and_simulation_say(finished):
     assert "At equal total, coupling near the data holds the gap open" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_claims_have_controls_that_fail(finished):
     """With few paths, too: theory agrees, and what must fail does."""
     claims = json.loads((finished.path / "claims.json").read_text())["claims"]
@@ -171,7 +171,7 @@ def test_claims_have_controls_that_fail(finished):
         assert control[name] is False, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
     out = tmp_path / "again"
     calls = []
@@ -199,7 +199,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
     assert cli.main(["modalities", "--out", str(out), *FLAGS]) == 2  # taken
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stored_run_is_drawn_again(finished):
     before = (finished.path / "report.html").read_text()
     (finished.path / "report.html").unlink()

@@ -130,6 +130,7 @@ def test_simultaneous_band_covers_all_points_together():
     assert missed < 24  # 10 expected, and the bootstrap is a little short
 
 
+@pytest.mark.long
 def test_the_folder_holds_estimates_and_theory(finished):
     analysis = finished.load("analysis")
     assert finished.manifest["status"] == "complete"
@@ -143,6 +144,7 @@ def test_the_folder_holds_estimates_and_theory(finished):
     assert (finished.path / "report.html").read_text().count("<figure") == len(captions)
 
 
+@pytest.mark.long
 def test_a_run_of_other_settings_or_classes_is_refused(finished, weights):
     with pytest.raises(ValueError, match="other settings"):
         run_study(STUDY, SolvableConfig(weights=weights, pairs=6), finished.path, resume=True)
@@ -159,6 +161,7 @@ def test_a_model_of_other_data_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_estimates_of_a_source(finished):
     found = estimates(finished.load("exact"), make_clock("8"), 0)
     assert found["tau"][1].shape == (7, 3)

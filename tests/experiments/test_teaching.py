@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_the_page_holds_every_figure_with_two_lines(folder, has_ink):
     page = (folder / "theory.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == len(LESSONS)

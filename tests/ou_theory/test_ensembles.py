@@ -239,7 +239,7 @@ def test_a_law_without_width_is_reached():
     np.testing.assert_allclose(shares, 1 / 3, atol=5 * (2 / 9 / 6000) ** 0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flow_of_a_mixture_is_diffraxs(x64):
     """Path by path, fourth order."""
     law, process = mx.mixture(*LAW), process_of("one way")
@@ -275,7 +275,7 @@ def by_diffrax(stock_compiler):
     return jax.jit(jax.vmap(solve, (None, 0, 0)), compiler_options=stock_compiler)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["symmetric", "one way"])
 def test_reverse_sde_has_the_law_of_diffraxs(by_diffrax, name):
     """4000 paths of an independent solver beside 20000 exact ones: moments up to the third within 5 joint standard

@@ -1,4 +1,4 @@
-"""Several networks' depth studies side by side: is localisation a matter of what a network predicts?"""
+"""Several networks' depth studies side by side: is the gap made in the last layers, and by which reading?"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,11 +11,12 @@ from dit_jax.config import DiTConfig
 from experiments.frame.drawing import FAINT, QUIET, curve, new_figure
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted
-from experiments.studies.depth.page import READINGS, grid_of
+from experiments.frame.verdict import Verdict
 from experiments.studies.depth.settings import CLAIMED, LAST, DepthConfig
+from experiments.studies.depth.verdicts import READINGS, final_gap, grid_of, verdict_of
 
 PREDICTIONS = {"epsilon": ("the noise", "#0072B2"), "v": ("v", "#D55E00"), "x0": ("the image", "#009E73")}
-SHOWN = ("readout", "probe")  # panels
+SHOWN = ("readout", "scaled")  # panels
 
 
 def together(runs: Sequence[Measured[DepthConfig]]) -> Page:
@@ -29,9 +30,9 @@ def together(runs: Sequence[Measured[DepthConfig]]) -> Page:
         answer=answer({name: (model.prediction, localised(at)) for name, (model, at) in found.items()}),
         tables=[_table({run.run.path.name: run for run in order}, found)],
         captions={
-            "family": "The gap after every block without coupling, by the final layer's readout (left) and by the "
-            "linear probe (right), against relative depth. Colours: what the network predicts. Thicker lines: more "
-            f"layers. Shaded: the last {100 * LAST:.0f} % of the layers."
+            "family": "The gap after every block without coupling, by the final layer's readout (left) and up to "
+            "one fitted scalar (right), against relative depth. Colours: what the network predicts. Thicker lines: "
+            f"more layers. Shaded: the last {100 * LAST:.0f} % of the layers."
         },
         methods=[
             "Every network through `syncgap depth`; see its section. Localised by a reading: the share of the "
@@ -48,51 +49,46 @@ def together(runs: Sequence[Measured[DepthConfig]]) -> Page:
 
 
 def localised(analysis: xr.Dataset) -> dict[str, bool | None]:
-    """By reading whether the gap is localised in the last layers; None where the interval holds both, or no gap."""
-    found: dict[str, bool | None] = {}
-    for name in READINGS:
-        if f"network_{name}_gap" not in analysis:
-            continue
-        gap = analysis[f"network_{name}_gap"].isel({grid_of(name): 0, "layer": -1}).values
-        _, low, high = analysis[f"network_{name}_share"].values
-        there = gap[1] > 0 and np.isfinite([low, high]).all()
-        found[name] = None if not there or low <= CLAIMED < high else bool(low > CLAIMED)
-    return found
+    """By reading whether the gap is localised in the last layers; None where that is undecided, or there is no gap."""
+    known: dict[Verdict, bool] = {"holds": True, "does not hold": False}
+    readings = (name for name in READINGS if f"network_{name}_gap" in analysis)
+    return {name: known.get(verdict_of(analysis, name)[0]) for name in readings}
 
 
 def answer(networks: dict[str, tuple[str, dict[str, bool | None]]]) -> str:
-    """One sentence for what was found, one for what follows.
+    """What each reading says of how many networks, and what follows.
 
     Args:
       networks: by name, what it predicts and whether its gap is localised, by reading.
     """
-    readout: dict[str, list[bool | None]] = {}
-    for prediction, found in networks.values():
-        readout.setdefault(prediction, []).append(found["readout"])
-    parts = [f"{values.count(True)} of {len(values)} that predict {_named(kind)}" for kind, values in readout.items()]
-    probes = [found["probe"] for _, found in networks.values() if "probe" in found]
-    by_probe = (
-        f"; by the linear probe {probes.count(True)} of all {len(probes)}, which is no evidence: the embedding holds "
-        "the noisy image, of which the probe decodes the gap before any block"
-        if probes
-        else ""
-    )
-    start = (
-        f"Read by the final layer, the gap is made in the last {100 * LAST:.0f} % of the layers in "
-        f"{' and '.join(', '.join(parts).rsplit(', ', 1))}{by_probe}. "
-    )
-    noise = readout.pop("epsilon", [])
-    others = [value for values in readout.values() for value in values]
-    if noise and others and all(noise) and all(value is False for value in others):
+    by_readout = _counted(networks, "readout")
+    start = f"Read by the final layer, the gap is made in the last {100 * LAST:.0f} % of the layers in {by_readout}"
+    if not any("scaled" in found for _, found in networks.values()):
+        return f"{start}. What the final layer lets through of the noise is in that reading."
+    scaled = [found["scaled"] for _, found in networks.values() if "scaled" in found]
+    readout = [found["readout"] for _, found in networks.values() if "scaled" in found]
+    start += f"; up to one scalar per layer, level and band, in {_counted(networks, 'scaled')}. "
+    if all(scaled):
+        return start + "Localisation does not depend on how the layers are scaled."
+    if any(scaled):
+        return start + "The readings of one scalar disagree between networks."
+    if any(readout) and all(value is False for value in scaled):
         return start + (
-            "Localisation in the last layers is a property of predicting the noise and of reading it with the final "
-            "layer, not of diffusion transformers."
+            "What is localised is the scale of the readout, which is the noise that it lets through, and not the gap."
         )
-    if all([*noise, *others]):
-        return start + "It does not depend on what is predicted."
-    if all(value is False for value in [*noise, *others]):
+    if all(value is False for value in [*readout, *scaled]):
         return start + "None of these networks has it."
-    return start + "What is predicted does not decide it alone, or the intervals do not."
+    return start + "The intervals do not decide."
+
+
+def _counted(networks: dict[str, tuple[str, dict[str, bool | None]]], reading: str) -> str:
+    """Of how many networks of each kind a reading says that the gap is localised."""
+    kinds: dict[str, list[bool | None]] = {}
+    for prediction, found in networks.values():
+        if reading in found:
+            kinds.setdefault(prediction, []).append(found[reading])
+    parts = [f"{values.count(True)} of {len(values)} that predict {_named(kind)}" for kind, values in kinds.items()]
+    return " and ".join(", ".join(parts).rsplit(", ", 1))
 
 
 def _named(prediction: str) -> str:
@@ -103,17 +99,18 @@ def _table(runs: dict[str, Measured[DepthConfig]], found: dict[str, tuple[DiTCon
     rows = []
     for name, (model, analysis) in found.items():
         row = [name, runs[name].subject_name, _named(model.prediction), str(model.depth)]
-        row.append(formatted(analysis.network_readout_gap.isel(coupling=0, layer=-1).values))
-        row += [formatted(analysis[f"network_readout_{what}"].values) for what in ("share", "half")]
-        if "network_probe_gap" in analysis:
-            gap = analysis.network_probe_gap.isel(probe_coupling=0)
-            row += [formatted(gap.isel(layer=layer).values) for layer in (0, -1)]
-            row.append(formatted(analysis.network_probe_share.values))
-        else:
-            row += ["–"] * 3
-        rows.append([*row, formatted(analysis.untrained_readout_gap.isel(coupling=0, layer=-1).values)])
-    head = ["run", "network", "predicts", "layers", "gap, nats", "readout: share of the last fifth", "half depth"]
-    head += ["probe: gap in the embedding", "at the end", "share of the last fifth", "untrained: gap"]
+        for reading in ("readout", "scaled", "probe"):
+            if f"network_{reading}_gap" not in analysis:
+                row += ["–", "–"]
+                continue
+            row += [formatted(final_gap(analysis, "network", reading)), verdict_of(analysis, reading)[0]]
+        shares = [f"network_{band}_gained_share" for band in ("low", "high")]
+        row += [formatted(analysis[share].values) if share in analysis else "–" for share in shares]
+        rows.append(row)
+    head = ["run", "network", "predicts", "layers"]
+    for reading in ("readout", "scaled", "probe"):
+        head += [f"{READINGS[reading][0]}: gap, nats", "localised"]
+    head += ["added by the last fifth: lowest band", "highest band"]
     return Table("Localisation, without coupling", head, rows)
 
 

@@ -1,34 +1,28 @@
-"""Figures and text of the depth study."""
+"""Text and tables of the depth study."""
 
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from experiments.frame.drawing import (
-    FAINT,
-    INK,
-    LEVEL_LABEL,
-    QUIET,
-    band_colors,
-    band_legend,
-    band_names,
-    curve,
-    new_figure,
-)
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, percent
 from experiments.frame.settings import SAMPLER_NAMES
-from experiments.frame.verdict import Claim, Control, above
+from experiments.frame.verdict import Claim, Control
+from experiments.studies.depth.figures import (
+    figure_coupled,
+    figure_decodable,
+    figure_gained,
+    figure_gap,
+    figure_levels,
+    figure_modes,
+)
 from experiments.studies.depth.settings import CLAIMED, LAST, DepthConfig
+from experiments.studies.depth.verdicts import READINGS, censored, final_gap, grid_of, verdict_of
+from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
-READINGS = {
-    "readout": ("final-layer readout", "#0072B2"),
-    "probe": ("linear probe of the outcome", "#D55E00"),
-    "raw": ("raw energies of the stream", "#009E73"),
-}
+NOT_KNOWN = "not known"
 
 
 def page(measured: Measured[DepthConfig], analysis: xr.Dataset) -> Page:
@@ -38,6 +32,10 @@ def page(measured: Measured[DepthConfig], analysis: xr.Dataset) -> Page:
         "coupled": partial(figure_coupled, analysis),
         "levels_by_layer": partial(figure_levels, analysis),
     }
+    if "network_difference_share" in analysis:
+        figures["modes"] = partial(figure_modes, analysis)
+    if "network_gained" in analysis:
+        figures["gained"] = partial(figure_gained, analysis)
     if "network_probe_r2" in analysis:
         figures["decodable"] = partial(figure_decodable, analysis)
     return Page(section(measured, analysis, list(figures)), figures)
@@ -50,43 +48,58 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
     claims = [_claim(analysis, name) for name in known]
     parts = []
     for name in known:
-        final = analysis[f"network_{name}_gap"].isel({grid_of(name): 0, "layer": -1}).values
-        share = percent(analysis[f"network_{name}_share"].values) if final[1] > 0 else "(no gap)"
+        has_gap = final_gap(analysis, "network", name)[1] > 0
+        share = percent(analysis[f"network_{name}_share"].values) if has_gap else "(no gap)"
         parts.append(f"{READINGS[name][0]} {share}")
     captions = {
-        "gap_by_layer": "The gap after every block without coupling, in three readings; layer 0 is the embedding. "
-        "Shaded: the last fifth of the layers. Grey: the readout of the untrained network.",
+        "gap_by_layer": "The gap after every block without coupling, by every reading; layer 0 is the embedding. "
+        "Shaded: the last fifth of the layers. Grey: the untrained network.",
         "coupled": "The gap after every block by the readout, for every coupling.",
         "levels_by_layer": "Commitment level of every band after every block, without coupling, by the readout (left) "
         "and by the probe (right). The gap is the highest band's level minus that of the lowest above DC.",
+        "modes": "Share of the difference mode in the energy of a pair's residual stream, without coupling, in the "
+        "lowest band of the token grid above DC and in its highest, at three noise levels. One half: the replicas "
+        "have nothing in common.",
+        "gained": "Left: how much earlier a band commits when the readout after a block is known beside the noisy "
+        "image. Dotted: the untrained network. Right: how much of the state's noise the readout lets through, where "
+        "the low band commits; 0 is none.",
         "decodable": "Share of the pair's final difference that is linearly decodable (held-out R²) from the "
         "embedding, from the middle and from the end of the network, along the ancestral sampler.",
     }
+    tables = [_table(analysis, known), _summary(analysis, known)]
+    if "network_gained" in analysis:
+        tables.insert(1, _gained(analysis))
     return Section(
         title=f"Depth: {measured.subject_name}",
         question=f"This network of {model.depth} layers predicts {model.prediction}. After which layer is its gap "
         "there?",
         answer=f"Share of the final gap that is made in the last {100 * LAST:.0f} % of the layers: {'; '.join(parts)}.",
         claims=claims,
-        tables=[_table(analysis, known), _summary(analysis, known)],
+        tables=tables,
         captions={name: captions[name] for name in figures},
         methods=[
             f"{settings.pairs} pairs under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps, gate "
             f"{settings.gate_kind}. After every block the residual stream is read: its common and difference energies "
             "over the token grid (raw), and the image that the final layer reads off it, denoised with the sampler's "
-            "coefficients (readout). Each layer is its own reference: the energy of its last step without coupling. "
-            "Window of the estimator: log-SNR of -6 and up.",
+            "coefficients (readout). All energy counts, up to its own maximum after that block. Window of the "
+            "estimator: log-SNR of -6 and up.",
+            "The fitted scalar, the regressions on readout and noisy image, and the probe use pairs of their own along "
+            "the ancestral sampler. Under DDIM the outcome is a function of the initial noise, and all of it would be "
+            "decodable from the start. The share of the outcome that is explained takes the place of the relative "
+            "energy. The scalar is one number per layer, level and band, by which what the readout leaves in place of "
+            "the noise is scaled away.",
             "The probe is a ridge regression from the difference mode of the stream to that of the sample, in DCT "
             "coefficients over the token grid, one linear map per band, layer and step, fitted on other pairs than "
-            "it is scored on. It runs along the ancestral sampler: under DDIM the outcome is a function of the "
-            "initial noise, and all of it would be decodable from the start. The probe's held-out R² takes the place "
-            "of the relative energy. Its highest band is what lies inside patches.",
+            "it is scored on. Its highest band is what lies inside patches.",
         ],
         limits=[
             "Intervals come from resampling pairs. They speak for this network, not for a network trained again, "
             "and do not include the uncertainty of the probe's fit.",
             "The readout applies the final layer where it was not trained to be applied. The raw reading sees "
             "whatever the stream carries, the noise of the state included.",
+            "A network that reads out nothing has a gap too, by every reading of the noisy image: its readout is a "
+            "multiple of the state. That is why the embedding has the gap by the fitted scalar and by the probe. "
+            "What depth adds is shown beside it.",
             "A probe that fails shows that nothing is linearly decodable, not that nothing is there.",
         ],
     )
@@ -94,9 +107,9 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
 
 def _claim(analysis: xr.Dataset, reading: str) -> Claim:
     share, low, high = (float(v) for v in analysis[f"network_{reading}_share"].values)
-    final = analysis[f"network_{reading}_gap"].isel({grid_of(reading): 0, "layer": -1}).values
+    final = final_gap(analysis, "network", reading)
     there = final[1] > 0
-    verdict = above([low, high], CLAIMED) if there else "undecided"
+    verdict, doubt = verdict_of(analysis, reading)
     half = analysis[f"network_{reading}_half"].values
     controls = []
     for source, name, text in (
@@ -105,8 +118,7 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
     ):
         if f"{source}_{name}_share" not in analysis:
             continue
-        gap = analysis[f"{source}_{name}_gap"].isel({grid_of(reading): 0, "layer": -1}).values
-        values = analysis[f"{source}_{name}_share"].values
+        gap, values = final_gap(analysis, source, name), analysis[f"{source}_{name}_share"].values
         has_gap = bool(gap[1] > 0)
         controls.append(
             Control(
@@ -126,32 +138,63 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
         f"{CLAIMED:g}",
         share if there else None,
         [low, high] if there else None,
-        f"Final gap {formatted(final)} nats; it stays above half of that from {formatted(half)} of the depth on."
+        (
+            f"Final gap {formatted(final)} nats; it stays above half of that from {formatted(half)} of the depth on"
+            + (f"; {doubt}." if doubt else ".")
+        )
         if there
         else f"The final gap in this reading is {formatted(final)} nats: there is none to be localised.",
         controls,
     )
 
 
-def grid_of(reading: str) -> str:
-    """The dimension of the couplings at which a reading was taken."""
-    return "probe_coupling" if reading.startswith("probe") else "coupling"
+def gap_cell(analysis: xr.Dataset, source: str, reading: str, layer: int) -> str:
+    """The uncoupled gap after a layer as text: a bound where one band commits before the window, and not known where
+    both do."""
+    at = formatted(analysis[f"{source}_{reading}_gap"].isel({grid_of(reading): 0}).sel(layer=layer).values)
+    low, high = censored(analysis, source, reading, layer)
+    if low and high:
+        return NOT_KNOWN
+    return f"> {at}" if low else f"< {at}" if high else at
 
 
 def _table(analysis: xr.Dataset, known: list[str]) -> Table:
+    columns = [("network", name) for name in known] + [("untrained", "readout")]
+    columns += [("untrained", "scaled")] if "scaled" in known else []
     rows = [
-        [
-            str(int(layer)),
-            *(
-                formatted(analysis[f"network_{name}_gap"].isel({grid_of(name): 0}).sel(layer=layer).values)
-                for name in known
-            ),
-            formatted(analysis.untrained_readout_gap.isel(coupling=0).sel(layer=layer).values),
-        ]
+        [str(int(layer)), *(gap_cell(analysis, source, name, int(layer)) for source, name in columns)]
         for layer in analysis.layer.values
     ]
-    head = ["after block", *(f"{READINGS[name][0]}, nats" for name in known), "untrained, readout"]
-    return Table("Gap by layer without coupling", head, rows, "0: the embedding, before any block.")
+    head = ["after block", *(f"{READINGS[name][0]}, nats" for name in known)]
+    head += [f"untrained, {READINGS[name][0]}" for source, name in columns if source == "untrained"]
+    return Table(
+        "Gap by layer without coupling",
+        head,
+        rows,
+        f'0: the embedding, before any block. "{NOT_KNOWN}": more than half of what either band decides is there when '
+        "the window opens; < and >: of one of them, so that the gap is a bound.",
+    )
+
+
+def _gained(analysis: xr.Dataset) -> Table:
+    rows = []
+    for layer in analysis.layer.values:
+        cells = [str(int(layer))]
+        for source in ("network", "untrained"):
+            at = analysis[f"{source}_gained"].isel(probe_coupling=0).sel(layer=layer)
+            cells += [formatted(at.isel(band=band).values) for band in (LOW_BAND, HIGH_BAND)]
+        rows.append(cells)
+    shares = ["last fifth"]
+    for source in ("network", "untrained"):
+        shares += [formatted(analysis[f"{source}_{name}_gained_share"].values) for name in ("low", "high")]
+    gap = formatted(final_gap(analysis, "network", "state")) if "network_state_gap" in analysis else ""
+    return Table(
+        "What depth adds to the noisy image",
+        ["after block", "lowest band, nats", "highest band, nats", "untrained: lowest", "untrained: highest"],
+        [*rows, shares],
+        "How much earlier a band commits when the outcome is regressed on the readout and the noisy image, than on "
+        f"the noisy image alone, whose gap is {gap} nats. Last row: the share that the last fifth of the layers adds.",
+    )
 
 
 def _summary(analysis: xr.Dataset, known: list[str]) -> Table:
@@ -178,78 +221,3 @@ def _summary(analysis: xr.Dataset, known: list[str]) -> Table:
         "Shares above 1: the gap has the other sign before. Where the final gap is near 0, share and depth mean "
         "nothing.",
     )
-
-
-def figure_gap(analysis: xr.Dataset) -> Figure:
-    """Gap by layer at no coupling, all readings."""
-    figure, ax = new_figure(7.2, 4.0)
-    layers = analysis.layer.values
-    ax.axvspan((1 - LAST) * layers[-1], layers[-1], color=FAINT, alpha=0.45, linewidth=0, zorder=0)
-    ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    curves = [(f"network_{name}_gap", grid_of(name), *READINGS[name]) for name in READINGS]
-    curves.append(("untrained_readout_gap", "coupling", "readout, untrained", QUIET))
-    for variable, grid, label, color in curves:
-        if variable in analysis:
-            at = analysis[variable].isel({grid: 0}).values
-            curve(ax, layers, at, color, label, shade=0.18, marker="o", markersize=4)
-    ax.set_xlabel("after block")
-    ax.set_ylabel("gap  $\\tau_{high} - \\tau_{low}$  (nats)")
-    ax.set_title("Where in depth the gap is made, $g = 0$")
-    figure.legend(loc="outside upper left", ncols=2)
-    return figure
-
-
-def figure_coupled(analysis: xr.Dataset) -> Figure:
-    """Gap by layer by the readout, one curve per coupling."""
-    figure, ax = new_figure(7.2, 3.4)
-    layers = analysis.layer.values
-    ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    shades = np.linspace(0.75, 0.0, analysis.sizes["coupling"])
-    for index, g in enumerate(analysis.coupling.values):
-        at = analysis.network_readout_gap.isel(coupling=index).values
-        color = (shades[index] * 0.9, shades[index] * 0.9, 0.55 + 0.35 * shades[index])
-        curve(ax, layers, at, color, f"$g$ = {g:g}", shade=0.2, marker="o", markersize=3.5)
-    ax.set_xlabel("after block")
-    ax.set_ylabel("gap, readout (nats)")
-    ax.legend()
-    return figure
-
-
-def figure_levels(analysis: xr.Dataset) -> Figure:
-    """Commitment levels by layer and band, readout and probe."""
-    panels = ["readout"] + (["probe"] if "network_probe_tau" in analysis else [])
-    figure, axes = new_figure(7.2, 3.5, 1, len(panels), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], panels, strict=True):
-        tau = analysis[f"network_{name}_tau"].isel({grid_of(name): 0})
-        bands = tau.shape[1]
-        colors = band_colors(analysis) if name == "readout" else band_colors(analysis.rename(probe_band="pb"))
-        for band in range(bands):
-            values = tau[:, band].values
-            color = colors[min(band, len(colors) - 1)] if band < len(colors) else INK
-            curve(ax, analysis.layer, values, color, band_names(analysis)[band] if name == "readout" else None)
-        ax.set_title(READINGS[name][0])
-        ax.set_xlabel("after block")
-    axes[0][0].set_ylabel("commitment level  $\\tau$  (nats)")
-    band_legend(figure, axes[0][0], "")
-    return figure
-
-
-def figure_decodable(analysis: xr.Dataset) -> Figure:
-    """Held-out R2 against log-SNR at three depths, lowest and highest band, and the shuffled control."""
-    figure, axes = new_figure(7.2, 3.2, 1, 2, sharey=True)
-    depth = analysis.layer.values[-1]
-    for ax, band in zip(axes, (1, analysis.sizes["probe_band"] - 1), strict=True):
-        for layer, color in ((0, "#56B4E9"), (depth // 2, "#009E73"), (depth, "#0072B2")):
-            r2 = analysis.network_probe_r2.isel(probe_coupling=0, probe_band=band).sel(layer=layer).values
-            ax.fill_between(analysis.level_ell, r2[:, 1], r2[:, 2], color=color, alpha=0.18, linewidth=0)
-            name = {0: "embedding", depth: "end of the network"}.get(layer, f"after block {layer}")
-            ax.plot(analysis.level_ell, r2[:, 0], color=color, marker="o", markersize=3.5, label=name)
-        control = analysis.network_probe_shuffled_r2.isel(probe_coupling=0, probe_band=band, last_layer=0).values
-        ax.plot(analysis.level_ell, control[:, 0], color=QUIET, linestyle=":", label="outcomes of other pairs")
-        ax.set_title(f"band {analysis.probe_band.values[band]}")
-        ax.set_xlabel(LEVEL_LABEL)
-        ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    axes[0].set_ylim(-0.3, 1.05)
-    axes[0].set_ylabel("decodable share, $R^2$")
-    axes[0].legend(loc="upper left")
-    return figure

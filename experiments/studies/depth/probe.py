@@ -1,8 +1,9 @@
-"""What of a pair's outcome is linearly decodable from the residual stream, by layer, step and band (docs/theory.md, 8).
+"""What of a pair's outcome is linearly decodable inside the network, by layer, step and band (docs/theory.md, 8).
 
-Ridge regressions from the difference mode of the stream to that of the sample, along the ancestral sampler, where the
-outcome is not settled by the state: no reader can know more of it than the denoised image does. Fitted on other pairs
-than they are scored on.
+Along the ancestral sampler, where the outcome is not settled by the state, so that no reader can know more of it than
+the denoised image does. Two readers: ridge regressions from the difference mode of the stream to that of the sample,
+fitted on other pairs than they are scored on; and the final layer, of whose readout the products with the outcome and
+with the noisy state are kept, see `experiments.studies.depth.scaled`.
 """
 
 from collections.abc import Sequence
@@ -14,16 +15,33 @@ import xarray as xr
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from dit_jax.diffusion import denoised_at
 from dit_jax.model import DiT
 from dit_jax.replicas import pair_labels, run_pairs
 from experiments.frame.bench import Bench
-from experiments.frame.instrument import stream_modes, token_bands
+from experiments.frame.instrument import shuffled_bands, stream_modes, token_bands
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import numpy_stream, stream
 from experiments.studies.depth.settings import FOLDS, DepthConfig
-from ou_theory.modes import Bands, dct2
+from ou_theory.modes import Bands, band_mean, dct2, pair_modes
 
+# of the differences of the readout, the noisy state and the outcome, in the order in which they are stored
+PRODUCTS = ("read read", "read state", "read outcome", "state state", "state outcome", "outcome outcome")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ridge, as shares of the mean feature variance
+DIMS = ("coupling", "pair", "layer", "level")
+ABOUT = {
+    "error": ((*DIMS, "probe_band"), "squared error of the probe on pairs that it was not fitted on"),
+    "total": ((*DIMS, "probe_band"), "square of the outcome's difference mode"),
+    "error_shuffled": (
+        ("coupling", "pair", "level", "probe_band"),
+        "squared error of the last layer where the outcomes are those of other pairs",
+    ),
+    "products": (
+        (*DIMS, "band", "product"),
+        "inner product per DCT coefficient of the differences of the readout after a layer, the state and the outcome",
+    ),
+    "products_shuffled": ((*DIMS, "band", "product"), "the same, coefficients in random bands"),
+}
 
 
 class Probe:
@@ -38,6 +56,7 @@ class Probe:
     def __init__(self, bench: Bench[DepthConfig], levels: int, features: int):
         self.bench, model = bench, bench.model
         self.tokens = token_bands(model.input_size // model.patch_size)
+        self.shuffled = shuffled_bands(bench.bands, bench.config.seed)
         self.steps = spaced_steps(bench.clock, levels)
         self.features = min(model.hidden_size, features)
         rng = numpy_stream(bench.config.seed, "probe projection")
@@ -50,12 +69,27 @@ class Probe:
         self._streams = jax.jit(self._run)
 
     def _run(self, model: DiT, couplings, pairs, labels):
-        bench, config = self.bench, model.config
+        bench, config, shape = self.bench, model.config, self.bench.subject.image_shape
         projection = jnp.asarray(self.projection, jnp.float32)
 
         def tap(layer, activations):
             own = bench.own(activations)
-            return [stream_modes(own[name])[1] @ projection for name in ("resid_pre", "resid_post")]
+            modes = [stream_modes(own[name])[1] @ projection for name in ("resid_pre", "resid_post")]
+            out = model.readout(activations["resid_pre"], activations["conditioning"])[..., : shape[-1]]
+            return *modes, bench.guided(out)
+
+        def observe(step, x, denoised, taps):  # one coupling: (R, 1, P, H, W, C)
+            before, after, readout = taps
+
+            def difference(out):
+                return pair_modes(denoised_at(bench.clock, step, x[:, 0], out, config.prediction))[1]
+
+            scale = jnp.asarray(np.sqrt(bench.clock.alpha_bar), x.dtype)[step]
+            return {
+                "stream": jnp.concatenate([before[:1], after]),
+                "read": jnp.concatenate([jax.lax.map(difference, readout), pair_modes(denoised[:, 0])[1][None]]),
+                "state": pair_modes(x[:, 0])[1] / scale,
+            }
 
         end, kept = run_pairs(
             bench.coupled(model, tap=tap),
@@ -63,39 +97,58 @@ class Probe:
             couplings,
             pairs,
             labels,
-            bench.subject.image_shape,
+            shape,
             seed=stream(bench.config.seed, "probe trajectories"),
             sampler="ancestral",
-            observe=lambda step, x, denoised, taps: jnp.concatenate([taps[0][:1], taps[1]]),
+            observe=observe,
         )
+        kept = {name: value[self.steps] for name, value in kept.items()}
         grid = config.input_size // config.patch_size
-        read = kept[self.steps].reshape(len(self.steps), config.depth + 1, -1, grid * grid, self.features)
+        read = kept["stream"].reshape(len(self.steps), config.depth + 1, -1, grid * grid, self.features)
         outcome = patch_modes((end[0, 0] - end[1, 0]) * np.sqrt(0.5).item(), config.patch_size)
-        return jnp.transpose(read, (2, 1, 0, 3, 4)), outcome.reshape(pairs.size, grid * grid, -1)
+        products = self._products(kept["read"], kept["state"][:, None], pair_modes(end[:, 0])[1])
+        return {
+            "stream": jnp.transpose(read, (2, 1, 0, 3, 4)),
+            "outcome": outcome.reshape(pairs.size, grid * grid, -1),
+            **{name: jnp.transpose(value, (2, 1, 0, 3, 4)) for name, value in products.items()},
+        }
 
-    def streams(self, model: DiT, coupling: float, count: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """Difference modes over all pairs, T coefficients of the token grid: of the stream (P, layer, level, T, D), and
-        of the outcome (P, T, patch * patch * C), see `patch_modes`."""
+    def _products(self, read: jax.Array, state: jax.Array, outcome: jax.Array) -> dict[str, jax.Array]:
+        """Inner products (level, layer, P, B, `PRODUCTS`) of coefficients (level, layer, P, H, W, C)."""
+        factors = ((read, read), (read, state), (read, outcome), (state, state), (state, outcome), (outcome, outcome))
+        pairs = [jnp.broadcast_to(a * b, read.shape) for a, b in factors]
+        return {
+            "products": jnp.stack([band_mean(each, self.bench.bands) for each in pairs], -1),
+            "products_shuffled": jnp.stack([band_mean(each, self.shuffled) for each in pairs], -1),
+        }
+
+    def streams(self, model: DiT, coupling: float, count: int, what: str) -> dict[str, np.ndarray]:
+        """Over all pairs: difference modes, of T coefficients of the token grid, of the stream (P, layer, level, T, D)
+        and of the outcome (P, T, patch * patch * C), see `patch_modes`; the readout's ``products`` and
+        ``products_shuffled`` (P, layer, level, B, `PRODUCTS`)."""
         parts = []
         block = self.bench.config.block
         grid = jnp.asarray([coupling], jnp.float32)
         for first in tqdm(range(0, count, block), desc=what, disable=not self.bench.progress):
             pairs = np.arange(first, min(first + block, count))
             parts.append(jax.device_get(self._streams(model, grid, pairs, pair_labels(pairs, self.bench.classes))))
-        stream, outcome = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return stream, outcome
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def scores(self, model: DiT, group: str, couplings: Sequence[float], pairs: int) -> xr.Dataset:
-        """Held-out errors per pair.
+        """Held-out errors and the readout's products, per pair.
 
         Returns:
+          products, products_shuffled (coupling, pair, layer, level, band, product): inner products per DCT coefficient
+            of what the final layer reads off the stream, denoised, the noisy state, rescaled, and the outcome; all of
+            the pair's difference mode.
           error, total (coupling, pair, layer, level, probe_band): squared error and total square of the outcome.
           error_shuffled: error of the last layer when the outcomes are those of other pairs (without the layer axis).
         """
-        rows: dict[str, list[np.ndarray]] = {"error": [], "total": [], "error_shuffled": []}
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in ABOUT}
         names: list[str] = []
         for coupling in couplings:
-            stream, outcome = self.streams(model, coupling, pairs, f"{self.bench.kind}: {group}, g = {coupling:g}")
+            found = self.streams(model, coupling, pairs, f"{self.bench.kind}: {group}, g = {coupling:g}")
+            stream, outcome = found["stream"], found["outcome"]
             bands = probe_bands(outcome, self.bench.subject.image_shape[-1], self.tokens)
             names = list(bands)
             steps = range(len(self.steps))
@@ -104,22 +157,13 @@ class Probe:
                 each = [[probe_scores(at[:, k], outcome, bands) for k in steps] for at in stream.swapaxes(0, 1)]
                 shuffled = [probe_scores(stream[:, -1, k], others, bands)[0] for k in steps]
             scores = np.transpose(np.stack(each), (2, 3, 0, 1, 4))  # (2, P, layer, level, B)
-            for name, values in zip(rows, (*scores, np.stack(shuffled, -2)), strict=True):
-                rows[name].append(values)
-        dims = ("coupling", "pair", "layer", "level", "probe_band")
-        abouts = {
-            "error": "squared error of the probe on pairs that it was not fitted on",
-            "total": "square of the outcome's difference mode",
-            "error_shuffled": "squared error of the last layer where the outcomes are those of other pairs",
-        }
+            scores = {"error": scores[0], "total": scores[1], "error_shuffled": np.stack(shuffled, -2)}
+            for name, values in rows.items():
+                values.append(scores.get(name, found.get(name)))
         return xr.Dataset(
             {
-                name: (
-                    tuple(dim for dim in dims if dim != "layer" or name != "error_shuffled"),
-                    np.stack(values),
-                    {"long_name": abouts[name], "units": "1"},
-                )
-                for name, values in rows.items()
+                name: (dims, np.stack(rows[name]), {"long_name": about, "units": "1"})
+                for name, (dims, about) in ABOUT.items()
             },
             coords={
                 "coupling": list(couplings),
@@ -128,6 +172,9 @@ class Probe:
                 "level": self.steps,
                 "level_ell": ("level", self.bench.clock.log_snr[self.steps]),
                 "probe_band": names,
+                "product": list(PRODUCTS),
+                "band": np.arange(len(self.bench.bands)),
+                "radius": ("band", self.bench.bands.radius),
             },
         )
 

@@ -1,0 +1,58 @@
+"""How much of the outcome is in what the final layer reads off a layer, up to one scalar (docs/theory.md, section 8).
+
+All of it follows from the mean inner products, per level, layer and band, of three differences: the readout r, the
+noisy state x in the rescaled frame, and the outcome y. Along the ancestral sampler x is y with independent noise.
+"""
+
+import numpy as np
+
+from experiments.frame.draws import mean_and_draws
+from experiments.studies.depth.readings import levels_of
+
+# readings: name -> what the outcome is regressed on
+REGRESSIONS = ("state", "scaled", "joined")
+
+
+def scaled_readings(
+    products: np.ndarray, ell: np.ndarray, weights: np.ndarray
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Commitment by layer from explained shares, and what passes through the readout.
+
+    Args:
+      products: (C, P, layer, level, B, 6), the last axis as in `experiments.studies.depth.probe.PRODUCTS`.
+      ell: (level,) log-SNR.
+      weights: (draws, P) of the bootstrap.
+
+    Returns:
+      by reading, level, gap, edge and r2 as `levels_of` gives them, for the outcome regressed on the noisy ``state``
+      alone, on the readout (``scaled``: one scalar per layer, level and band), and on both (``joined``); and the
+      readout's parts (1 + draws, C, layer, level, B): ``signal``, the coefficient of the outcome in it, and ``noise``,
+      that of the state's noise.
+    """
+    means = mean_and_draws(products, weights, 1)
+    rr, rx, ry, xx, xy, yy = np.moveaxis(means, -1, 0)
+    of_state = explained(xx, xy, yy)
+    # the readout's part across the state; a readout that is a multiple of the state has none but rounding
+    of_both = of_state + explained(rr - rx**2 / xx, ry - rx * xy / xx, yy, least=1e-6 * rr)
+    found = {
+        name: levels_of(r2, ell, None) | {"r2": r2}
+        for name, r2 in zip(REGRESSIONS, (of_state, explained(rr, ry, yy), np.minimum(of_both, 1)), strict=True)
+    }
+    return found, parts(rr, rx, ry, xx, xy, yy)
+
+
+def explained(ff: np.ndarray, fy: np.ndarray, yy: np.ndarray, least: np.ndarray | float = 0.0) -> np.ndarray:
+    """Share of y that a multiple of f explains, from their inner products; 0 where f has no more than `least`, or there
+    is no y."""
+    there = (ff > least) & (yy > 0)
+    return np.where(there, fy**2 / np.where(there, ff * yy, 1), 0)
+
+
+def parts(rr, rx, ry, xx, xy, yy) -> dict[str, np.ndarray]:
+    """The readout as ``signal * y + noise * (x - y)`` and a rest that is orthogonal to both; NaN where x is y."""
+    yn, nn, rn = xy - yy, xx - 2 * xy + yy, rx - ry
+    determinant = yy * nn - yn**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        signal, noise = (ry * nn - rn * yn) / determinant, (rn * yy - ry * yn) / determinant
+    there = determinant > 1e-9 * yy * nn
+    return {"signal": np.where(there, signal, np.nan), "noise": np.where(there, noise, np.nan)}
