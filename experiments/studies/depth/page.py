@@ -97,9 +97,9 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
             "and do not include the uncertainty of the probe's fit.",
             "The readout applies the final layer where it was not trained to be applied. The raw reading sees "
             "whatever the stream carries, the noise of the state included.",
-            "A network that reads out nothing has a gap too, by every reading of the noisy image: its readout is a "
-            "multiple of the state. That is why the embedding has the gap by the fitted scalar and by the probe. "
-            "What depth adds is shown beside it.",
+            "The noisy image alone explains the outcome with a gap of its own, and a layer that has computed nothing "
+            "reads out a multiple of it. That is why the embedding has the gap by the fitted scalar and by the probe. "
+            "What depth adds to the noisy image could come at any layer, and is shown beside it.",
             "A probe that fails shows that nothing is linearly decodable, not that nothing is there.",
         ],
     )
