@@ -1,16 +1,21 @@
-"""A synthetic run: what a comparison stores, from closed recursions in place of a network."""
+"""What the tests of experiments share: a synthetic run (what a comparison stores, from closed recursions in place of a
+network), an untrained network, the interactive page in a browser."""
 
 import numpy as np
 import pytest
 import xarray as xr
 from PIL import Image
+from playground_browser import opened, running_browser, screen
 
+from dit_jax.checkpoint import save_model
+from dit_jax.config import DiTConfig
 from experiments.frame import drawing
 from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.measured import Measured
 from experiments.frame.page import store_page
 from experiments.frame.store import RunFolder
-from experiments.studies.compare.page import page
+from experiments.frame.subject import untrained_model
+from experiments.studies.compare.page import page as compare_page
 from experiments.studies.compare.settings import CompareConfig
 
 DPI = drawing.DPI
@@ -212,5 +217,30 @@ def drawn_run(stored_run, analysis) -> RunFolder:
     run = RunFolder.open(stored_run.path, writable=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "DPI", DPI)
-        store_page(run, page(Measured.of(run, CompareConfig), analysis))
+        store_page(run, compare_page(Measured.of(run, CompareConfig), analysis))
     return run
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> str:
+    """Folder `tiny` of an untrained network that predicts epsilon. Tests only read it."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    config = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    save_model(untrained_model(config, 5), folder, extra={"data": None})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with running_browser(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser):
+    """A fresh interactive page; nothing may have been complained of by the end."""
+    screen(browser, 1280, 1600)
+    browser.get_log("browser")
+    opened(browser)
+    yield browser
+    assert browser.get_log("browser") == []

@@ -14,8 +14,6 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from dit_jax.checkpoint import save_model
-from dit_jax.config import DiTConfig
 from experiments import cli
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section
@@ -23,10 +21,8 @@ from experiments.frame.reader import open_run
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.study import Study, report, run_study
-from experiments.frame.subject import untrained_model
 from experiments.studies.modalities.settings import ModalitiesConfig
 
-TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 GROUP = "data.zarr/network"
 
 
@@ -61,13 +57,6 @@ class Counting:
     def page(measured: Measured, analysis: xr.Dataset) -> Page:
         return Page(Section("Counting", "How many?", f"{float(analysis['mean'][0]):.2f}", captions={"one": "One."}),
                     {"one": lambda: Figure((1, 1))})  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    save_model(untrained_model(TINY, 5), folder, extra={"data": None})
-    return str(folder)
 
 
 def settings(weights):
@@ -390,24 +379,32 @@ def test_couplings_of_older_runs_are_found_by_what_was_asked_for(tmp_path):
 
 
 SLOW = """
-import signal, sys, time
+import runpy, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background processes ignore it
 import experiments.frame.store as store
-from experiments import cli
 write = store.RunFolder.write
 def slow(run, group, dataset, first):
     write(run, group, dataset, first)
     print("written", first, flush=True)
     time.sleep(60 if first else 0)
 store.RunFolder.write = slow
-for out in ("15", "2"):
-    print("ended", cli.main([*sys.argv[1:], out]), flush=True)
+command = sys.argv[1:]
+def run(out):
+    sys.argv[1:] = [*command, out]
+    runpy.run_module("experiments.cli", run_name="__main__", alter_sys=True)
+try:
+    run("2")
+except SystemExit as end:
+    print("ended", end.code, flush=True)
+run("15")
 """
 
 
 @pytest.mark.slow
 def test_a_scheduler_s_signal_ends_like_an_interrupt(weights, tmp_path):
-    """Two runs in one process, which takes seconds to start; what the command returns is its exit status."""
+    """Two runs as of `python -m experiments.cli`, in one process, which takes seconds to start. The first is stopped by
+    Ctrl-C. The second is stopped by SIGTERM and ends the process, whose exit status is what a shell sees: 128 and the
+    number of the signal. (A process that a signal kills has a negative `returncode`.)"""
     command = ["depth", "--weights", weights, "--pairs", "4", "--block", "2", "--untrained-pairs", "2", "--steps", "8"]
     command += ["--couplings", "0", "1", "--probe-pairs", "0", "--quiet", "--out"]
     process = subprocess.Popen(
@@ -425,14 +422,17 @@ def test_a_scheduler_s_signal_ends_like_an_interrupt(weights, tmp_path):
             assert process.poll() is None
         return line
 
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number in (signal.SIGINT, signal.SIGTERM):
         wait_for("written 2")
         time.sleep(0.2)
         process.send_signal(number)
-        assert wait_for("ended") == f"ended {code}\n"
+        if number == signal.SIGINT:
+            assert wait_for("ended") == "ended 130\n"
+    said, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert said == ""  # nothing ran on
+    for number in (signal.SIGINT, signal.SIGTERM):
         assert RunFolder.open(tmp_path / str(int(number))).finished("network") == {0, 2}
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 0
     for word in ("terminated", "interrupted"):
         assert errors.count(f"syncgap: {word}; the same command with --resume goes on") == 1
     assert "Traceback" not in errors

@@ -13,8 +13,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_jax.checkpoint import load_model, save_model
-from dit_jax.config import DiTConfig
+from dit_jax.checkpoint import load_model
 from dit_jax.diffusion import network_denoiser
 from experiments import cli
 from experiments.frame import study
@@ -22,7 +21,6 @@ from experiments.frame.instrument import shuffled_bands, token_bands, trajectori
 from experiments.frame.measured import Measured
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
-from experiments.frame.subject import untrained_model
 from experiments.studies.depth import scaled
 from experiments.studies.depth.analysis import analyse
 from experiments.studies.depth.family import answer, localised, together
@@ -35,16 +33,8 @@ from experiments.studies.depth.verdicts import verdict_of
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
-TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="epsilon")
 FLAGS = ["--pairs", "4", "--block", "4", "--untrained-pairs", "4", "--steps", "10", "--couplings", "0", "1"]
 FLAGS += ["--probe-pairs", "8", "--probe-levels", "4", "--quiet"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    save_model(untrained_model(TINY, 5), folder, extra={"data": None})
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.checkpoint import save_model
-from dit_jax.config import DiTConfig
+from dit_jax.checkpoint import load_model
 from dit_jax.diffusion import network_denoiser
 from experiments.frame.draws import pair_draws, resampled_mean, with_interval
 from experiments.frame.gaussian import ddim_factors
@@ -17,7 +16,6 @@ from experiments.frame.measured import Measured
 from experiments.frame.steps import window
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
-from experiments.frame.subject import untrained_model
 from experiments.frame.verdict import at_most
 from experiments.studies.response.analysis import band_variance, gaussian_stretches
 from experiments.studies.response.measure import ResponseInstrument, orthonormal, wiener
@@ -32,17 +30,9 @@ from ou_theory.modes import dct2, idct2, radial_bands
 
 pytestmark = pytest.mark.slow
 
-TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="epsilon")
 SETTINGS = {"pairs": 4, "block": 2, "untrained_pairs": 2, "steps": "10", "levels": 3, "vectors": 2}
 CLOCK, BANDS, SHAPE = make_clock("10"), radial_bands(8, 8, 6), (8, 8, 3)
 VARIANCE = np.array([30, 6, 2, 0.5, 0.2, 0.1, 0.05])
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    save_model(untrained_model(TINY, 5), folder, extra={"data": None})
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +118,9 @@ def test_directions_are_orthonormal_and_lengths_multiply_to_the_volume():
     assert np.all(np.einsum("rpi,rpi->rp", flat[:, :, 0], matrix[:, :, 0]) > 0)  # none is turned round
 
 
-def test_derivatives_agree_with_nearby_trajectories():
+def test_derivatives_agree_with_nearby_trajectories(weights):
     """Two trajectories of a network h apart at the start of the window, by the textbook form of the step."""
-    model, pairs, labels, one = untrained_model(TINY, 5), jnp.arange(2), jnp.asarray([0, 1]), instrument(vectors=1)
+    model, pairs, labels, one = load_model(weights), jnp.arange(2), jnp.asarray([0, 1]), instrument(vectors=1)
 
     @jax.jit
     def run(model):

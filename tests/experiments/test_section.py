@@ -7,18 +7,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from dit_jax.checkpoint import save_model
-from dit_jax.config import DiTConfig
 from experiments.frame.bench import Bench
 from experiments.frame.draws import pair_draws, resampled_mean, with_interval
 from experiments.frame.page import Page, Section, Table, formatted, store_page, stored_section
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.study import Study, joint_page, report
-from experiments.frame.subject import load_subject, untrained_model
+from experiments.frame.subject import load_subject
 from experiments.frame.verdict import Claim, Control
 
-TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 VARIABLES = {"level": (("step", "band"), "something")}
 
 
@@ -36,12 +33,6 @@ def made(path, **changes):
     page = Page(section(**changes), {"one": partial(Figure, (2, 2))})
     report(Study("depth", StudyConfig, lambda bench: None, lambda measured, analysis: page), run)
     return run
-
-
-@pytest.fixture
-def weights(tmp_path):
-    save_model(untrained_model(TINY, 5), tmp_path / "weights", extra={"data": None})
-    return str(tmp_path / "weights")
 
 
 def bench(weights, out, resume=False, **changes):
@@ -122,7 +113,7 @@ def test_blocks_are_measured_once_and_kept(weights, tmp_path):
 
 def test_the_control_has_the_subjects_shape_and_other_weights(weights, tmp_path):
     subject = load_subject(weights)
-    assert subject.name == "weights"
+    assert subject.name == "tiny"
     assert subject.image_shape == (8, 8, 3)
     assert load_subject(shutil.copytree(weights, tmp_path / "run7" / "model")).name == "run7"
     blank = subject.untrained(0)
