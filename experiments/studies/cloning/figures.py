@@ -91,7 +91,7 @@ def figure_reasons(analysis: xr.Dataset) -> Figure:
         values = analysis.network_excess.values[1, :, band]
         curve(right, level, values, color, name, marker="o", markersize=3.5)
     right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
-    right.set_ylabel("1 − mmse/Var minus that of the linear filter")
+    right.set_ylabel("1 − mmse/Var minus linear filter")
     for ax in (left, right):
         ax.axhline(0, color=INK, linewidth=0.6)
         ax.set_xlabel(LEVEL_LABEL)
