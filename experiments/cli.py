@@ -22,38 +22,39 @@ INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the sign
 
 @dataclass(frozen=True)
 class Train:
-    """Train a small network on class folders of images, or on data whose law is known."""
+    """Train a small network on class folders of images or on data whose law is known."""
 
-    data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable (--size 8)
+    data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable with --size 8
     out: tyro.conf.Positional[Path]  # folder of the training run
-    transform: str = "natural"  # of the images: natural, whitened, reversed, power:A, permuted or gaussian
+    transform: str = "natural"  # of the images: natural (none), whitened, reversed, power:A, permuted or gaussian
     size: int = 16  # images are cropped and resized to size x size
-    prediction: Literal["epsilon", "v", "x0"] = "v"
+    prediction: Literal["epsilon", "v", "x0"] = "v"  # what the network predicts
     architecture: Literal["dit", "unet", "mlp"] = "dit"  # a DiT, or a control without attention
-    depth: int | None = None  # 12 of a DiT, 1 of a unet, 2 of an mlp by default
-    hidden_size: int | None = None  # 96 of a DiT, 48 of a unet, 256 of an mlp by default
-    num_heads: int | None = None  # of a DiT only, 6 by default
-    patch_size: int | None = None  # of a DiT only, 2 by default
-    steps: int = 6000
-    batch_size: int = 64
-    learning_rate: float = 1.5e-3
-    decay_fraction: float = 0.25  # share of the steps, at the end, over which the rate falls to zero
+    depth: int | None = None  # by default 12 for a dit, 1 for a unet, 2 for an mlp
+    hidden_size: int | None = None  # by default 96 for a dit, 48 for a unet, 256 for an mlp
+    num_heads: int | None = None  # only for a dit, by default 6
+    patch_size: int | None = None  # only for a dit, by default 2
+    steps: int = 6000  # training steps
+    batch_size: int = 64  # images in a step
+    learning_rate: float = 1.5e-3  # peak learning rate
+    decay_fraction: float = 0.25  # share of the steps at the end over which the learning rate falls to zero
     weight_cap: float = 1.0  # epsilon only: loss weight min(1 + 1/SNR, cap); 1 is the official loss
-    seed: int = 0
-    dtype: str = "float32"
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    checkpoint_every: int = 500
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    seed: int = 0  # of initial weights, batches and noise
+    dtype: str = "float32"  # of activations and matrix products
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue an interrupted run in that folder
+    checkpoint_every: int = 500  # training steps between checkpoints
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
 @dataclass(frozen=True)
 class Theory:
-    """Draw the teaching figures of the theory, with captions, as one page, with the interactive one beside it."""
+    """Draw the teaching figures of the theory as one page with captions, and an interactive page beside it."""
 
     out: Path = Path("runs/theory")  # folder of the page
 
 
 C = TypeVar("C")
+_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ class StudyRun(Generic[C]):
 
     study: ClassVar[str]  # its name
     settings: tyro.conf.OmitArgPrefixes[C]
-    out: Path | None = None  # folder of the run; runs/ and the name of the study by default
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on with an interrupted run in --out
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+    # tyro reads no comments of a class that `_command` extends, so the help of these stands in their types
+    out: Annotated[Path | None, tyro.conf.arg(help="folder of the run; runs/STUDY by default")] = None
+    resume: Annotated[_Flag, tyro.conf.arg(help="continue an interrupted run in --out")] = False
+    quiet: Annotated[_Flag, tyro.conf.arg(help="no progress bar")] = False
 
 
 def _command(study: str) -> type:
@@ -76,37 +78,37 @@ def _command(study: str) -> type:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the figures and the report of a stored run again, or join those of a folder of runs into one."""
+    """Make the figures and the report of a stored run again, or join the reports of a folder of runs into one."""
 
     run: tyro.conf.Positional[Path]  # the --out folder of a command, or a folder of such folders
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw pictures of chosen classes: arrays, a grid to look at, a manifest."""
+    """Sample pictures of chosen classes; writes arrays, a grid of the pictures, and a manifest."""
 
-    weights: tyro.conf.Positional[str]  # a converted or trained DiT (folder), or the name of a shipped model
+    weights: tyro.conf.Positional[str]  # folder of a converted or trained network, or the name of a shipped one
     out: tyro.conf.Positional[Path]  # folder of the pictures
     settings: tyro.conf.OmitArgPrefixes[SampleConfig] = field(default_factory=SampleConfig)
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # replace a folder of pictures
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # replace an earlier folder of pictures
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a model folder holds."""
+    """Describe the contents of a model folder."""
 
-    weights: tyro.conf.Positional[str]  # a converted or trained DiT (folder), or the name of a shipped model
+    weights: tyro.conf.Positional[str]  # folder of a converted or trained network, or the name of a shipped one
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # read the arrays and check their digest
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest instead
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest as JSON instead
 
 
 @dataclass(frozen=True)
 class Covariance:
-    """Add the covariance of its training data to a model folder that has none: what theory needs of the data."""
+    """Add the covariance of the training data to a model folder that lacks it; `syncgap spectrum` needs it."""
 
     weights: tyro.conf.Positional[str]  # folder of the model
-    images: tyro.conf.Positional[Path]  # those that it was trained on: a folder or zip file of <class>/<image>
+    images: tyro.conf.Positional[Path]  # the images it was trained on: a folder or zip file of <class>/<image>
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
@@ -118,11 +120,11 @@ def _convert(*args: Any, **settings: Any) -> Callable[[], int]:
 
 
 class Terminated(KeyboardInterrupt):
-    """A scheduler asked the process to end (SIGTERM): as Ctrl-C, with another exit code."""
+    """A scheduler asked the process to end (SIGTERM). It is handled as Ctrl-C, with another exit code."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code. Errors of ours are one message, not a traceback."""
+    """Runs one command and returns the exit code. Expected errors are one message, not a traceback."""
     argv = sys.argv[1:] if args is None else args
     commands: dict[str, Any] = {name: _command(name) for name in studies.NAMES}
     commands |= {
@@ -144,7 +146,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as end:
         resumable = isinstance(command, Train | StudyRun)
-        how = "; the same command with --resume goes on from the last finished block" if resumable else ""
+        how = "; the same command with --resume continues where it stopped" if resumable else ""
         terminated = isinstance(end, Terminated)
         print(f"\nsyncgap: {'terminated' if terminated else 'interrupted'}{how}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
@@ -152,8 +154,8 @@ def main(args: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _ending_like_an_interrupt() -> Iterator[None]:
-    """SIGTERM, which schedulers send, raises `Terminated` as long as a command runs. In another thread than the main
-    one signals cannot be caught, and nothing is changed."""
+    """While a command runs, SIGTERM, which schedulers send, raises `Terminated`. Outside the main thread signals cannot
+    be caught, and nothing is changed."""
 
     def terminate(*_: Any) -> None:
         raise Terminated
@@ -173,11 +175,11 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
     if isinstance(command, StudyRun):
         from experiments.frame.study import run_each, run_study
 
-        kind = command.study
-        out = command.out or Path("runs") / kind
+        name = command.study
+        out = command.out or Path("runs") / name
         run = run_each if isinstance(getattr(command.settings, "weights", None), tuple) else run_study
         page = run(
-            studies.find(kind), command.settings, out, resume=command.resume, command=line, progress=not command.quiet
+            studies.find(name), command.settings, out, resume=command.resume, command=line, progress=not command.quiet
         )
         print(f"report: {page}")
     elif isinstance(command, Report):
@@ -218,14 +220,14 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
 
 def _report(folder: Path) -> Path:
     from experiments.frame.store import RunFolder, StoreError
-    from experiments.frame.study import joint_page, kind_of, report
+    from experiments.frame.study import joint_page, report, study_of
 
     if folder.is_dir() and not (folder / "manifest.json").exists():
         return joint_page(folder, studies.find)
     run = RunFolder.open(folder, writable=True)
-    study = studies.find(kind_of(run))
+    study = studies.find(study_of(run))
     if study is None:
-        raise StoreError(f"{folder} holds a run of kind {kind_of(run)!r}, which is none of {', '.join(studies.NAMES)}")
+        raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
     return report(study, run)
 
 
@@ -251,10 +253,10 @@ def _train(command: Train, line: str) -> Path:
     from experiments.studies.solvable.data import SolvableData
 
     solvable = command.data == Path("solvable")
-    transform = transformation_name(command.transform)  # before the images are read, which takes a while
+    transform = transformation_name(command.transform)  # checked before the images are read, which takes a while
     size = _size(command)
     if solvable and transform != "natural":
-        raise ValueError("solvable data have a law of their own; --transform is for folders and zip files of images")
+        raise ValueError("--transform applies to folders and zip files of images, not to solvable data; leave it out")
     if solvable:
         data = SolvableData()
     else:
@@ -294,12 +296,12 @@ def _train(command: Train, line: str) -> Path:
         if math.prod(data.shape) <= MOST:
             save_covariance(trained, data_covariance(data))
         else:
-            print("syncgap: the images are too large for their covariance to be kept with the model", file=sys.stderr)
+            print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
     return trained
 
 
 def _size(command: Train) -> dict[str, Any]:
-    """The entries of the config that say what is trained, and how large it is.
+    """The entries of the config that give the architecture and its size.
 
     Raises:
       ValueError: an option of a DiT is given for another architecture.
@@ -312,7 +314,7 @@ def _size(command: Train) -> dict[str, Any]:
         return {"depth": 12, "hidden_size": 96, "num_heads": 6, "patch_size": 2} | given
     foreign = [f"--{name.replace('_', '-')}" for name in ("num_heads", "patch_size") if name in given]
     if foreign:
-        raise ValueError(f"{' and '.join(foreign)} of a DiT means nothing for a {command.architecture}; leave it out")
+        raise ValueError(f"only a dit has {' and '.join(foreign)}, and this is a {command.architecture}; leave it out")
     depth, width = CONTROL_SIZES[command.architecture]
     return {"architecture": command.architecture, "depth": depth, "hidden_size": width} | given
 

@@ -1,4 +1,4 @@
-"""The bench at which a study measures: the network and its control, the devices, and the folder that is filled."""
+"""What a study measures with: the network and its control, the devices, and the folder of the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -32,7 +32,7 @@ Measure = Callable[[Any, Any], Mapping[str, Any]]
 
 
 def one_of(weights: str | Sequence[str]) -> str:
-    """The one network of a run, which studies of several name in a tuple."""
+    """The one network of a run. Studies of several networks name it in a tuple."""
     if isinstance(weights, str):
         return weights
     (name,) = weights
@@ -40,19 +40,19 @@ def one_of(weights: str | Sequence[str]) -> str:
 
 
 class Bench(Measured[C]):
-    """A study at work.
+    """One run of a study while it measures.
 
     Attributes:
-      kind: the name of the study.
+      study: the name of the study.
       run: the folder that is filled.
-      subject: the network as loaded; `network`: its copy on the devices.
+      subject: the network as loaded; `network` is its copy on the devices.
       classes: labels that the pairs take in turn.
-      mesh: the devices over which the pairs of a block are split; None if there is one.
+      mesh: the devices over which the pairs of a block are split; None if there is only one device.
     """
 
     def __init__(
         self,
-        kind: str,
+        study: str,
         config: C,
         out: str | Path,
         *,
@@ -67,22 +67,23 @@ class Bench(Measured[C]):
         """Loads the network, if the settings name one, and opens the folder.
 
         Args:
-          subject: what the study is about, where that is no network.
+          study: the name of the study.
+          subject: what is studied, for a study without a network.
           definitions: meaning and units of coordinates, beside those that are common.
           check: raises ValueError for settings that do not fit the network, before there is a folder.
-          any_network: take networks without attention, too (`dit_jax.controls`).
+          any_network: accept networks without attention, too (`dit_jax.controls`).
 
         Raises:
           ValueError: a network that is no DiT where one is needed; settings that do not fit the weights or the devices;
             an output folder that holds another run.
         """
-        self.kind, self.progress, self.mesh, self.definitions = kind, progress, None, definitions or {}
-        settings, extra = asdict(cast(Any, config)), {"kind": kind, "subject": subject}
+        self.study, self.progress, self.mesh, self.definitions = study, progress, None, definitions or {}
+        settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
             self.subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
             if not any_network:
-                check_dit(self.subject, kind)
+                check_dit(self.subject, study)
             model = self.subject.model.config
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):
@@ -105,6 +106,11 @@ class Bench(Measured[C]):
             }
         super().__init__(RunFolder.create(out, settings, resume=resume, command=command, extra=extra), config)
 
+    @property
+    def kind(self) -> str:
+        """The name of the study, under the name that the manifest has for it."""
+        return self.study
+
     @cached_property
     def network(self) -> DiT:
         """The network under study, on the devices."""
@@ -126,8 +132,8 @@ class Bench(Measured[C]):
 
         Args:
           gate: of the replicas, none by default.
-          options: further ones of `network_denoiser`. Under guidance taps and edits see the doubled batch, for which
-            `own` and `guided` are made.
+          options: further options of `network_denoiser`. Under guidance, taps and edits see the doubled batch;
+            `own` and `guided` select from it.
         """
         config = cast(StudyConfig, self.config)
         options |= {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
@@ -148,11 +154,11 @@ class Bench(Measured[C]):
         return cast(StudyConfig, self.config).guidance != 1
 
     def own(self, activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """What a tap sees, of the conditional images alone."""
+        """The part of what a tap sees that belongs to the conditional images."""
         return own_half(activations) if self.is_guided else activations
 
     def guided(self, out: jax.Array) -> jax.Array:
-        """Network outputs (R, N or 2 N, H, W, C) that were read off inside: under guidance the guided ones."""
+        """Network outputs (R, N or 2 N, H, W, C) that were read inside, after guidance if there is any."""
         if not self.is_guided:
             return out
         config = cast(StudyConfig, self.config)
@@ -169,14 +175,14 @@ class Bench(Measured[C]):
         *,
         first_pair: int = 0,
     ) -> xr.Dataset:
-        """Fills a group of the run block by block, leaving out what is there already, and returns it whole.
+        """Fills a group of the run block by block, skips blocks that are finished, and returns the whole group.
 
         Args:
           variables: float32, see `Variables`.
-          coords: of their dimensions, as xarray takes them; those of pair, step and band are known.
-          pairs: how many.
+          coords: coordinates of their dimensions, as xarray takes them; those of pair, step and band are known.
+          pairs: number of pairs.
           measure: see `Measure`.
-          first_pair: index of the first, for pairs that must not be those of another group.
+          first_pair: index of the first pair, for pairs that must differ from those of another group.
         """
         dims = {name: tuple(d if "pair" in d else ("pair", *d)) for name, (d, *_) in variables.items()}
         index = first_pair + np.arange(pairs)
@@ -200,7 +206,7 @@ class Bench(Measured[C]):
         block = cast(StudyConfig, self.config).block
         self.run.declare(group, template, chunk=block)
         done = self.run.finished(group)
-        for first in tqdm(range(0, pairs, block), desc=f"{self.kind}: {group}", disable=not self.progress):
+        for first in tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress):
             if first in done:
                 continue
             chosen = slice(first, min(first + block, pairs))
@@ -210,7 +216,7 @@ class Bench(Measured[C]):
         return self.run.load(group)
 
     def whole(self, group: str, make: Callable[[], xr.Dataset]) -> xr.Dataset:
-        """A group that is made at once: from the store if it is there."""
+        """A group that is made at once; it is read from the store if it is there."""
         if not self.run.holds(group):
             self.run.put(group, described(make(), self.definitions))
         return self.run.load(group)

@@ -1,4 +1,4 @@
-"""Arrays of a zarr group on disk: which chunks should be there, whether they can be read, and the form of values."""
+"""Arrays of a zarr group on disk: which chunks should exist, whether they can be read, and the form of values."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-ARRAYS = "arrays"  # attribute of a group: the names of its arrays, so that none is missed without a word
-CODECS = (ZstdCodec(), Crc32cCodec())  # of every chunk; the checksum is of what lies on disk
+ARRAYS = "arrays"  # attribute of a group: the names of its arrays, so that a missing one is noticed
+CODECS = (ZstdCodec(), Crc32cCodec())  # of every chunk; the checksum covers the compressed bytes
 
 
 def _arrays(group: Path) -> Iterator[tuple[Path, zarr.Array, int | None]]:
-    """Every array of a group, its folder, and the axis of pairs along which it is written block by block: None of
-    coordinates, which are written at once."""
+    """Every array of a group, its folder, and the axis of pairs along which it is written block by block. The axis
+    is None for coordinates, which are written at once."""
     opened = zarr.open_group(group, mode="r")
     arrays = dict(opened.arrays())
     named = {name for array in arrays.values() for name in str(array.attrs.get("coordinates", "")).split()}
@@ -28,12 +28,12 @@ def _arrays(group: Path) -> Iterator[tuple[Path, zarr.Array, int | None]]:
 
 
 def _checked(array: zarr.Array) -> bool:
-    """Whether an array is of a run whose chunks carry checksums. Such runs write every chunk of what is finished."""
+    """Whether the chunks of an array carry checksums. Runs with checksums write every chunk of a finished block."""
     return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
 
 
 def readable(group: Path) -> bool:
-    """Whether the descriptions of a group and of its arrays can be read, and no array is gone."""
+    """Whether the descriptions of a group and of its arrays can be read, and no array is missing."""
     try:
         found = {path.name for path, *_ in _arrays(group)}
         named: Any = zarr.open_group(group, mode="r").attrs.get(ARRAYS, found)
@@ -73,13 +73,13 @@ def files_of(group: Path, first: int) -> list[Path]:
 
 
 def missing_chunks(group: Path, done: Sequence[int] | None = None) -> list[Path]:
-    """Files of chunks that were written and are not there. Runs without checksums left chunks of NaN out; none is
-    missed in them."""
+    """Files of chunks that were written and no longer exist. Runs without checksums left out chunks of NaN, so nothing
+    counts as missing in them."""
     return [file for _, file, array, _ in _chunks(group, done) if _checked(array) and not file.is_file()]
 
 
 def damaged(group: Path, done: Sequence[int] | None = None, *, only: str | None = None) -> list[int]:
-    """First pairs of the finished blocks that cannot be read or are not there.
+    """First pairs of the finished blocks that cannot be read or do not exist.
 
     Args:
       done: first pairs of the finished blocks; None for a group that was written whole, which counts as block 0.
@@ -127,13 +127,13 @@ def opened(store: Path, group: str) -> xr.Dataset:
     """A stored group, its values not yet read.
 
     Raises:
-      FileNotFoundError: an array of it is gone. xarray and zarr raise further kinds for what is damaged.
+      FileNotFoundError: an array of it is missing. xarray and zarr raise other errors for damaged data.
     """
     dataset = xr.open_zarr(store, group=group, consolidated=False, chunks=None, decode_times=False)
     there = set(map(str, dataset.variables))
     lost = set(dataset.attrs.pop(ARRAYS, there)) - there
     if lost:
-        raise FileNotFoundError(f"{', '.join(sorted(lost))} is not there")
+        raise FileNotFoundError(f"missing: {', '.join(sorted(lost))}")
     dataset = with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
     single = {name: v for name, v in dataset.coords.items() if v.dtype == np.float32}  # of older runs
     return dataset.assign_coords({name: v.copy(data=as_written(v.values)) for name, v in single.items()})
@@ -146,7 +146,7 @@ def write_group(dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping]
       encoding: of arrays by name, beside the codecs.
       options: of `xarray.Dataset.to_zarr`.
     """
-    # Variable-length strings have a place in the zarr 3 format, NumPy's fixed-length ones have not.
+    # The zarr 3 format has variable-length strings, but not NumPy's fixed-length ones.
     dataset = with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
     if "region" not in options:  # which writes into arrays that have their codecs
         own = {name: (encoding or {}).get(str(name), {}) for name in dataset.variables}

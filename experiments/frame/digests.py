@@ -1,8 +1,8 @@
-"""Digests of what a group holds. A checksum inside a chunk tells that its bytes are those that were written somewhere;
-a digest tells that they lie where they were written, under the description that they were written under.
+"""Digests of what a group holds.
 
-The digests of a group have names: `LAYOUT` of its description, `WHOLE` of a group that was written at once, and of each
-block its first pair, as text.
+A checksum inside a chunk shows that its bytes were written together. A digest shows more: that they lie where they were
+written, under the same description. The digests of a group have names: `LAYOUT` for its description, `WHOLE` for a
+group that was written at once, and for each block its first pair, as text.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def digest(group: Path, name: str) -> str:
 
 
 def altered(group: Path, digests: Mapping[str, str], done: Collection[int]) -> set[str]:
-    """Names of the digests that no longer fit, of blocks only if they are among the finished ones, `done`."""
+    """Names of the digests that no longer fit. Digests of blocks count only if the block is finished, in `done`."""
     found = set()
     for name, expected in digests.items():
         if name in (LAYOUT, WHOLE) or int(name) in done:

@@ -47,7 +47,7 @@ def draw_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> N
         for name, draw in figures.items():
             figure = draw()
             _save(figure, folder / f"{name}.png", dpi=DPI, metadata={"Software": None})
-            figure.set_layout_engine("none")  # it is laid out
+            figure.set_layout_engine("none")  # the layout is done
             _save(figure, folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
 
@@ -79,7 +79,7 @@ def coupling_axis(ax: Axes, couplings: np.ndarray, *, name: bool = True, room: f
     """An x axis on which 0 and couplings of every size can be told apart: linear near 0, logarithmic beyond.
 
     Args:
-      room: share of the axis that a tick label takes; couplings closer to the ones labelled already go without.
+      room: share of the axis that a tick label takes; couplings closer than that to a labelled one get no label.
     """
     positive = couplings[couplings > 0]
     width = min(2 * float(positive.min()), 1.0) if positive.size else 1.0
@@ -124,7 +124,7 @@ def end_labels(ax: Axes, heights: Sequence[float], names: Sequence[tuple[str, An
 
 
 def band_legend(figure: Figure, ax: Axes, note: str) -> None:
-    """Names the bands above the panels."""
+    """Draws the legend of bands above the panels."""
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(
         handles,

@@ -1,4 +1,4 @@
-"""Intervals by resampling pairs: one draw of pairs serves everything that is measured on them."""
+"""Intervals by resampling pairs: one draw of pairs serves all quantities that are measured on them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from ou_theory.bootstrap import basic_interval, resample
 
 DRAWS = 1000
 CEILING = 2**27  # bytes of resampled measurements and what is computed from them; an analysis stays under 2**30 in all
-WORKING = 24  # arrays of that size that an estimator and the library under it hold on their way, measured
+WORKING = 24  # arrays of the largest size that an estimator and JAX hold at the same time, as measured
 
 Drawn = dict[str, np.ndarray]
 
@@ -35,11 +35,11 @@ def mean_and_draws(values: Any, weights: np.ndarray, axis: int = 0) -> np.ndarra
 
 
 def in_chunks(rows: np.ndarray, numbers: int, ceiling: int = CEILING) -> Iterator[np.ndarray]:
-    """Rows (n, ...), one for each draw, in parts of as many as may be worked on at once, of even size: the library
-    compiles its operations for every size anew.
+    """Rows (n, ...), one for each draw, in parts that fit into memory. The parts have nearly equal sizes, because
+    operations are compiled again for every size.
 
     Args:
-      numbers: float64 ones that the largest array holds for one draw.
+      numbers: how many float64 numbers the largest array holds for one draw.
       ceiling: in bytes.
     """
     most = max(1, ceiling // max(8 * numbers * WORKING, 1))
@@ -59,14 +59,14 @@ def bootstrap(
 ) -> tuple[Drawn, Drawn]:
     """An estimator on the mean over pairs and on its bootstrap draws, in bounded memory.
 
-    The draws go through the estimator in chunks, as many at once as keep the resampled measurements and what the
-    estimator makes of them under the ceiling. What it returns is kept for all draws, so it should be small.
+    The draws go through the estimator in chunks, so that the resampled measurements and the estimator's own arrays stay
+    under the ceiling. Its results are kept for all draws, so they should be small.
 
     Args:
       estimator: takes means (n, ...) and gives named arrays (n, ...).
       values: measurements with pairs along `axis`; or a tuple of such arrays, one for each argument of the estimator.
       weights: (draws, pairs) of `pair_draws`.
-      numbers: float64 ones that the largest array of the estimator holds for one draw, where that is more than it gets.
+      numbers: how many float64 numbers the largest array of the estimator holds for one draw, if more than its input.
       ceiling: in bytes.
 
     Returns:

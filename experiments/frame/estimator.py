@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 from experiments.frame.steps import WINDOW_START
 from ou_theory import estimator as oc
 
-FLOOR_LIMIT = 0.1  # largest Q at the opening of the window of a band whose own signal is still below it
+FLOOR_LIMIT = 0.1  # largest Q where the window opens, for a band whose own signal is still below this
 LOW, HIGH = 1, -1  # bands of the gap: the lowest annulus (band 0 is DC) and the highest
 
-# what is accumulated: name -> in words; the first is the headline
+# name -> the energy that is accumulated, in words; the first is the headline
 ESTIMATORS = {
     "aligned": "energy along the outcome, by its own maximum",
     "aligned, cut": "energy along the outcome, cut where it reaches that of the outcome",
@@ -37,7 +37,7 @@ class Estimates:
     decided: np.ndarray
     gap: np.ndarray
     latched_gap: np.ndarray
-    relative_energy: np.ndarray  # all of it, with its error
+    relative_energy: np.ndarray  # of all energy, errors included
     floor: np.ndarray  # (..., C, B) error energy where the window opens, in units of the uncoupled end
 
 
@@ -53,8 +53,8 @@ def commitment_of(
 
     Args:
       start: log-SNR at which the window opens.
-      inner: of the same shape, inner products with the own end. Without them the whole energy counts, which is right
-        for exact recursions alone: theirs has no error.
+      inner: inner products with the own end, of the same shape. Without them all energy counts, which is right only
+        for exact recursions: they have no errors.
       stochastic: whether the sampler adds noise.
     """
     found = _program(tuple(np.asarray(ell, np.float64)), float(start), stochastic)(energy, inner)
@@ -109,8 +109,8 @@ def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: f
     """Where the window opens for whole energies: at `start`, or at the first later level where noise is low enough.
 
     A level is noisy when a band whose own signal is still under the limit, ``S exp(ell) < 0.1``, shows more than the
-    limit. The window never opens after the strongest band has begun to decide: if no level up to there is clean,
-    `start` stands, and the noise floor, which is reported by band, tells.
+    limit. The window never opens after the strongest band has begun to decide. If no level up to there is clean,
+    `start` is returned, and the noise floor, which is reported by band, shows the error.
 
     Args:
       q: (K, B) relative energy at zero coupling.

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to fill. It takes the place of `path` at the end, or is gone if anything fails."""
+    """A file beside `path` to fill. It replaces `path` at the end, or is removed if anything fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -1,7 +1,7 @@
 """Exact Gaussian modes under a sampler's finite steps, in double precision and step by step.
 
 The formulas are those of `ou_theory.recursion` and `ou_theory.cloning`; here they are applied to the steps of a clock.
-A mode of variance S is denoised by its Wiener gain. All is in the rescaled frame y = x / sqrt(alpha_bar).
+A mode of variance S is denoised by its Wiener gain. Everything is in the rescaled frame y = x / sqrt(alpha_bar).
 """
 
 import jax
@@ -18,15 +18,15 @@ def wiener_gains(variance: np.ndarray, clock: Clock) -> np.ndarray:
 
 
 def ddim_factors(variance: np.ndarray, clock: Clock) -> np.ndarray:
-    """What each DDIM step multiplies modes of variances (...) by: (K, ...)."""
+    """The factor (K, ...) by which each DDIM step multiplies modes of variances (...)."""
     sigma = _levels(clock, variance)
     with jax.enable_x64(True):
         return np.asarray(recursion.mode_ddim_step(wiener_gains(variance, clock), sigma[:-1], sigma[1:]).factor)
 
 
 def ancestral_steps(variance: np.ndarray, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
-    """What each step of the ancestral sampler multiplies modes of variances (...) by, and the variance of the noise
-    that it adds to them, that of the exact posterior: (K, ...) each."""
+    """The factor by which each ancestral step multiplies modes of variances (...), and the variance of the noise that
+    the step adds, which is that of the exact posterior: (K, ...) each."""
     sigma = _levels(clock, variance)
     with jax.enable_x64(True):
         step = recursion.mode_ancestral_step(wiener_gains(variance, clock), sigma[:-1], sigma[1:])

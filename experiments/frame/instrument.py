@@ -1,4 +1,4 @@
-"""The instrument: what is observed of coupled pairs along their trajectories (docs/theory.md, section 7).
+"""The instrument: measurements on coupled pairs along their trajectories (docs/theory.md, section 7).
 
 A subject is anything that denoises under a gate: the network, an untrained network, a Wiener filter. All go through
 the two functions here, which return plain arrays with the axes of the stored datasets.

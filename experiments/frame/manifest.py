@@ -1,4 +1,4 @@
-"""``manifest.json`` of a run: what was run, with what, on what, and how two runs are told apart."""
+"""``manifest.json`` of a run: its settings, versions and device, and how two runs are told apart."""
 
 import json
 import os
@@ -87,11 +87,11 @@ def read_manifest(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise StoreError(f"{file} cannot be read ({error}); start the run again in another --out") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StoreError(f"{path} holds something else, its manifest is not of a {FORMAT}; choose another --out")
+        raise StoreError(f"{path} holds something else: its manifest is not that of a run; choose another --out")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise StoreError(
-            f"{file} is of format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}; "
-            "use the syncgap version that wrote it, or run it again"
+            f"{file} is of format version {manifest.get('format_version')}, and this code reads {FORMAT_VERSION}; "
+            "use the syncgap version that wrote it, or run again in another --out"
         )
     missing = [name for name in OWN_ENTRIES if name not in manifest]
     if missing:
@@ -107,7 +107,7 @@ def read_manifest(path: Path) -> dict:
         wrong += [] if isinstance(digests, dict) and all(map(_is_digests, digests.values())) else [DIGESTS]
         wrong += ["resumed" for entry in manifest["resumed"] if not isinstance(entry, dict)][:1]
     if wrong:
-        raise StoreError(f"{file} is malformed in {', '.join(wrong)}; put it right, or run again in another --out")
+        raise StoreError(f"{file} is malformed in {', '.join(wrong)}; correct it, or run again in another --out")
     return manifest
 
 
@@ -121,8 +121,8 @@ def _is_digests(entries: Any) -> bool:
 
 
 def comparable(entries: Mapping) -> dict:
-    """Entries of a manifest as runs are told apart by them: settings under the names they have now, numbers to single
-    precision, in which networks run, and without what older runs did not note."""
+    """The entries of a manifest by which runs are told apart. Settings have their present names, numbers are rounded to
+    single precision, in which networks run, and entries that older runs lack are left out."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A run as analyses and pages read it: its settings, and the groups that it has stored."""
+"""A run as analyses and pages read it: its settings and its stored groups."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -23,7 +23,7 @@ class Measured(Generic[C]):
 
     Attributes:
       run: its folder.
-      config: its settings; what runs of older versions did not store is at its default.
+      config: its settings; those that an older version did not store have their defaults.
     """
 
     def __init__(self, run: RunFolder, config: C) -> None:
@@ -34,7 +34,7 @@ class Measured(Generic[C]):
         """Reads a run whose settings are of this type.
 
         Raises:
-          StoreError: they are not.
+          StoreError: the stored settings are of another type.
         """
         stored = {RENAMED.get(name, name): value for name, value in run.manifest["settings"].items()}
         known = {each.name for each in fields(settings)}  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ class Measured(Generic[C]):
 
     @property
     def subject_name(self) -> str:
-        """What the run is about, in a word."""
+        """What the run studies, in a word."""
         return subject_of(self.run)
 
     @cached_property
@@ -61,7 +61,7 @@ class Measured(Generic[C]):
 
     @cached_property
     def model(self) -> DiTConfig:
-        """The architecture of the network: a `ControlConfig` only in a study that takes any network."""
+        """The architecture of the network. It is a `ControlConfig` only in a study that accepts any network."""
         return cast(DiTConfig, config_from_dict(self.manifest["model"]))
 
     @cached_property
@@ -73,7 +73,7 @@ class Measured(Generic[C]):
         """A group that is measured in full.
 
         Raises:
-          StoreError: it is not; the message says what to do.
+          StoreError: the group is missing or incomplete; the message says what to do.
         """
         return self.run.load(group)
 
@@ -83,7 +83,7 @@ class Measured(Generic[C]):
 
 
 def subject_of(run: RunFolder) -> str:
-    """What a run is about, in a word: its subject, or the name of its weights."""
+    """What a run studies, in a word: its subject, or the name of its weights."""
     return run.manifest.get("subject") or Path(run.manifest["settings"].get("weights", "")).name
 
 
@@ -93,9 +93,9 @@ COORDINATES: Definitions = {
     "pair": ("index of the pair, which selects its noise", "1"),
     "label": ("class of the pair, which both replicas share", "1"),
     "coupling": ("coupling g: weight of the other replica's keys", "1"),
-    "step": ("sampler step, 0 sees pure noise", "1"),
+    "step": ("sampler step; step 0 starts from pure noise", "1"),
     "ell": ("log-SNR", "nat"),
-    "timestep": ("timestep of the network's training at the sampler step", "1"),
+    "timestep": ("timestep of training that the network is given at the sampler step", "1"),
     "band": ("band of the DCT by radial frequency, 0 is DC", "1"),
     "radius": ("radial frequency, fraction of Nyquist per axis", "1"),
     "row": ("vertical index of the DCT coefficient", "1"),
@@ -106,12 +106,12 @@ COORDINATES: Definitions = {
     "parity": ("common or difference mode of the pair", "1"),
     "layer": ("layer of the network", "1"),
     "head": ("attention head", "1"),
-    "level": ("sampler step that is looked into", "1"),
+    "level": ("sampler step that is examined", "1"),
     "level_ell": ("log-SNR of that step", "nat"),
     "branch": ("sampler step at which clones branch", "1"),
     "branch_ell": ("log-SNR of that step", "nat"),
     "bound": ("estimate, and the ends of its 95 % interval", "1"),
-    "source": ("what the estimates are of", "1"),
+    "source": ("network or control that the estimates describe", "1"),
     "channel": ("channel of the image", "1"),
     "other": ("the other channel of a product", "1"),
     "replica": ("replica of the pair", "1"),
@@ -124,8 +124,8 @@ def described(dataset: xr.Dataset, definitions: Definitions) -> xr.Dataset:
     """The dataset with a meaning and units on each of its variables and coordinates.
 
     Args:
-      definitions: of variables, by name, or by what follows the name of their source and an underscore; those of
-        common coordinates are known.
+      definitions: meaning and units by name of the variable, or by the part of its name after its source and an
+        underscore; those of common coordinates are known.
 
     Raises:
       ValueError: a variable is without a meaning.
@@ -140,5 +140,5 @@ def described(dataset: xr.Dataset, definitions: Definitions) -> xr.Dataset:
             variable.attrs = {"long_name": entry[0], "units": entry[1], **variable.attrs}
     bare = sorted(str(name) for name, variable in found.variables.items() if "long_name" not in variable.attrs)
     if bare:
-        raise ValueError(f"say what these are, and in which units: {', '.join(bare)}")
+        raise ValueError(f"the study defines no meaning and units of: {', '.join(bare)}; add them to its definitions")
     return found

@@ -1,7 +1,7 @@
-"""What a study has to say, as data: sections, which are stored, and the pages that are made of them.
+"""The findings of a study as data: sections, which are stored, and the pages that are made of them.
 
 Every run stores its `Section` in ``section.json``, with its figures beside it. `write_page` makes ``report.html`` of
-one run, or of several joined. A page loads nothing from elsewhere, so that it can be sent around as one file.
+one run, or of several joined. A page loads nothing from elsewhere, so it can be passed on as one file.
 """
 
 import base64
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass
 class Section:
-    """What a study has to say."""
+    """The findings of a study."""
 
     title: str
     question: str  # one or two sentences
@@ -131,18 +131,18 @@ def write_page(
     title: str = "",
     summary: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Writes a page of sections, under the first one's title by default, and returns its path.
+    """Writes a page of sections and returns its path. The title is that of the first section by default.
 
     Args:
       sections: as `stored_section` and `filled` give them.
-      summary: claims over several runs, in front, as `summary_of` gives them.
+      summary: claims over several runs, shown in front, as `summary_of` gives them.
     """
     page = templates(Path(__file__).parent / "templates").get_template("sections.html")
     return write_text(path, page.render(title=title or sections[0]["title"], sections=sections, summary=summary))
 
 
 def templates(folder: Path) -> Environment:
-    """Jinja templates of a folder, in which every value is escaped and none may be missing."""
+    """Jinja templates of a folder. Every value is escaped, and a missing one is an error."""
     shared = Path(__file__).parent / "templates"
     return Environment(
         loader=FileSystemLoader([folder, shared]),
@@ -154,7 +154,7 @@ def templates(folder: Path) -> Environment:
 
 
 def stored_section(run: RunFolder, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The section of a run as the template wants it.
+    """The section of a run as the template needs it.
 
     Args:
       manifest: used in place of the stored one, which says that the run is complete only after its page is written.
@@ -168,10 +168,10 @@ def stored_section(run: RunFolder, manifest: Mapping[str, Any] | None = None) ->
 
 
 def filled(section: Mapping[str, Any], figures: Path) -> dict[str, Any]:
-    """A section's entries with claims as the template wants them, and with the figures of a folder inside.
+    """A section's entries with claims as the template needs them, and with the figures of a folder embedded.
 
     Raises:
-      StoreError: it is malformed, or a figure cannot be read.
+      StoreError: the section is malformed, or a figure cannot be read.
     """
     try:
         shown = [
@@ -181,7 +181,7 @@ def filled(section: Mapping[str, Any], figures: Path) -> dict[str, Any]:
         entries = {**section, "claims": [claim_entry(claim) for claim in section["claims"]], "figures": shown}
     except (TypeError, KeyError, AttributeError) as error:
         raise StoreError(
-            f"the section of {figures.parent} is malformed ({error!r}); run `syncgap report` on it"
+            f"the section of {figures.parent} is malformed ({error!r}); `syncgap report` on that folder writes it again"
         ) from error
     return {"definitions": {}, "id": "", "command": "", "facts": [], "status": "complete", **entries}
 
@@ -200,13 +200,13 @@ def claims_of(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def summary_of(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """What the runs say of each of the paper's claims, and of their own."""
+    """What the runs say about each of the paper's claims, and about their own."""
     groups: dict[int, dict[str, Any]] = {}
     for run in runs:
         for claim in claims_of(run):
             if claim["verdict"] == "not tested":
                 continue
-            title = PAPER.get(claim["id"], "Claims of this package's own")
+            title = PAPER.get(claim["id"], "Claims that are not the paper's")
             group = groups.setdefault(claim["id"] or 99, {"id": claim["id"] or "", "title": title, "entries": []})
             where = {"section": run.path.name, "subject": subject_of(run), "page": f"{run.path.name}/report.html"}
             group["entries"].append({**claim_entry(claim), **where})

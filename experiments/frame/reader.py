@@ -1,4 +1,4 @@
-"""What a run has stored, for whoever wants to go on with it."""
+"""Reading what a run has stored."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from experiments.frame.store import RunFolder
 def open_run(path: str | Path) -> xr.DataTree:
     """All that a run has stored, by group, in memory: ``open_run("runs/compare")["network"].energy``.
 
-    The attributes of the tree are the run's settings, its status and what it was run with. Coordinates of couplings,
-    levels and frequencies are float64, so that ``.sel(coupling=0.2)`` finds what was asked for.
+    The attributes of the tree are the run's settings, its status, and the versions and device it ran with. Coordinates
+    of couplings, levels and frequencies are float64, so that ``.sel(coupling=0.2)`` finds its value.
 
     Raises:
-      StoreError: there is no run, it is not finished, or something in it is damaged; the message says what to do.
+      StoreError: there is no run, or it is unfinished or damaged; the message says what to do.
     """
     run = RunFolder.open(path)
     tree = xr.DataTree.from_dict({group: run.load(group) for group in run.groups})

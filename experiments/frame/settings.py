@@ -1,4 +1,4 @@
-"""What can be set in every study of a network. Imports nothing heavy, so that the command line answers at once."""
+"""Settings of every study of a network. Imports nothing heavy, so that the command line answers at once."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,17 +24,17 @@ RENAMED = {"gate": "gate_kind"}  # settings of older runs, and what they are cal
 class StudyConfig:
     """Settings that every study of a network has; together with the weights they fix its numbers."""
 
-    weights: str = DEFAULT_WEIGHTS  # a converted DiT (folder), or the name of a shipped model
-    pairs: int = 32
+    weights: str = DEFAULT_WEIGHTS  # folder of a converted or trained DiT, or the name of a shipped model
+    pairs: int = 32  # pairs of replicas
     steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
-    sampler: Sampler = "ddim"
-    gate_kind: Annotated[GateKind, tyro.conf.arg(aliases=["--gate"])] = "joint"  # how a gate enters attention
+    sampler: Sampler = "ddim"  # DDIM, or the ancestral sampler, which adds noise
+    gate_kind: Annotated[GateKind, tyro.conf.arg(aliases=["--gate"])] = "joint"  # one softmax or a blend of several
     guidance: float = 1.0  # classifier-free guidance scale; 1 is none
-    guided_channels: GuidedChannels = "all"
+    guided_channels: GuidedChannels = "all"  # channels that guidance acts on: official is the first three
     guided_coupling: GuidedCoupling = "both"  # halves of the guided batch that the gate couples
     classes: tuple[int, ...] | None = None  # labels that the pairs take in turn; all classes by default
-    seed: int = 0
-    block: int = 4  # pairs that run together; what an interruption may lose
+    seed: int = 0  # of all random numbers
+    block: int = 4  # pairs that run together; an interruption loses one block at most
     untrained_pairs: int = 16  # pairs of the control with random weights
     parameters: Parameters = "replicated"  # on several devices: whole on each, or sharded over them
     dtype: Dtype | None = None  # of activations and parameters; the stored one by default
@@ -64,7 +64,7 @@ class StudyConfig:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed that JAX's keys would not tell from another one."""
+    """Raises ValueError for a seed for which JAX would make the same key as for another one."""
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
 

@@ -1,10 +1,10 @@
-"""Which sampler steps are looked at: those of the estimator's window, and some of them evenly spaced in log-SNR."""
+"""The sampler steps that are examined: those of the estimator's window, and some evenly spaced in log-SNR."""
 
 import numpy as np
 
 from ou_theory.clock import Clock
 
-WINDOW_START = -6.0  # log-SNR, in nats, at which the window of the estimator opens, unless noise keeps it shut longer
+WINDOW_START = -6.0  # log-SNR, in nats, at which the window of the estimator opens, or later if noise is too high
 
 
 def window(clock: Clock, least: int = 1) -> np.ndarray:
@@ -16,8 +16,8 @@ def window(clock: Clock, least: int = 1) -> np.ndarray:
     inside = np.flatnonzero(clock.log_snr >= WINDOW_START)
     if inside.size < least:
         raise ValueError(
-            f"steps: {inside.size} of the sampler's {len(clock)} have a log-SNR of {WINDOW_START:g} or more, "
-            f"and {least} are needed: give more --steps"
+            f"steps: {least} sampler steps must have a log-SNR of {WINDOW_START:g} or more, but only {inside.size} of "
+            f"{len(clock)} have; give more --steps"
         )
     return inside
 

@@ -1,12 +1,12 @@
 """A run on disk: one folder with a manifest, labelled arrays, figures and a report.
 
-    manifest.json   what was run, with what, on what, and which blocks of pairs are finished
+    manifest.json   settings, versions and device, and which blocks of pairs are finished
     data.zarr       one group per dataset, opened by any xarray: ``xr.open_datatree(folder / "data.zarr")``
 
-A block counts once the manifest names it. Whatever dies before that leaves the manifest and the blocks it names as they
-were, and is written again when the run goes on. Every stored chunk carries a checksum, which is verified on each read;
-the manifest has a digest of every block, of every group that was written whole, and of the descriptions of arrays.
-What is damaged or missing is an error for readers, and is measured again, and nothing else is, when the run is resumed.
+A block counts once the manifest names it. A process that dies before that leaves the manifest and the blocks it names
+unchanged; the block is written again when the run is resumed. Every stored chunk carries a checksum, which is verified
+on each read. The manifest has a digest of every block, of every group that was written whole, and of the descriptions
+of arrays. Damaged or missing data are an error for readers. Resuming the run measures them again, and only them.
 """
 
 import json
@@ -53,7 +53,7 @@ class RunFolder:
     Attributes:
       path: the folder.
       manifest: the entries of ``manifest.json``; replaced, never changed in place.
-      moved: of a resumed run, what is another machine, device or version than it was started with.
+      moved: for a resumed run, which device or versions differ from those it was started with.
     """
 
     def __init__(self, path: Path, manifest: dict, *, writable: bool):
@@ -113,7 +113,7 @@ class RunFolder:
             raise StoreError(f"{path} holds something that is no run (no manifest.json); choose another --out")
         manifest = read_manifest(path)
         if not resume:
-            raise StoreError(f"{path} holds another run; --resume goes on with it, or choose another --out")
+            raise StoreError(f"{path} holds another run; continue it with --resume, or choose another --out")
         before = {
             name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, DIGESTS)
         }
@@ -138,7 +138,7 @@ class RunFolder:
         """Opens the stored run at `path`, for reading unless `writable`.
 
         Raises:
-          StoreError: there is none, or its manifest cannot be used.
+          StoreError: there is no run, or its manifest cannot be used.
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
@@ -149,7 +149,7 @@ class RunFolder:
         return run
 
     def declare(self, group: str, template: xr.Dataset, chunk: int = 1) -> None:
-        """Makes a group that `write` fills block by block; one that is there already is kept with its blocks.
+        """Makes a group that `write` fills block by block. A group that exists already is kept with its blocks.
 
         Args:
           group: its name.
@@ -158,11 +158,11 @@ class RunFolder:
           chunk: pairs in a block, which is stored as one chunk of every variable; the last block may have fewer.
 
         Raises:
-          StoreError: the group is there with another layout.
+          StoreError: the group exists with another layout.
         """
         without = [str(name) for name, variable in template.data_vars.items() if "pair" not in variable.dims]
         if without:
-            raise StoreError(f"group {group!r}: every variable needs the dimension pair, not so: {', '.join(without)}")
+            raise StoreError(f"group {group!r}: all variables need the dimension pair; without: {', '.join(without)}")
         if chunk < 1:
             raise StoreError(f"chunk must be at least 1, got {chunk}")
         if group in self.manifest["blocks"] and recover(self._group(group)):
@@ -194,7 +194,7 @@ class RunFolder:
 
         Raises:
           StoreError: the group is not declared, or the block does not fit it.
-          OSError: the disk; the block is then not finished, and earlier ones are untouched.
+          OSError: the disk cannot be written; the block is then not finished, and earlier ones are untouched.
         """
         if group not in self.manifest["blocks"]:
             raise StoreError(f"group {group!r} is not declared; declare it before writing blocks")
@@ -225,7 +225,7 @@ class RunFolder:
         """Writes a whole group in one move, in place of an earlier one of that name."""
         self._require_writable()
         if group in self.manifest["blocks"]:
-            raise StoreError(f"group {group!r} is written in blocks; put another name")
+            raise StoreError(f"group {group!r} is written in blocks; choose another name")
         target = self._group(group)
         partial = self.path / f".{group}.partial"
         previous = target.with_name(f".{group}.previous")  # where `recover` looks
@@ -247,22 +247,22 @@ class RunFolder:
 
     @property
     def groups(self) -> list[str]:
-        """Names of all groups that are there, or that the manifest names."""
+        """Names of all groups that exist or that the manifest names."""
         there = {found.name for found in self._group("").glob("[!.]*") if found.is_dir()}
         return sorted(there | set(self.manifest["blocks"]) | set(self._digests))
 
     def holds(self, group: str) -> bool:
-        """Whether there is a group of this name, finished or not."""
+        """Whether a group of this name exists, finished or not."""
         return recover(self._group(group))
 
     def load(self, group: str, *, partial: bool = False) -> xr.Dataset:
         """A group, in memory. Every chunk's checksum is verified.
 
         Args:
-          partial: take a group whose blocks are not all measured, the others as NaN.
+          partial: accept a group whose blocks are not all measured; the missing ones are NaN.
 
         Raises:
-          StoreError: it is not there, not all measured, or damaged; the message names blocks and remedy.
+          StoreError: it is missing, incomplete or damaged; the message names blocks and remedy.
         """
         target = self._group(group)
         if not recover(target):
@@ -281,15 +281,15 @@ class RunFolder:
                 f"{self.path}: the manifest names blocks of group {group!r} that it cannot have: {invented}"
             )
         if missing or altered:
-            why = f"{missing[0]} is not there" if missing else "it is not what was written"
+            why = f"{missing[0]} does not exist" if missing else "its digest differs from the one that was written"
             raise StoreError(f"{self._damage(group)} ({why})")
         if done is not None and not partial and there - set(done):
             pairs = pairs_of(target, sorted(there - set(done)))
-            raise StoreError(f"{self.path}: {pairs} of group {group!r} are not measured yet; go on with --resume")
+            raise StoreError(f"{self.path}: {pairs} of group {group!r} are not measured yet; continue with --resume")
         return found
 
     def _mend_coordinates(self, group: str, template: xr.Dataset) -> None:
-        """Writes the coordinates of a group again that cannot be read: they follow from the settings."""
+        """Writes unreadable coordinates of a group again; they follow from the settings."""
         bad = [name for name in template.coords if damaged(self._group(group), only=str(name))]
         for name in bad:
             shutil.rmtree(self._group(group) / str(name), ignore_errors=True)
@@ -313,19 +313,19 @@ class RunFolder:
         return bad_blocks(self._group(group), self._digests.get(group, {}), self.finished(group))
 
     def _damage(self, group: str) -> str:
-        """What of a group is damaged or missing, and what to do."""
+        """A message: which part of a group is damaged or missing, and what to do."""
         done = self.manifest["blocks"].get(group)
         sound = readable(self._group(group)) and LAYOUT not in self._altered(group)
         blocks = self._bad_blocks(group) if done and sound else []
         what = f"{pairs_of(self._group(group), blocks)} of group {group!r} are" if blocks else f"group {group!r} is"
-        return f"{self.path}: {what} damaged or missing; the same command with --resume makes that again, and only that"
+        return f"{self.path}: {what} damaged or missing; the same command with --resume makes only that part again"
 
     def _drop_damaged(self) -> None:
         """Forgets what cannot be read, so that it is measured again: blocks, and groups that were written whole."""
         blocks = {}
         for group, done in self.manifest["blocks"].items():
             target = self._group(group)
-            # else the whole group is measured again
+            # otherwise the whole group is measured again
             if recover(target) and readable(target) and LAYOUT not in self._altered(group):
                 bad, there = self._bad_blocks(group), blocks_of(target)
                 blocks[group] = [first for first in done if first in there and first not in bad]
@@ -337,7 +337,7 @@ class RunFolder:
                 shutil.rmtree(target)
 
     def _sweep(self) -> None:
-        """Removes what a process that was killed has left behind half-written."""
+        """Removes half-written files that a killed process has left behind."""
         for left in self.path.rglob("*.partial"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -350,7 +350,7 @@ class RunFolder:
         """Reads what `write_json` wrote.
 
         Raises:
-          StoreError: it is not there or damaged.
+          StoreError: it is missing or damaged.
         """
         path = self.path / name
         try:
@@ -368,7 +368,7 @@ class RunFolder:
         """Marks the run complete.
 
         Args:
-          write: called just before, with the manifest as it will be: for a page that shows it.
+          write: called just before, with the manifest as it will be, to write a page that shows it.
         """
         self._sweep()  # of an earlier process that was killed
         last = {} if self.manifest["status"] == "complete" else {"status": "complete", "finished": now()}
@@ -399,7 +399,7 @@ class RunFolder:
     def _remedy(self) -> str:
         unfinished = self.manifest["status"] != "complete"
         again = "the same command with --resume makes it again"
-        return "its run is not finished, go on with --resume" if unfinished else again
+        return "its run is not finished, continue it with --resume" if unfinished else again
 
 
 def _layout(dataset: xr.Dataset) -> dict[str, dict]:

@@ -1,9 +1,9 @@
-"""Random numbers by name: every use of them has a key of its own, folded from the seed, its purpose and indices.
+"""Random numbers by purpose: every use has its own key, which is folded from the seed, the purpose and indices.
 
 The noise of the trajectories is keyed by the seed alone (`dit_jax.replicas.pair_noise`); every other purpose folds a
 number of its own into that key first. These numbers are larger than any pair's index, so that no purpose shares a key
 with a pair, and no seed shares one with another seed. `pair_noise` folds pair, step and replica into the key that it is
-given. Three uses have keys of an older kind, so that stored runs keep their bits: the weights of the untrained control,
+given. Three uses have keys of an older form, so that stored runs keep their bits: the weights of the untrained control,
 the shuffled bands, and the clones of the study ``modalities``.
 """
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FIRST = 2**31  # the numbers of the purposes begin here; indices of pairs, steps and branches are smaller
-PURPOSES = {  # numbers that stay: a new purpose takes a new one
+PURPOSES = {  # these numbers never change; a new purpose takes a new one
     "noised ends": 0,  # noise that is put on the ends of trajectories
     "clones": 1,  # noise of a clone after it has branched
     "probe trajectories": 2,  # noise of the pairs that the linear probe is fitted on
@@ -20,7 +20,7 @@ PURPOSES = {  # numbers that stay: a new purpose takes a new one
     "differences": 4,  # small differences that are pushed through a denoiser's derivative
     "directions": 5,  # directions that power iteration starts from
     "clean states": 6,  # draws of a known law
-    "state noise": 7,  # noise that is put on them
+    "state noise": 7,  # noise that is put on the clean states
     "shuffles": 8,  # random assignments of coefficients to bands
 }
 

@@ -1,8 +1,8 @@
 """A study as one object, and the one driver that runs, times, resumes, stores and reports all of them.
 
-A study is: settings; what it measures on blocks of pairs; what it derives from what is stored; what its page shows. The
-way of the data has one direction: `measure` fills the run's groups, `analyse` reads nothing but groups and settings,
-`page` reads these and the analysis. What fails after measuring can be done again by `report`, from what is stored.
+A study has settings, a measurement on blocks of pairs, an analysis of what is stored, and a page. Data flow in one
+direction: `measure` fills the run's groups, `analyse` reads nothing but groups and settings, and `page` reads these and
+the analysis. If anything fails after measuring, `report` makes it again from what is stored.
 """
 
 import sys
@@ -30,7 +30,7 @@ C = TypeVar("C")
 class Study(Generic[C]):
     """A question, from its settings to its page."""
 
-    name: str  # of the command, of the folder under runs/, and of the kind in the manifest
+    name: str  # of the command and of the folder under runs/; the manifest stores it as "kind"
     config: type[C]  # a dataclass of settings: `StudyConfig` or one that extends it, if a network is measured
     measure: Callable[[Bench[C]], None]  # fills the groups of the run
     page: Callable[[Measured[C], xr.Dataset], Page]  # from what is stored, and the analysis
@@ -38,8 +38,8 @@ class Study(Generic[C]):
     definitions: Definitions = field(default_factory=dict)  # meaning and units of what is stored, by name
     check: Callable[[C, Subject], None] | None = None  # raises ValueError for settings that do not fit the network
     together: Callable[[Sequence[Measured[C]]], Page] | None = None  # several runs side by side
-    subject: str | None = None  # what is studied, where that is no network
-    any_network: bool = False  # whether it runs networks without attention, too; others refuse them
+    subject: str | None = None  # what is studied, for a study without a network
+    any_network: bool = False  # whether networks without attention are accepted, too
 
 
 def run_study(
@@ -51,12 +51,12 @@ def run_study(
     command: str = "",
     progress: bool = True,
 ) -> Path:
-    """Runs a study and fills its folder.
+    """Runs a study and fills the folder of the run.
 
     Args:
       config: settings.
       out: folder of the run.
-      resume: go on with an interrupted run of the same settings; it ends with the same bits.
+      resume: continue an interrupted run of the same settings; it ends with the same bits.
       command: how it was called, for the manifest.
 
     Returns:
@@ -80,7 +80,7 @@ def run_study(
     )
     if bench.run.moved:
         changed = "; ".join(bench.run.moved)
-        print(f"resumed elsewhere, so that last digits may differ ({changed})", file=sys.stderr)
+        print(f"resumed with another device or version, so last digits may differ ({changed})", file=sys.stderr)
     study.measure(bench)
     bench.run.note(measuring_s=round(time.perf_counter() - started, 1))
     return report(study, bench.run)
@@ -109,8 +109,8 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
 
 
 def report(study: Study[C], run: RunFolder) -> Path:
-    """Analysis, claims, figures and page of a run, from what it has measured; then it is complete. Returns the path of
-    ``report.html``.
+    """Makes analysis, claims, figures and page of a run from what it has measured, and marks the run complete. Returns
+    the path of ``report.html``.
 
     Raises:
       StoreError: something that was measured is missing or damaged; the message says what to do.
@@ -130,11 +130,11 @@ def report(study: Study[C], run: RunFolder) -> Path:
 
 
 def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
-    """``report.html`` of a folder of runs: what each says of the paper's four claims, studies of several networks side
-    by side, then the runs in full.
+    """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then the
+    studies of several networks side by side, then every run in full.
 
     Args:
-      find: the study of a kind, None if there is none.
+      find: the study of a name, or None if there is none.
 
     Raises:
       StoreError: the folder holds no finished runs.
@@ -142,29 +142,29 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     runs = [RunFolder.open(path.parent) for path in sorted(folder.glob("*/manifest.json"))]
     runs = [run for run in runs if (run.path / "section.json").exists()]
     if not runs:
-        raise StoreError(f"{folder} holds no finished run, nor folders of them; give the --out folder of a command")
-    kinds: dict[str, list[RunFolder]] = {}
+        raise StoreError(f"{folder} holds no finished run; give an --out folder, or a folder of such folders")
+    studies: dict[str, list[RunFolder]] = {}
     for run in runs:
-        kinds.setdefault(kind_of(run), []).append(run)
+        studies.setdefault(study_of(run), []).append(run)
     joint = [
-        _together(folder, kind, study, members)
-        for kind, members in kinds.items()
-        if len(members) > 1 and (study := find(kind)) is not None and study.together is not None
+        _together(folder, study, members)
+        for name, members in studies.items()
+        if len(members) > 1 and (study := find(name)) is not None and study.together is not None
     ]
     title = "Where diffusion transformers decide: all experiments"
     sections = [*joint, *(stored_section(run) for run in runs)]
     return write_page(folder / "report.html", sections, title=title, summary=summary_of(runs))
 
 
-def kind_of(run: RunFolder) -> str:
-    """The name of the study that a run is of; runs of compare did not note it once."""
+def study_of(run: RunFolder) -> str:
+    """The name of a run's study. Older runs of compare do not store it."""
     return run.manifest.get("kind", "compare")
 
 
-def _together(folder: Path, kind: str, study: Study[Any], runs: Sequence[RunFolder]) -> Mapping[str, Any]:
+def _together(folder: Path, study: Study[Any], runs: Sequence[RunFolder]) -> Mapping[str, Any]:
     assert study.together is not None
     page = study.together([Measured.of(run, study.config) for run in runs])
     draw_figures(folder / "figures", page.figures)
     section = finite(asdict(page.section))
-    write_json(folder / f"{kind}-together.json", section)
-    return {**filled(section, folder / "figures"), "id": f"{kind}-together"}
+    write_json(folder / f"{study.name}-together.json", section)
+    return {**filled(section, folder / "figures"), "id": f"{study.name}-together"}

@@ -1,4 +1,4 @@
-"""Networks under study: a converted, trained or shipped one, and its control with random weights."""
+"""Networks under study: a converted, trained or shipped network, and its control with random weights."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,14 +20,14 @@ def model_folder(weights: str) -> Path:
     """The folder `weights`, or that of the shipped model of this name.
 
     Raises:
-      CheckpointError: neither is there.
+      CheckpointError: neither exists.
     """
     return Path(weights) if Path(weights).is_dir() else shipped_model(weights)
 
 
 def model_name(folder: Path) -> str:
-    """What a model is called: as its folder, or, for the folder ``model`` that `syncgap train` leaves, as the training
-    run."""
+    """The name of a model: that of its folder. A folder ``model``, which `syncgap train` writes, has the name of the
+    training run."""
     path = folder.resolve()
     return path.parent.name if path.name == "model" else path.name
 
@@ -36,7 +36,7 @@ class Subject(NamedTuple):
     """A network under study."""
 
     name: str  # see `model_name`
-    model: DiT  # a network of `dit_jax.controls` only in a study that takes any
+    model: DiT  # a network of `dit_jax.controls` only in a study that accepts any network
     manifest: dict  # of its folder: digest, data, training
 
     @property
@@ -45,8 +45,8 @@ class Subject(NamedTuple):
         return (config.input_size, config.input_size, config.in_channels)
 
     def untrained(self, seed: int) -> DiT:
-        """The control: the same architecture with random weights everywhere, those that initialisation sets to zero
-        drawn too, so that the blocks act and the output is not trivially zero; where the subject's arrays lie."""
+        """The control: the same architecture with random weights, on the device of the subject's arrays. Weights that
+        initialisation sets to zero are drawn too, so that the blocks act and the output is not zero."""
         device = next(iter(jax.tree.leaves(nnx.state(self.model))[0].devices()))
         with jax.default_device(device):
             return cast(DiT, untrained_model(self.model.config, seed))
@@ -57,8 +57,8 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
 
     Args:
       dtype: of activations and parameters, in place of the stored one.
-      on_host: leave the arrays in the host's memory; for models that are then placed on several devices, none of which
-        may hold the whole.
+      on_host: leave the arrays in the host's memory, for models that are then placed on several devices and may not fit
+        on one.
 
     Raises:
       ValueError: there is no such model, or its folder cannot be used.
@@ -69,13 +69,12 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
         return Subject(model_name(source), model, load_manifest(source))
 
 
-def check_dit(subject: Subject, kind: str) -> None:
-    """Raises ValueError unless the subject is a DiT, which a study of this kind couples or looks into."""
+def check_dit(subject: Subject, study: str) -> None:
+    """Raises ValueError unless the subject is a DiT, whose attention this study couples or reads."""
     config = cast(NetworkConfig, subject.model.config)
     if isinstance(config, ControlConfig):
         raise ValueError(
-            f"syncgap {kind} needs a DiT, whose attention it couples or reads; {subject.name} holds a "
-            f"{config.architecture}"
+            f"syncgap {study} couples or reads attention and needs a DiT; {subject.name} is a {config.architecture}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Claims as statements about a run: verdict, value, interval, and what the controls say.
+"""Claims as statements about a run: verdict, value, interval and controls.
 
 A claim holds when its 95 % interval lies wholly on the claimed side, does not hold when it lies wholly on the other,
 and is undecided in between. The same rule is applied to the controls.
@@ -16,12 +16,12 @@ Verdict = Literal["holds", "does not hold", "undecided", "not tested"]
 
 @dataclass
 class Control:
-    """What a claim's measure is where the claim should not hold, or where the answer is known."""
+    """The measure of a claim on a case where the claim should not hold, or where the answer is known."""
 
     name: str
     value: float | None
     interval: list[float] | None
-    also_holds: bool | None  # whether the claim holds here too; None where that would be no objection
+    also_holds: bool | None  # whether the claim holds here too; None where that is no objection to it
     statement: str
 
 
@@ -40,8 +40,8 @@ class Claim:
 
 
 def above(interval: ArrayLike | None, threshold: float = 0.0) -> Verdict:
-    """Whether something lies above a threshold, by its interval (2,): holds if wholly above it, does not hold if
-    nowhere above it. Undecided too where the interval is not finite."""
+    """Whether something lies above a threshold, by its interval (2,): holds if the interval is wholly above it, does
+    not hold if no part is above it, else undecided. An interval that is not finite is undecided."""
     if interval is None or not np.isfinite(np.asarray(interval, np.float64)).all():
         return "undecided"
     low, high = np.asarray(interval, np.float64)
@@ -77,7 +77,7 @@ def bounds(values: Sequence[float] | np.ndarray) -> list[float]:
 
 
 def finite(entry: Any) -> Any:
-    """The same with null for what is not a number, as JSON has it."""
+    """The same entry with None in place of NaN and infinities, which JSON lacks."""
     if isinstance(entry, dict):
         return {name: finite(value) for name, value in entry.items()}
     if isinstance(entry, list):

@@ -1,4 +1,4 @@
-"""What a model folder holds, from its manifest: nothing is loaded or compiled."""
+"""A description of a model folder from its manifest. Nothing is loaded or compiled."""
 
 import json
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from dit_jax.latents import VAE_FACTOR, has_pixels, is_latent
 from dit_jax.weights import variant_name
 
 SHOWN_CLASSES = 8
-LICENCE = "if these are the released DiT weights: CC BY-NC 4.0, non-commercial use only, in this form too"
+LICENCE = "if these are the released DiT weights: CC BY-NC 4.0, non-commercial use only, also when converted"
 
 
 def read_manifest(directory: str | Path) -> tuple[dict, NetworkConfig]:
     """Manifest and config of a model folder.
 
     Raises:
-      CheckpointError: it is not a model folder, or its manifest's config is not usable.
+      CheckpointError: this is not a model folder, or the config in its manifest is not usable.
     """
     manifest = load_manifest(directory)
     return manifest, manifest_config(directory, manifest)
@@ -66,15 +66,15 @@ def manifest_json(directory: str | Path) -> str:
 
 
 def verify(directory: str | Path) -> tuple[bool, str]:
-    """Whether the arrays of a model folder are those its manifest was written for, and a line that says so.
+    """Whether the arrays of a model folder are those that its manifest was written for, and a line that says so.
 
     Raises:
-      CheckpointError: it is not a model folder, or its arrays cannot be read.
+      CheckpointError: this is not a model folder, or its arrays cannot be read.
     """
     written, found = load_manifest(directory)["digest"], weights_digest(directory)
     if found == written:
         return True, "verified: the arrays have the digest of the manifest"
-    return False, f"MISMATCH: the arrays have digest {found}, the manifest says {written}; make the folder again"
+    return False, f"MISMATCH: the arrays have digest {found}, but the manifest says {written}; make the folder again"
 
 
 def _architecture(config: NetworkConfig) -> str:
@@ -125,7 +125,7 @@ def _training(manifest: Mapping) -> dict[str, str]:
     if data:
         lines["data"] = f"{_number(data.get('images'))} images, SHA-256 {data.get('sha256')}"
         if transformation := _mapping(data, "transformation"):
-            lines["made of them"] = f"{transformation.get('name')}: {transformation.get('does')}"
+            lines["transformation"] = f"{transformation.get('name')}: {transformation.get('does')}"
     if training:
         told = {"steps": "steps", "batch_size": "batch", "learning_rate": "learning rate", "seed": "seed"}
         lines["training"] = ", ".join(f"{word} {training[name]}" for name, word in told.items() if name in training)
@@ -135,7 +135,7 @@ def _training(manifest: Mapping) -> dict[str, str]:
 
 
 def _stored_dtypes(directory: Path) -> str:
-    """From the headers of the arrays; the manifest does not tell."""
+    """Stored dtypes from the headers of the arrays; the manifest does not name them."""
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.metadata((directory / "params").resolve()).item_metadata.tree

@@ -1,4 +1,4 @@
-"""Pictures from a network: samples of chosen classes as arrays, as a grid to look at, and a manifest."""
+"""Pictures from a network: samples of chosen classes as arrays and as one grid, with a manifest."""
 
 import json
 from dataclasses import asdict
@@ -43,7 +43,7 @@ def sample_pictures(
     command: str = "",
     progress: bool = True,
 ) -> dict:
-    """Samples pictures and writes a folder: ``latents.npz``, ``grid.png`` with one row per class, ``manifest.json``.
+    """Samples pictures and writes a folder: ``latents.npz``, ``grid.png`` (one row per class), ``manifest.json``.
 
     Args:
       weights: a converted or trained DiT (folder), or the name of a shipped model.
@@ -54,14 +54,14 @@ def sample_pictures(
       the manifest.
 
     Raises:
-      ValueError: settings that do not fit the weights; a folder that is taken; samples that are not finite.
+      ValueError: settings that do not fit the weights; a folder that is in use; samples that are not finite.
     """
     out = Path(out)
     check_free(out, overwrite)
     source = model_folder(weights)
     manifest, model_config = read_manifest(source)
     if config.vae is not None and not is_latent(manifest):
-        raise PicturesError(f"--vae decodes latents of the official models, and {source.name} is not of their kind")
+        raise PicturesError(f"--vae decodes latents of the official models, which {source.name} does not produce")
     decoder = None if config.vae is None else vae_decoder(config.vae)
     clock = make_clock(config.steps)
     known = names(manifest)
@@ -76,7 +76,7 @@ def sample_pictures(
         progress=progress,
     )
     if not np.isfinite(samples).all():
-        raise PicturesError("samples are not finite: use more --steps, less --guidance, or weights of float32")
+        raise PicturesError("samples are not finite: use more --steps, less --guidance, or --dtype float32")
     pictures, shows = to_pictures(samples, manifest, decoder)
     written = {
         "format": FORMAT,
@@ -107,7 +107,7 @@ def draw(
 ) -> np.ndarray:
     """Samples (N, H, W, C) float32 of labels (N,).
 
-    All noise is a function of (seed, index of the picture, step), so that a picture does not depend on the batch.
+    All noise is a function of (seed, index of the picture, step), so a picture does not depend on its batch.
     """
     shape = (model.config.input_size, model.config.input_size, model.config.in_channels)
 
@@ -138,9 +138,9 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise PicturesError(f"{out} exists and is not empty; choose another folder, or overwrite it (--overwrite)")
+        raise PicturesError(f"{out} exists and is not empty; choose another folder, or replace it with --overwrite")
     if not _holds_pictures(out):
-        raise PicturesError(f"{out} is not overwritten, for it is no folder of pictures made by `syncgap sample`")
+        raise PicturesError(f"{out} is not overwritten: it is no folder of pictures made by `syncgap sample`")
 
 
 def _holds_pictures(out: Path) -> bool:

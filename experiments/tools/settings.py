@@ -9,17 +9,17 @@ from experiments.frame.settings import Dtype, GuidedChannels, Sampler
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Settings of a set of pictures; together with the weights they fix it."""
+    """Settings of a set of pictures. Together with the weights they determine the pictures."""
 
-    classes: tuple[str, ...] = ()  # names or numbers, one row of the grid each; by default all, up to 8
+    classes: tuple[str, ...] = ()  # names or numbers, one row of the grid each; the first 8 by default
     count: int = 4  # pictures of each class
     steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
-    sampler: Sampler = "ddim"
-    eta: float = 0.0  # stochasticity of ddim, 0 to 1
+    sampler: Sampler = "ddim"  # DDIM, or the ancestral sampler
+    eta: float = 0.0  # stochasticity of DDIM, from 0 to 1
     guidance: float = 1.0  # classifier-free guidance scale; 1 is none
-    guided_channels: GuidedChannels = "all"
-    seed: int = 0
-    batch: int = 8  # pictures that run together; has no influence on them
+    guided_channels: GuidedChannels = "all"  # channels that guidance acts on: official is the first three
+    seed: int = 0  # of all random numbers
+    batch: int = 8  # pictures that are sampled together; does not change them
     vae: Path | None = None  # folder of an AutoencoderKL in diffusers form, to decode latents
     dtype: Dtype | None = None  # of activations and parameters; the stored one by default
 

@@ -1,4 +1,4 @@
-"""The figures of a first lecture on the theory, each from `ou_theory` alone, and the page that shows them."""
+"""Figures for a first lecture on the theory, each from `ou_theory` alone, and the page that shows them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def eigenmodes() -> Figure:
 
 
 def pitchfork() -> Figure:
-    """The potential of a mode at four times, and where its minima are."""
+    """The potential of a mode at four times, and the position of its minima."""
     figure, (left, right) = new_figure(7.2, 3.3, 1, 2)
     centre, onset = np.sqrt(CENTRE2), float(speciation.mode_speciation_time(np.sqrt(CENTRE2), WIDTH2))
     x = np.linspace(-3, 3, 301)
@@ -129,7 +129,7 @@ def speciation_times() -> Figure:
 
 
 def cloning_curves() -> Figure:
-    """Likeness of two clones at the end, for a Gaussian mode and for clusters of the same variance."""
+    """Correlation of two clones at the end, for a Gaussian mode and for clusters of the same variance."""
     figure, ax = new_figure(7.2, 3.2)
     ell = np.linspace(-6, 8, 281)
     sigma2 = np.exp(-ell)
@@ -235,15 +235,15 @@ class Lesson:
 LESSONS = {
     "transition": Lesson(
         transition,
-        "Noise, coupled",
-        "Two replicas forget where they started and pull on each other while noise comes in. "
-        "Coupling tilts their joint law: it stretches along the common mode and shrinks across it.",
+        "Two coupled replicas",
+        "Two replicas forget where they started and pull on each other while noise is added. "
+        "Coupling makes their joint law wider along the common mode and narrower along the difference mode.",
         "12.1",
     ),
     "eigenmodes": Lesson(
         eigenmodes,
         "Two modes, two rates",
-        "Sum and difference of the replicas do not mix: one relaxes with b - g, the other with b + g. "
+        "Sum and difference of the replicas do not mix: the sum relaxes with b - g, the difference with b + g. "
         "A slow mode gathers more noise, and where its rate falls to 0 it has no stationary state.",
         "12.1",
     ),
@@ -257,14 +257,14 @@ LESSONS = {
     "speciation": Lesson(
         speciation_times,
         "Coupling opens a gap",
-        "With the same clusters in both modes, the slow one speciates at more noise, earlier in generation. "
-        "The gap grows with the coupling and stays finite at the bound; the formula for far clusters does not.",
+        "With the same clusters in both modes, the slow mode speciates at more noise, earlier in generation. "
+        "The gap grows with the coupling and stays finite at g = b; the formula for far clusters diverges there.",
         "13.3",
     ),
     "cloning": Lesson(
         cloning_curves,
-        "Clones tell when it is decided",
-        "Branch two clones at a level and let each go on alone: their ends correlate by 1 - mmse / Var. "
+        "Clones tell when a feature is decided",
+        "Two clones branch at a level and continue independently: their ends have correlation 1 - mmse / Var. "
         "Clusters are decided earlier than a Gaussian mode of the same variance, and near their speciation.",
         "4.1",
     ),
@@ -278,7 +278,7 @@ LESSONS = {
     "gap": Lesson(
         gap_against_gate,
         "What a gate does, and does not",
-        "One gain for all bands lowers every curve alike: less is decided individually, at the same distances. "
+        "One gain for all bands lowers every curve alike: less is decided individually, at the same gaps. "
         "If a network's gap closes under coupling, its gain must depend on the band.",
         "5.2",
     ),
@@ -286,7 +286,7 @@ LESSONS = {
         discrete_sampler,
         "A sampler is not the continuum",
         "With few steps a mode reaches half of its energy earlier than where signal equals noise. "
-        "The bias is a fraction of a step to two steps, however many there are: compare through the recursion.",
+        "The bias is between a fraction of a step and two steps for any number of steps, so theory uses the recursion.",
         "5.3",
     ),
 }

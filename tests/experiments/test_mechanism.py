@@ -307,8 +307,8 @@ def test_cutoff_of_known_curves():
     grown = np.array([1.0, 1.1, 1.2, 1.0, 1.0])
     found = cutoff(np.stack([ramp, flat, grown]), radius)
     np.testing.assert_allclose(found, [0.4, 0.7, np.nan])
-    assert "not up to" in cutoff_text(np.array([0.7, 0.7, 0.7]), 0.7)
-    assert "nowhere" in cutoff_text(np.array([np.nan] * 3), 0.7)
+    assert "does not pass" in cutoff_text(np.array([0.7, 0.7, 0.7]), 0.7)
+    assert "not synchronised" in cutoff_text(np.array([np.nan] * 3), 0.7)
     assert "0.40" in cutoff_text(np.array([0.4, 0.3, 0.5]), 0.7)
 
 
@@ -381,7 +381,7 @@ def test_report_and_figures_are_there(finished, has_ink):
     for name in section["captions"]:
         assert has_ink(finished.path / "figures" / f"{name}.png")
     (claim,) = json.loads((finished.path / "claims.json").read_text())["claims"]
-    assert [control["name"] for control in claim["controls"]] == ["untrained network", "untrained, gates open"]
+    assert [control["name"] for control in claim["controls"]] == ["untrained network", "untrained, adaLN gates open"]
 
 
 def test_estimates_lie_in_their_intervals(analysis):

@@ -154,7 +154,7 @@ def test_the_folder_holds_what_theory_and_simulation_say(finished):
     drawn = sorted((finished.path / "figures").glob("*.svg"))
     assert drawn
     assert page.count("data:image/svg+xml;base64,") == len(drawn)
-    assert "At equal total, coupling near the data holds the gap open" in page
+    assert "At equal total, coupling near the data opens a larger gap than coupling near the noise" in page
 
 
 @pytest.mark.long

@@ -266,7 +266,7 @@ def test_resume_starts_where_nothing_is(tmp_path):
 
 def test_another_run_is_not_touched(tmp_path):
     run = RunFolder.create(tmp_path / "run", SETTINGS)
-    with pytest.raises(StoreError, match="another run; --resume"):
+    with pytest.raises(StoreError, match="another run; continue it with --resume"):
         RunFolder.create(run.path, SETTINGS)
 
 
@@ -345,7 +345,7 @@ def test_groups_are_used_as_declared(tmp_path):
         run.declare("network", template().isel(step=slice(2)))
     with pytest.raises(StoreError, match="another layout"):
         run.declare("network", template().assign_coords(coupling=[0.0, 0.7]))
-    with pytest.raises(StoreError, match="dimension pair, not so: gap"):
+    with pytest.raises(StoreError, match="dimension pair; without: gap"):
         run.declare("more", template().assign(gap=("coupling", [1.0, 2.0])))
     with pytest.raises(StoreError, match="chunk must be at least 1"):
         run.declare("more", template(), chunk=0)
@@ -368,7 +368,7 @@ def test_an_opened_run_is_read_only(tmp_path):
 
 def test_missing_and_damaged_groups_say_what_to_do(tmp_path):
     run = started(tmp_path / "run")
-    with pytest.raises(StoreError, match="no group 'analysis'; its run is not finished, go on with --resume"):
+    with pytest.raises(StoreError, match="no group 'analysis'; its run is not finished, continue it with --resume"):
         run.load("analysis")
     write_block(run, 0)
     run.finish()

@@ -1,4 +1,4 @@
-"""From stored measurements to the three curves, their disagreement beyond what finite steps cost, and its parts."""
+"""The three curves from stored measurements, how far they disagree beyond what finite steps cost, and why."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from experiments.studies.cloning.theory import step_theory
 from ou_theory import estimator as oc
 from ou_theory.clock import Clock
 
-_APART = "distance of a measurement from the mean of the other two, beyond finite steps"
-_PART = "part of 1 - mmse/Var less Q, beyond finite steps"
-_BOUND = "1 - mmse/Var less a bound that the posterior mean cannot fall below"
+_APART = "distance of a measurement from the mean of the other two, beyond what finite steps cost"
+_PART = "part of 1 - mmse/Var minus Q, beyond what finite steps cost"
+_BOUND = "1 - mmse/Var minus a lower bound of it for any posterior mean"
 DEFINITIONS: Definitions = {
     "q": ("Q: variance of what the sampler predicts over that of the ends", "1"),
     "mmse": ("1 - mmse/Var of predicting the noised ends", "1"),
@@ -25,11 +25,11 @@ DEFINITIONS: Definitions = {
     "difference": ("difference of two measurements", "1"),
     "beyond": ("difference of two measurements beyond what finite steps cost", "1"),
     "absolute": ("mean absolute difference of two measurements", "1"),
-    "absolute_noise": ("what sampling noise alone makes of the mean absolute difference", "1"),
-    "square": ("mean square difference beyond finite steps, free of sampling noise", "1"),
+    "absolute_noise": ("mean absolute difference that sampling noise alone would give", "1"),
+    "square": ("mean square difference beyond what finite steps cost, free of sampling noise", "1"),
     "square_raw": ("mean square difference, free of sampling noise", "1"),
-    "square_steps": ("mean square difference of the exact Gaussian denoiser: what finite steps cost", "1"),
-    "signed": ("mean difference beyond finite steps", "1"),
+    "square_steps": ("mean square difference for the exact Gaussian denoiser, which is what finite steps cost", "1"),
+    "signed": ("mean difference beyond what finite steps cost", "1"),
     "apart": (_APART, "1"),
     "apart_band": (f"{_APART}, by band", "1"),
     "parts": (_PART, "1"),
@@ -46,7 +46,7 @@ DEFINITIONS: Definitions = {
     "contrast": ("the two measurements whose difference is taken", "1"),
     "measure": ("which measurement", "1"),
     "curve": ("which curve", "1"),
-    "where": ("where a band is less, or more, than half decided", "1"),
+    "where": ("whether a band is less or more than half decided", "1"),
     "filter": ("which bound", "1"),
 }
 
@@ -73,7 +73,7 @@ def mean_square(values: np.ndarray, pairs: int) -> np.ndarray:
 def estimates(dataset: xr.Dataset, clock: Clock, seed: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """All estimates of one source, intervals in the last axis, from one draw of pairs; levels in nats.
 
-    What is averaged over bands leaves out DC, three coefficients whose noise would drown the rest.
+    Averages over bands leave out DC: it has one coefficient per channel, whose noise would drown the rest.
     """
     pairs, branches, ell = dataset.sizes["pair"], dataset.branch.values, clock.log_snr
     weights = pair_draws(seed, pairs)
@@ -99,12 +99,12 @@ def estimates(dataset: xr.Dataset, clock: Clock, seed: int) -> dict[str, tuple[t
     undecided = q[0, branches, LOW:] < 0.5
     inside = [value[..., LOW:] for value in apart]
     where = [undecided | True, undecided, ~undecided]
-    # what of mmse - Q is due to other states, to predictions that vary more than they know, to an offset of their mean
+    # mmse - Q is due to other states, to predictions that vary more than they know, and to an offset of their mean
     parts = [spread - q, 2 * (aligned - spread), 1 - error - (2 * aligned - spread)]
     known = [theory["spread"] - theory["q"], 2 * (theory["aligned"] - theory["spread"]), 0.0]
     parts = [(found - exact)[:, branches, LOW:] for found, exact in zip(parts, known, strict=True)]
 
-    grid = np.append(branches, len(clock) - 1)  # nothing is open at the last step
+    grid = np.append(branches, len(clock) - 1)  # everything is decided at the last step
     ends = [np.concatenate([value, np.ones_like(value[:, :1])], 1) for value in at.values()]
     start = guarded_start(q[0], variance[0], ell)
     with jax.enable_x64(True):
@@ -153,7 +153,7 @@ def analyse(measured: Measured[CloningConfig]) -> xr.Dataset:
 
 
 def estimates_of(clock: Clock, sources: dict[str, xr.Dataset], seed: int) -> xr.Dataset:
-    """The same from groups by name."""
+    """The estimates of `analyse`, from groups by name."""
     data = {
         f"{source}_{name}": value
         for source, dataset in sources.items()

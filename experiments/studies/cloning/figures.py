@@ -22,7 +22,7 @@ TOLERANCE = 0.05  # root mean square, in units of a correlation
 PARTS = {
     "states": ("the sampler's states are not its noised ends", "#CC79A7"),
     "calibration": ("predictions vary too much or too little", "#E69F00"),
-    "offset": ("offset of their mean", QUIET),
+    "offset": ("offset of the predictions' mean", QUIET),
 }
 
 
@@ -52,12 +52,12 @@ def figure_curves(analysis: xr.Dataset) -> Figure:
         ax.axis("off")
     panels[-1].legend(handles, labels, loc="center", fontsize=8)
     figure.supxlabel(LEVEL_LABEL, fontsize=9)
-    figure.supylabel("decided share", fontsize=9)
+    figure.supylabel("share decided", fontsize=9)
     return figure
 
 
 def figure_differences(analysis: xr.Dataset) -> Figure:
-    """Differences beyond finite steps, network and exact denoiser."""
+    """Differences beyond what finite steps cost, for the network and the exact denoiser."""
     figure, axes = new_figure(7.4, 4.2, 2, 3, sharex=True, sharey=True)
     names = band_names(analysis)
     shift = np.linspace(-0.3, 0.3, len(names))
@@ -91,7 +91,7 @@ def figure_reasons(analysis: xr.Dataset) -> Figure:
         values = analysis.network_excess.values[1, :, band]
         curve(right, level, values, color, name, marker="o", markersize=3.5)
     right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
-    right.set_ylabel("1 − mmse/Var above linear filter")
+    right.set_ylabel("1 − mmse/Var minus linear filter")
     for ax in (left, right):
         ax.axhline(0, color=INK, linewidth=0.6)
         ax.set_xlabel(LEVEL_LABEL)

@@ -1,9 +1,10 @@
 """Three measurements of one quantity: how much of an image a state has decided (docs/theory.md, sections 4.1 and 11.1).
 
-Along the ancestral sampler without coupling: the spread of what is predicted from independent states, the correlation
-of clones that branch from one state, and the error of predicting the sampler's own images from noise. They are one
-curve if the denoiser is the posterior mean of its own sampler's law. Finite steps alone set them apart, by what an
-exact Gaussian denoiser of the same variances and step noise loses; that is known (`step_theory`) and taken off.
+The ancestral sampler runs without coupling. Three quantities are measured: the spread of what is predicted from
+independent states, the correlation of clones that branch from one state, and the error of predicting the sampler's own
+images from noise. They are one curve if the denoiser is the posterior mean of its own sampler's law. Finite steps alone
+set them apart. For an exact Gaussian denoiser of the same variances and step noise that difference is known
+(`step_theory`), and it is taken off.
 """
 
 import jax
@@ -26,19 +27,19 @@ from ou_theory.modes import Bands, band_mean, dct2, pair_modes
 def check(config: CloningConfig, subject: Subject) -> None:
     """Raises ValueError unless there are steps at which clones can branch."""
     if inner_branches(make_clock(config.steps), config.branches).size < 2:
-        raise ValueError(f"steps {config.steps!r}: fewer than two of them leave clones anything to differ by")
+        raise ValueError(f"steps {config.steps!r}: clones need two sampler steps to branch at; give more --steps")
 
 
 def inner_branches(clock: Clock, count: int) -> np.ndarray:
-    """Steps at which clones branch, evenly spaced in log-SNR. The last step is none of them: nothing random follows it,
-    and all three measurements are 1 there or nearly.
+    """Steps at which clones branch, evenly spaced in log-SNR. The last step is left out: nothing random follows it, and
+    all three measurements are close to 1 there.
     """
     steps = spaced_steps(clock, count, last=False)
     return steps[steps < len(clock) - 1]
 
 
 def clone_ends(denoise: Denoiser, clock: Clock, states, branch, labels, noise) -> jax.Array:
-    """Where clones end: the ancestral sampler from a step on, with noise of its own.
+    """Where clones end: the ancestral sampler continues from a step with fresh noise.
 
     Args:
       states: (2, P, H, W, C) at the step `branch`, which may be traced.
@@ -120,17 +121,17 @@ def measurements(
 VARIABLES: Variables = {
     "energy": (("step", "band"), "mean square per coefficient of the difference of what the sampler predicts"),
     "noise": (("step",), "variance of the noise that the sampler adds, mean over pixels; unused in the last step"),
-    "clone_product": (("branch", "band"), "product of the ends' difference and that of clones from the branch on"),
+    "clone_product": (("branch", "band"), "product of the differences of the ends and of the ends of clones"),
     "clone_square": (("branch", "band"), "mean square of the difference of the clones' ends"),
-    "error": (("step", "band"), "mean square error of predicting the ends after noise was put on them"),
-    "spread": (("step", "band"), "mean square of the difference of these predictions"),
-    "aligned": (("step", "band"), "product of that difference and the ends' own"),
-    "covariance": (("band", "channel", "other"), "products of channels of the ends' difference, per coefficient"),
+    "error": (("step", "band"), "mean square error of predicting the ends from noised ends"),
+    "spread": (("step", "band"), "mean square of the difference of the predictions from noised ends"),
+    "aligned": (("step", "band"), "product of the differences of the predictions from noised ends and of the ends"),
+    "covariance": (("band", "channel", "other"), "products of channels of the difference of the ends, per coefficient"),
 }
 
 
 def measure(bench: Bench[CloningConfig]) -> None:
-    """Fills ``network``, ``exact``, the Gaussian denoiser of the network's covariances, and ``untrained``."""
+    """Fills ``network``, ``untrained``, and ``exact``: the Gaussian denoiser of the network's covariances."""
     config, clock, bands, shape = bench.config, bench.clock, bench.bands, bench.subject.image_shape
     branches, channels = inner_branches(clock, config.branches), np.arange(shape[-1])
     coords = {

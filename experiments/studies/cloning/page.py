@@ -22,10 +22,10 @@ MEANING = {
     "and later steps add what they leave out",
     ("clones", True): "the states hold more of the outcome than the predictions say: fresh noise changes too little",
     ("clones", False): "fresh noise changes more than the predictions leave open",
-    ("mmse", True): "more of the sampler's images can be told from noise than its own states have decided: the states "
-    "on the way are not noised images of their ends",
-    ("mmse", False): "one-step predictions miss more of the sampler's own images than its states leave open: on noised "
-    "ends the denoiser is worse than the law of these ends allows",
+    ("mmse", True): "a noised end tells more about the image than the sampler's own state at that level has decided: "
+    "the states on the way are not noised versions of their ends",
+    ("mmse", False): "predictions from noised ends miss more of the image than the sampler's own states leave open: "
+    "the denoiser is not the posterior mean of its own ends",
 }
 
 
@@ -71,16 +71,17 @@ def deviation(analysis: xr.Dataset, source: str) -> str:
     names = np.array(band_names(analysis))
     sides = {"above": bands[:, 1] > 0, "below": bands[:, 2] < 0}
     text = (
-        f"Farthest from the mean of the other two is {MEASURES[measure]}, by {formatted(everywhere, 3)} on average, "
-        f"{formatted(undecided, 3)} where a band is less than half decided and {formatted(decided, 3)} where it is more"
+        f"The measurement farthest from the mean of the other two is {MEASURES[measure]}. It differs by "
+        f"{formatted(everywhere, 3)} on average, by {formatted(undecided, 3)} where a band is less than half decided, "
+        f"and by {formatted(decided, 3)} where it is more."
     )
     for side, found in sides.items():
         if found.any():
             which = [
                 f"{name} ({formatted(values, 3)})" for name, values in zip(names[found], bands[found], strict=True)
             ]
-            text += f"; {side} them in {', '.join(which)}: {MEANING[measure, side == 'above']}"
-    return text + ("." if any(found.any() for found in sides.values()) else "; no band's interval leaves 0 out.")
+            text += f" It lies {side} them in {', '.join(which)}: {MEANING[measure, side == 'above']}."
+    return text if any(found.any() for found in sides.values()) else f"{text} No band's interval excludes 0."
 
 
 def section(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Section:
@@ -106,12 +107,12 @@ def section(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Section:
     )
     return Section(
         title=f"Cloning: {measured.subject_name}",
-        question="How much of an image is decided at a step? Three things tell: the spread of predictions, clones that "
-        "branch there, and the error of one prediction. They give the same curve if the denoiser is the posterior mean "
-        "of its own sampler's law.",
-        answer=f"Beyond what {settings.steps} steps cost, the three curves are "
-        + "; ".join(f"{formatted(r, 3)} apart ({named(c)})" for c, r in zip(CONTRASTS, rms, strict=True))
-        + f", root mean square. Farthest from the others is {MEASURES[odd_one(analysis, 'network')]}.",
+        question="How much of an image is decided at a step? Three measurements tell: the spread of predictions, the "
+        "correlation of clones that branch there, and the error of one prediction. They give the same curve if the "
+        "denoiser is the posterior mean of its own sampler's law.",
+        answer=f"The root mean square differences of the three curves, beyond what {settings.steps} steps cost, are "
+        + "; ".join(f"{formatted(r, 3)} ({named(c)})" for c, r in zip(CONTRASTS, rms, strict=True))
+        + f". The curve farthest from the other two is {MEASURES[odd_one(analysis, 'network')]}.",
         claims=[claim],
         tables=[_contrast_table(analysis), _level_table(analysis), _bound_table(analysis)],
         captions={
@@ -122,27 +123,29 @@ def section(measured: Measured[CloningConfig], analysis: xr.Dataset) -> Section:
             f"by band (colours), with intervals. Shaded: ± {TOLERANCE:g}. Top: network; bottom: exact Gaussian "
             "denoiser through the same code.",
             "reasons": "Left: 1 − mmse/Var minus Q, mean over bands above DC, split exactly into three parts. Right: "
-            "by band, how far 1 − mmse/Var lies above the best linear filter of the sampler's own images. Above 0: not "
-            "Gaussian, or several variances in one band; below 0: worse than that filter.",
+            "by band, 1 − mmse/Var minus that of the best linear filter of the sampler's own images. A value above 0 "
+            "means that the images are not Gaussian or that a band holds several variances. A value below 0 means that "
+            "the network predicts worse than that filter.",
         },
         methods=[
             f"{settings.pairs} pairs of replicas run uncoupled under the ancestral sampler, {settings.steps} steps. "
             "Both replicas of a pair have the same class, and each has noise of its own. Q is the variance of the "
             "predictions, divided by that of the ends. For the clones, the states of "
             f"{analysis.sizes['branch']} steps are continued once more with fresh noise: from its state on, a "
-            "replica's own path and the new one are two clones. They are correlated as differences of replicas, which "
-            "leaves out the mean of the class and much noise. For 1 − mmse/Var, noise is put on the ends and they are "
-            "predicted once; the law is the model's own, and no data enter. One draw of pairs serves all intervals.",
+            "replica's own path and the new one are two clones. Their correlation is taken of differences of "
+            "replicas, which removes the mean of the class and much noise. For 1 − mmse/Var, noise is put on the ends, "
+            "and the network predicts the ends once. The law is that of the model's own images; no data enter. One "
+            "draw of pairs serves all intervals.",
             "An exact denoiser of a Gaussian law goes through the same code. Its variances, by band and channel "
             "mixture, are chosen so that the sampler, with the step noise that the network asked for, ends with the "
-            "network's own covariances. For it everything is known in closed form. Q and clones then agree at any "
+            "network's own covariances. Its three curves are known in closed form. Q and clones agree at any "
             f"number of steps. 1 − mmse/Var is {steps[1]:.3f} (root mean square) away from them, since the sampler's "
             "states and ends are not those of the law: by band, the ends keep "
             f"{', '.join(f'{100 * k:.0f}' for k in kept)} % of its variance. This cost, at the variances of each "
             "source, is taken off before disagreements are judged.",
-            "1 − mmse/Var minus Q is the sum of three parts. Predictions vary differently on noised ends than on the "
-            "sampler's states; they vary differently from what they share with the outcome; their mean is off. Beyond "
-            "the cost of steps these parts are "
+            "1 − mmse/Var minus Q is the sum of three parts. First, predictions vary differently on noised ends than "
+            "on the sampler's states. Second, their variance differs from their covariance with the outcome. Third, "
+            "their mean is off. Beyond what finite steps cost, these parts are "
             + "; ".join(f"{name} {formatted(v, 3)}" for name, v in zip(PARTS, reasons, strict=True))
             + " on average.",
         ],
@@ -161,10 +164,10 @@ def _control(analysis: xr.Dataset, source: str) -> Control:
     worst = int(np.argmax(rms[:, 0]))
     found = verdict(rms)
     text = {
-        "exact": "The posterior mean itself, with the same steps and noise: what is left is sampling error. By the "
+        "exact": "The posterior mean itself, with the same steps and noise; the rest is sampling error. By the "
         f"same rule the claim {'is ' * (found == 'undecided')}{found} on it. Before the cost of finite steps is taken "
         f"off, the disagreement is {root(analysis.exact_square_raw.values)[:, 0].max():.3f}.",
-        "untrained": "The same architecture with random weights is no posterior mean of anything: it must fail.",
+        "untrained": "The same architecture with random weights is no posterior mean; the claim must fail on it.",
     }[source]
     also = found == "holds" if source == "untrained" else None  # the exact one must hold: no objection to the claim
     return Control(CONTROLS[source], float(rms[worst, 0]), bounds(rms[worst]), also, text)
@@ -179,8 +182,8 @@ def _contrast_table(analysis: xr.Dataset) -> Table:
         beyond = [formatted(root(analysis[f"{source}_square"].values[index]), 3) for source in ("network", *CONTROLS)]
         signed = formatted(analysis.network_signed.values[index], 3)
         rows.append([named(contrast), f"{absolute:.3f} ({noise:.3f})", raw, steps, beyond[0], signed, *beyond[1:]])
-    head = ["between", "mean absolute (noise alone)", "root mean square", "finite steps alone", "beyond them"]
-    head += ["mean, first minus second, beyond", *(f"{name}, beyond" for name in CONTROLS.values())]
+    head = ["between", "mean absolute (noise alone)", "root mean square", "finite steps alone", "beyond finite steps"]
+    head += ["mean of first minus second, beyond", *(f"{name}, beyond" for name in CONTROLS.values())]
     return Table("Disagreement over bands above DC and branch steps", head, rows)
 
 
@@ -190,10 +193,11 @@ def _level_table(analysis: xr.Dataset) -> Table:
         tau = [formatted(analysis.network_tau.values[i, band]) for i in range(2)]
         half = [formatted(analysis.network_half.values[i, band]) for i in range(3)]
         rows.append([name, *tau, *half, formatted(analysis.network_snr_one.values[band])])
-    head = ["band", "τ of Q", "τ of 1 − mmse/Var", *(f"half of {name}" for name in MEASURES.values()), "SNR = 1"]
+    head = ["band", "τ of Q", "τ of 1 − mmse/Var", *(f"level of {name} = ½" for name in MEASURES.values())]
+    head.append("level of SNR = 1")
     note = (
-        "τ uses all steps; half is the level at which a curve passes ½, on the branch steps. A law that is not "
-        "Gaussian commits at or before its SNR = 1 level."
+        "τ uses all steps. The levels at which a curve passes ½ are interpolated between the branch steps. A law that "
+        "is not Gaussian commits at or before the level of SNR = 1."
     )
     return Table("Commitment levels, nats", head, rows, note)
 
@@ -205,10 +209,10 @@ def _bound_table(analysis: xr.Dataset) -> Table:
         exact = formatted(analysis.exact_excess_mean.values[1, band], 3)
         kept = [formatted(analysis[f"{source}_kept"].values[band], 3) for source in ("network", "exact")]
         rows.append([name, *excess, exact, *kept])
-    head = ["band", "above X/(1+X)", "above the linear filter by channel", "the same, exact Gaussian"]
-    head += ["variance kept by the steps", "the same, exact Gaussian"]
+    head = ["band", "minus X/(1+X)", "minus the linear filter by channel", "the same, exact Gaussian"]
+    head += ["variance kept", "the same, exact Gaussian"]
     note = (
-        "Mean over branch steps of 1 − mmse/Var minus a bound that the posterior mean cannot fall below; X is the "
-        "band's variance over the noise's. Variance kept: by an exact Gaussian denoiser under these steps."
+        "Mean over branch steps of 1 − mmse/Var minus a lower bound of it for any posterior mean. X is the variance of "
+        "the band over that of the noise. Variance kept: by an exact Gaussian denoiser under these steps."
     )
     return Table("The lower bound, and what finite steps cost", head, rows, note)

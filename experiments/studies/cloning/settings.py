@@ -11,13 +11,13 @@ CONTRASTS = (("q", "clones"), ("q", "mmse"), ("clones", "mmse"))
 
 @dataclass(frozen=True)
 class CloningConfig(StudyConfig):
-    """Is what a state has decided the same by spread of predictions, by clones, and by error of one prediction?"""
+    """How much has a state decided? Compare the spread of predictions, clones, and the error of one prediction."""
 
-    sampler: Sampler = "ancestral"  # clones need its noise
-    branches: int = 8  # steps at which clones branch, evenly spaced in log-SNR, at most
-    pairs: int = 32
-    block: int = 8
-    untrained_pairs: int = 8
+    sampler: Sampler = "ancestral"  # clones need the noise of the ancestral sampler
+    branches: int = 8  # sampler steps at which clones branch, evenly spaced in log-SNR; fewer if some coincide
+    pairs: int = 32  # pairs of replicas
+    block: int = 8  # pairs that run together; an interruption loses one block at most
+    untrained_pairs: int = 8  # pairs of the control with random weights
 
     SAMPLERS: ClassVar[tuple[str, ...]] = ("ancestral",)
 

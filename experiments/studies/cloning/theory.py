@@ -39,13 +39,13 @@ def matched_variance(clock: Clock, noise: np.ndarray, end: np.ndarray) -> np.nda
 
 
 def step_theory(clock: Clock, noise: np.ndarray, covariance: np.ndarray) -> dict[str, np.ndarray]:
-    """The measurements, exact, of the Gaussian law that ends with these covariances of channels (..., B, C, C) under a
-    sampler with this step noise (K,).
+    """Exact values of the measurements for the Gaussian law that ends with these covariances of channels (..., B, C, C)
+    under a sampler with this step noise (K,).
 
     Returns:
-      q, clones, mmse: the three curves (..., K, B); equal but for the steps' size.
+      q, clones, mmse: the three curves (..., K, B), which differ only because steps are finite.
       spread, aligned: variance of predictions from noised ends, and covariance with them, over the ends' variance.
-      linear: ``1 - error / variance`` (..., K, B) of the ends' best linear filter, below 1 - mmse / Var of any law.
+      linear: ``1 - error / variance`` (..., K, B) of the ends' best linear filter: a lower bound of 1 - mmse / Var.
       kept: (..., B) the ends' variance as a share of that of the law.
     """
     end = np.maximum(np.linalg.eigvalsh(covariance), 1e-12)

@@ -1,4 +1,4 @@
-"""From the energies of every arm to its gap, and what share of the full effect it brings."""
+"""The gap of every arm from its energies, and its share of the full effect."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,15 +24,15 @@ DEFINITIONS: Definitions = {
     "floor": ("noise floor: error energy where the window opens, in units of the uncoupled end", "1"),
     "gap": ("synchronization gap", "nat"),
     "gap_energy": ("synchronization gap by all energy", "nat"),
-    "share": ("share of what coupling everything takes from the gap", "1"),
-    "share_energy": ("share of what coupling everything takes from the gap by all energy", "1"),
-    "effect": ("what coupling everything takes from the gap", "nat"),
-    "effect_energy": ("what coupling everything takes from the gap by all energy", "nat"),
-    "last_minus_first": ("share of the last fifth of the layers less that of the first", "1"),
-    "last_minus_first_energy": ("the same of the gap by all energy", "1"),
-    "gap_against_constant": ("gap less that under the constant schedule", "nat"),
-    "gap_energy_against_constant": ("gap by all energy less that under the constant schedule", "nat"),
-    "decided_against_constant": ("decided fraction less that under the constant schedule", "1"),
+    "share": ("reduction of the gap, as a share of that by coupling everything", "1"),
+    "share_energy": ("reduction of the gap by all energy, as a share of that by coupling everything", "1"),
+    "effect": ("reduction of the gap by coupling everything", "nat"),
+    "effect_energy": ("reduction of the gap by all energy, by coupling everything", "nat"),
+    "last_minus_first": ("share of the last fifth of the layers minus that of the first", "1"),
+    "last_minus_first_energy": ("share_energy of the last fifth of the layers minus that of the first", "1"),
+    "gap_against_constant": ("gap minus that under the constant schedule", "nat"),
+    "gap_energy_against_constant": ("gap by all energy minus that under the constant schedule", "nat"),
+    "decided_against_constant": ("decided fraction minus that under the constant schedule", "1"),
     "arm": ("which part is coupled", "1"),
     "kind": ("kind of arm", "1"),
     "gate": ("coupling g by sampler step and layer", "1"),
@@ -47,11 +47,11 @@ def readings(
 
     Returns:
       tau, tau_energy, decided, left, floor (..., B): level by the energy along the outcome, and by all energy; decided
-      fraction; energy of the end, of which nothing is latched; error where the window opens. gap, gap_energy (...).
+      fraction; energy at the end, without a running maximum; error where the window opens. gap, gap_energy (...).
     """
     end = reference[..., -1:, :]
     pair = np.stack([reference, energy], -3)
-    # what lies along the outcome of the reference does not matter here
+    # the reference's inner products do not enter what is read off the arm
     found = commitment_of(pair, ell, inner=np.stack([reference, inner], -3), stochastic=stochastic)
     whole = commitment_of(pair, ell)
     return {
@@ -94,7 +94,7 @@ def analyse(measured: Measured[InterventionsConfig]) -> xr.Dataset:
     """Readings of every arm, the shares of the full effect, localisation and schedules, with 95 % intervals."""
     sources, config = measured.sources("network", "edits", "untrained"), measured.config
     if "projection" not in sources["network"]:
-        raise StoreError(f"{measured.run.path} is of an older version, which stored no inner products; run it again")
+        raise StoreError(f"{measured.run.path} stores no inner products (older version); run it again in another --out")
     return estimates(sources, measured.model.depth, config.seed, stochastic=config.eta > 0)
 
 

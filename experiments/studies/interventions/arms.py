@@ -30,8 +30,8 @@ def spread(count: int, most: int) -> np.ndarray:
 def layer_sets(depth: int, singles: int) -> dict[str, tuple[str, np.ndarray]]:
     """Sets of layers that are coupled together: single layers, and the first and the last k of them.
 
-    The numbers k are a fifth of the layers, one to three quarters, and all but a fifth. A fifth in the middle is there
-    too.
+    The numbers k are a fifth of the layers, one, two and three quarters, and all but a fifth. A fifth in the middle is
+    a set too.
 
     Args:
       depth: layers of the network.

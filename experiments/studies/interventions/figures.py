@@ -59,7 +59,7 @@ def figure_layers(analysis: xr.Dataset) -> Figure:
     _points(right, layers, analysis.sel(arm=names), INK, "")
     right.set_xlim(-0.6, depth - 0.4)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.set_xlabel("the one layer coupled, from 0")
+    right.set_xlabel("the one layer coupled, counted from 0")
     left.set_title("First, middle or last layers")
     right.set_title("One layer")
     return figure
@@ -94,7 +94,7 @@ def figure_bands(analysis: xr.Dataset) -> Figure:
 
 def figure_parts(analysis: xr.Dataset) -> Figure:
     """Gap and decided fractions of every arm of steps, heads, queries, keys and values."""
-    kinds = {"window": "steps", "head": "heads, in all layers", "shared": "shared, no gate"}
+    kinds = {"window": "steps", "head": "heads, in all layers", "shared": "shared, without a gate"}
     rows: list[tuple[str, str]] = []  # what is written, and the arm it is of, if any
     for kind, title in kinds.items():
         rows.append((title, ""))
@@ -152,5 +152,5 @@ def figure_schedules(analysis: xr.Dataset) -> Figure:
     left.set_ylabel("coupling  $g$")
     left.set_ylim(bottom=0)
     middle.set_xlabel("gap  (nats)")
-    right.set_xlabel("decided, lowest band")
+    right.set_xlabel("decided fraction, low")
     return figure

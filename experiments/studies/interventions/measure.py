@@ -1,7 +1,7 @@
-"""Coupling switched on in a part of the network or of the trajectory only: where, and when, does it act on the gap?
+"""Coupling that is switched on in a part of the network or of the trajectory: where and when does it act on the gap?
 
-Every arm is a coupling that acts in some layers, steps, heads, or on queries, keys or values alone. All run from the
-same noise. What an arm takes from the gap, as a share of what coupling everything takes, says what that part does.
+Every arm is a coupling that acts in some layers, steps or heads, or on queries, keys or values alone. All arms run from
+the same noise. The effect of an arm is how much it reduces the gap, as a share of the reduction by coupling everything.
 """
 
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ VARIABLES: Variables = {
 
 
 def measure(bench: Bench[InterventionsConfig]) -> None:
-    """Fills ``network`` (gates), ``edits`` (of the same pairs) and ``untrained``."""
+    """Fills ``network`` (arms that are gates), ``edits`` (the other arms, on the same pairs) and ``untrained``."""
     config, instrument = bench.config, InterventionsInstrument(bench)
     groups = (
         ("network", bench.network, gate_arms, config.pairs),

@@ -40,59 +40,59 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
     g, depth, pairs = settings.strength, analysis.sizes["layer"], analysis.attrs["pairs"]
     counts = ", ".join(str(int((analysis.gate.sel(arm=name)[:, 0] > 0).sum())) for name in arms_of(analysis, "window"))
     captions = {
-        "layers": "The full effect is what coupling all layers takes from the gap. Left: share of it that comes with "
-        "coupling the first, or the last, layers only. Right: share that comes with coupling one layer only. Dashed: "
-        "an equal share for every layer. Open: by the gap of all energy. Bars: 95 % intervals.",
-        "bands": f"Commitment level (left) and decided fraction (right) of every band under coupling of a fifth of the "
-        f"layers, of none and of all, g = {g:g}. Dotted: the level by all energy.",
-        "parts": f"Gap (left) and decided fraction of the lowest and the highest band (right) where coupling g = {g:g} "
-        "is on in some steps or heads only, or where replicas share queries, keys or values instead. Open: "
-        "the gap by all energy. Vertical lines: no coupling, and all of it.",
+        "layers": "The full effect is the reduction of the gap when all layers are coupled. Left: share of it when "
+        "only the first, middle or last layers are coupled. Right: share when only one layer is coupled. Dashed: an "
+        "equal share for every layer. Open symbols: by the gap of all energy. Bars: 95 % intervals.",
+        "bands": f"Commitment level (left) and decided fraction (right) of every band when a fifth of the layers, no "
+        f"layer or every layer is coupled with g = {g:g}. Dotted: the level by all energy.",
+        "parts": f"Gap (left) and decided fraction of the lowest and the highest band (right) when coupling g = {g:g} "
+        "is on in some steps or heads only, or when replicas share queries, keys or values instead. Open symbols: "
+        "the gap by all energy. Vertical lines: nothing coupled, and everything coupled.",
         "schedules": "Schedules of equal total coupling over log-SNR (left), the gap under each, and the decided "
         "fraction of the lowest band. Bars: 95 % intervals; vertical line: constant coupling.",
     }
     limits = [
-        "The gap compares when bands commit. Where coupling leaves the low band little to decide (marked *), its level "
-        "is uncertain; see its decided fraction.",
-        "Decided is a running maximum: a difference that coupling takes away after it was there still counts as "
-        "decided. The columns of what is left at the end show such late effects.",
+        "The gap compares when bands commit. Where coupling leaves a band little to decide (marked *), the level of "
+        "that band is uncertain; see its decided fraction.",
+        "The decided fraction is a running maximum: a difference that coupling removes later still counts as decided. "
+        "The columns of what is left at the end show such late effects.",
         f"Windows and schedules are equal in log-SNR, so they hold different numbers of steps: the windows "
         f"{counts}, the second half {int((analysis.gate.sel(arm='second half')[:, 0] > 0).sum())}. "
         "The late arms act at few steps.",
-        "Effects of parts need not add up to that of the whole: what one layer or step brings depends on what the "
-        "others do.",
-        "A head's number means nothing across layers: one head everywhere is a sample of "
-        f"1/{measured.model.num_heads} of the heads.",
-        f"Every interval is for its own number alone: for about one in twenty of the {analysis.sizes['arm']} arms the "
+        "Effects of parts need not add up to that of the whole: the effect of one layer or step depends on the others.",
+        "Heads of the same number in different layers have nothing in common. Coupling one number in all layers "
+        f"samples 1/{measured.model.num_heads} of the heads.",
+        f"Every interval is for its own number alone. For about one in twenty of the {analysis.sizes['arm']} arms, the "
         "true value lies outside by chance. The claim rests on the first, middle and last fifth, which were named in "
         "advance.",
         "Coupling a part makes the network run on states that it was not trained on, as all coupling does.",
-        "Nominal 95 % intervals from so few pairs cover less, about 85 to 90 %; --pairs 64 is better."
+        "Nominal 95 % intervals from so few pairs cover about 85 to 90 %; --pairs 64 is better."
         if pairs < 64
         else "Intervals come from resampling pairs; they speak for this network, not for one trained again.",
     ]
     return Section(
         title=f"Interventions: {measured.subject_name}",
-        question=f"Which layers, steps, heads, and which of queries, keys and values, must be coupled for the gap to "
-        f"come down? Coupling g = {g:g} is switched on in a part only.",
+        question="Which layers, steps and heads, and which of queries, keys and values, bring the gap down when they "
+        f"alone are coupled? Coupling g = {g:g} is switched on in one part at a time.",
         answer=_answer(analysis, g, depth),
         claims=[localisation(analysis)],
         tables=_tables(analysis, settings),
         captions={name: captions[name] for name in figures},
         methods=[
-            f"{pairs} pairs under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps, gate "
-            f"{settings.gate_kind}, with the same noise in every arm. The gap is between {names[LOW]} and "
+            f"{pairs} pairs under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps, with the "
+            f"{settings.gate_kind} gate and the same noise in every arm. The gap is between {names[LOW]} and "
             f"{names[HIGH]}, as in the main experiment. Every arm is measured against the energies without coupling, "
             f"and the estimator's window opens at {analysis.attrs['ell_start']:.1f} nats. The share of the full effect "
             "is (gap without coupling − gap of the arm) / (gap without coupling − gap with everything coupled). One "
             "draw of pairs serves all arms, so that the noise they share cancels.",
-            "What counts is the energy along the outcome of the same arm, by its own maximum (docs/theory.md, section "
-            "7.4). Beside it stands the gap by all energy, which the network's errors can bring forward.",
+            "Commitment levels use the energy along the outcome of the same arm, relative to its own maximum "
+            "(docs/theory.md, section 7.4). Beside it stands the gap by all energy, in which the network's errors can "
+            "look like early commitment.",
             f"Layers count from 0. Windows of steps are thirds of the log-SNR from {WINDOW_START:g} to the end; the "
             f"steps before {WINDOW_START:g} belong to the early one. Schedules act "
             f"from {WINDOW_START:g} on and have the integral over log-SNR of g = {settings.schedule_strength:g}.",
-            "A head is uncoupled by keeping only its attention to its own replica's keys, normalised again. With all "
-            "heads uncoupled in this way, the energies equal those without coupling to a relative "
+            "To uncouple a head, only its attention to its own replica's keys is kept, and normalised again. With all "
+            "heads uncoupled in this way, the energies equal those without coupling to a relative error of "
             f"{power(analysis.attrs['closure'])}. Queries, keys or values are shared without a gate: "
             f"each replica goes on with (own + {g:g} × other) / {1 + g:g}. To first order, the gate is the same as "
             "sharing keys and values (docs/theory.md, section 6).",
@@ -102,12 +102,12 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
 
 
 def localisation(analysis: xr.Dataset) -> Claim:
-    """Claim 3 as a causal statement: it is the last layers that must be coupled for the gap to come down.
+    """Claim 3 in a causal reading: coupling the last layers alone brings the gap down.
 
-    The full effect is what coupling all layers takes from the gap; there is one if its whole interval is above 0. The
-    claim holds if coupling the last fifth of the layers alone brings more than half of it, and more than coupling the
-    first fifth does, each with its whole interval. It does not hold if the whole interval of either says the opposite.
-    Otherwise, and where there is no full effect, it is undecided.
+    The full effect is the reduction of the gap when all layers are coupled; there is one if its whole interval is above
+    0. The claim holds if coupling the last fifth of the layers alone brings more than half of it, and more than
+    coupling the first fifth does, each with its whole interval. It does not hold if the whole interval of either says
+    the opposite. Otherwise, and where there is no full effect, it is undecided.
     """
     fifth, depth = analysis.attrs["fifth"], analysis.sizes["layer"]
     shares = {end: analysis.share.sel(arm=f"{end} {fifth}").values for end in ("first", "middle", "last")}
@@ -119,7 +119,7 @@ def localisation(analysis: xr.Dataset) -> Claim:
             _value(shares[end], there),
             _bounds(shares[end], there),
             bool(shares[end][1] > CLAIMED) if there else None,
-            "The same share; it holds if it is wholly above one half.",
+            "The same share for these layers. The claim holds on them if the whole interval is above one half.",
         )
         for end in ("first", "middle")
     ]
@@ -137,7 +137,7 @@ def localisation(analysis: xr.Dataset) -> Claim:
             _value(found, acts),
             _bounds(found, acts),
             localised(blank, found, analysis.untrained_last_minus_first.values) == "holds" if acts else False,
-            text + ("." if acts else "; coupling brings no gap down, so there is nothing to be localised."),
+            text + ("." if acts else "; coupling does not reduce its gap, so there is nothing to localise."),
         )
     )
     difference = analysis.last_minus_first.values
@@ -149,19 +149,19 @@ def localisation(analysis: xr.Dataset) -> Claim:
         f"means more than {CLAIMED:g}, and more than the first {fifth}",
         _value(shares["last"], there),
         _bounds(shares["last"], there),
-        f"Coupling all layers takes {formatted(analysis.effect)} nats from the gap; the last {fifth} bring "
-        f"{formatted(difference)} of that more than the first {fifth}. By all energy, the gap loses "
-        f"{formatted(analysis.effect_energy)} nats, and the last {fifth} bring "
+        f"Coupling all layers reduces the gap by {formatted(analysis.effect)} nats. The share of the last {fifth} "
+        f"minus that of the first {fifth} is {formatted(difference)}. By all energy, the reduction is "
+        f"{formatted(analysis.effect_energy)} nats, and the last {fifth} layers bring "
         f"{formatted(analysis.share_energy.sel(arm=f'last {fifth}'))} of it."
         if there
-        else f"Coupling all layers takes {formatted(analysis.effect)} nats from the gap: no effect to be localised.",
+        else f"Coupling all layers reduces the gap by {formatted(analysis.effect)} nats: no effect to be localised.",
         controls,
     )
 
 
 def localised(effect: ArrayLike, last: ArrayLike, difference: ArrayLike) -> Verdict:
-    """The verdict of `localisation` from (estimate, low, high) of the full effect, the last fifth's share, and what
-    that is above the first fifth's."""
+    """The verdict of `localisation` from (estimate, low, high) of the full effect, of the last fifth's share, and of
+    that share minus the first fifth's."""
     effect, last, difference = (np.asarray(x, np.float64) for x in (effect, last, difference))
     if not effect[1] > 0 or not np.isfinite([last, difference]).all():
         return "undecided"
@@ -179,10 +179,11 @@ def _bounds(values: np.ndarray, there: bool) -> list[float] | None:
 def _answer(analysis: xr.Dataset, g: float, depth: int) -> str:
     gaps = [formatted(analysis[name].sel(arm=arm)) for name in ("gap", "gap_energy") for arm in (NONE, ALL)]
     start = (
-        f"Coupling everything at g = {g:g} takes the gap from {gaps[0]} to {gaps[1]} nats (by all energy: {gaps[3]})"
+        f"Coupling everything at g = {g:g} takes the gap from {gaps[0]} to {gaps[1]} nats (by all energy: from "
+        f"{gaps[2]} to {gaps[3]})"
     )
     if not analysis.effect[1] > 0:
-        return f"{start}: no effect that a part could have a share in."
+        return f"{start}: there is no effect to share among parts."
     fifth = analysis.attrs["fifth"]
 
     def shares(arms: dict[str, str]) -> str:
@@ -191,8 +192,8 @@ def _answer(analysis: xr.Dataset, g: float, depth: int) -> str:
     layers = shares({f"{end} {fifth}": end for end in ("first", "middle", "last")})
     steps = shares({name: name.removesuffix(" steps") for name in arms_of(analysis, "window")})
     return (
-        f"{start}. Shares of that effect: of {fifth} of the {depth} layers, {layers}; of a third of the log-SNR, "
-        f"{steps}."
+        f"{start}. Shares of that effect when only {fifth} of the {depth} layers are coupled: {layers}. Shares when "
+        f"only a third of the log-SNR is coupled: {steps}."
     )
 
 
@@ -209,8 +210,8 @@ def _row(analysis: xr.Dataset, name: str) -> list[str]:
 
 def _tables(analysis: xr.Dataset, settings: InterventionsConfig) -> list[Table]:
     head = ["coupled", "gap, nats", "share of the full effect", "gap by all energy", "share"]
-    head += ["decided, low", "decided, high", "left at the end, low", "left at the end, high"]
-    note = "Decided and left: of the difference without coupling, lowest band above DC and highest band."
+    head += ["decided fraction, low", "decided fraction, high", "left at the end, low", "left at the end, high"]
+    note = "Low: lowest band above DC; high: highest band. Left at the end: energy relative to no coupling."
     references = [_row(analysis, name) for name in (NONE, ALL)]
     groups = {
         "Layers": ("layer", "first", "middle", "last"),
@@ -231,9 +232,9 @@ def _tables(analysis: xr.Dataset, settings: InterventionsConfig) -> list[Table]:
             row += [formatted(x if band is None else x[band]) for x in (value, change)]
         rows.append(row)
     head = ["schedule", "largest g"]
-    for what in ("gap, nats", "gap by all energy", "decided, low", "decided, high"):
-        head += [what, "against constant"]
-    title = f"Schedules with the total of g = {settings.schedule_strength:g}"
+    for what in ("gap, nats", "gap by all energy", "decided fraction, low", "decided fraction, high"):
+        head += [what, "minus constant"]
+    title = f"Schedules with the same integral over log-SNR as g = {settings.schedule_strength:g}"
     return [*tables, Table(title, head, rows)]
 
 

@@ -11,13 +11,13 @@ CLAIMED = 0.5  # share of the full effect that coupling the last fifth of the la
 
 @dataclass(frozen=True)
 class InterventionsConfig(StudyConfig):
-    """Couple some layers, steps, heads, or queries, keys or values only: which of them bring the gap down?"""
+    """Which parts bring the gap down? Couple only some layers, steps, heads, or only queries, keys or values."""
 
-    pairs: int = 16
-    untrained_pairs: int = 8
+    pairs: int = 16  # pairs of replicas
+    untrained_pairs: int = 8  # pairs of the control with random weights
     strength: float = 1.0  # coupling g where it is on
-    schedule_strength: float = 0.2  # g of the constant schedule; the others have the same total over log-SNR
-    singles: int = 6  # layers, and heads, that are coupled one at a time, at most; evenly spaced
+    schedule_strength: float = 0.2  # g of the constant schedule; the others have the same integral over log-SNR
+    singles: int = 6  # how many layers, and how many heads, are coupled one at a time at most; evenly spaced
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""From stored measurements of the mechanism study to estimates with intervals.
+"""Estimates with intervals from the stored measurements of the mechanism study.
 
 Arrays of estimates have the point estimate and the bootstrap draws in front (S), then coupling (C), sampler level (K),
 layer (L), and what the variable has.
@@ -20,7 +20,7 @@ ORIGINS = ("embedding", "attention", "mlp")
 TOP = 0.1  # share of the heads that counts as the strongest
 
 _SHARE = "share of the attention difference that a part makes up, exactly"
-_KEPT = "size under coupling over that without, of the same q, k, v"
+_KEPT = "size under coupling, relative to the size without coupling from the same q, k, v"
 _MISSED = "what the self-only reading leaves out, as a share of"
 DEFINITIONS: Definitions = {
     "share": (f"{_SHARE}, by band of the token grid", "1"),
@@ -48,9 +48,9 @@ DEFINITIONS: Definitions = {
     "gain": ("one-pass gain: amplitude of the denoised difference relative to no coupling", "1"),
     "gain_level": ("one-pass gain: amplitude of the denoised difference relative to no coupling, by level", "1"),
     "gain_by_energy": ("one-pass gain as the root of a mean ratio of energies", "1"),
-    "slope": ("one-pass gain of the highest band less that of the lowest above DC", "1"),
+    "slope": ("one-pass gain of the highest band minus that of the lowest above DC", "1"),
     "cutoff": ("frequency at which the gain passes half way between its lowest band and 1", "Nyquist"),
-    "closure": ("difference of the parts' sum from the network's own head outputs, relative", "1"),
+    "closure": ("relative deviation of the parts' sum from the difference of the network's own head outputs", "1"),
     "stage": ("after the embedding (0) and after every block", "1"),
     "origin": ("where a part of the stream's difference was added", "1"),
     "reading": ("which reading of the cross part", "1"),
@@ -244,7 +244,7 @@ def gain_estimates(e: Estimates) -> None:
     gain = over_levels(ratio)
     e.put("gain_level", ("coupling", "level", "band"), np.sqrt(ratio))
     e.put("gain", ("coupling", "band"), gain)
-    e.put("gain_by_energy", ("coupling", "band"), np.sqrt(ratio.mean(2)))  # the other way to pool levels
+    e.put("gain_by_energy", ("coupling", "band"), np.sqrt(ratio.mean(2)))  # pools levels by energy instead
     e.put("slope", ("coupling",), gain[..., HIGH_BAND] - gain[..., LOW_BAND])
     e.put("cutoff", ("coupling",), cutoff(gain, e.dataset.radius.values))
 

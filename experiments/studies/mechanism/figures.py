@@ -26,7 +26,7 @@ curve = partial(drawing.curve, marker="o", markersize=3.5)
 
 PART_COLORS = {"routing": "#0072B2", "key": "#009E73", "query": "#D55E00"}
 ORIGIN_COLORS = {"embedding": "#8a8f99", "attention": "#0072B2", "mlp": "#E69F00"}
-SOURCES = {"network": "network", "untrained": "untrained network", "random": "untrained, gates open"}
+SOURCES = {"network": "network", "untrained": "untrained network", "random": "untrained, adaLN gates open"}
 PANELS = 4  # couplings that are drawn side by side, at most
 TOKEN_RADIUS = "radial frequency of the token grid"
 
@@ -151,7 +151,7 @@ def figure_heads(analysis: xr.Dataset) -> Figure:
     kept, sync = last.network_head_gain.values, 100 * last.network_head_sync.values
     most = max(float(np.nanmax(np.abs(sync), initial=0.0)), 1e-12)
     maps = ((kept, "viridis", 0.0, max(1.0, float(np.nanmax(kept, initial=0.0)))), (sync, "RdBu", -most, most))
-    titles = ("Difference of the output that is left", "Change of the square, %")
+    titles = ("Output difference, relative to no coupling", "Change of the square, %")
     for ax, (values, colors, low, high), title in zip(axes, maps, titles, strict=True):
         image = ax.imshow(values, cmap=colors, vmin=low, vmax=high, aspect="auto", origin="lower")
         figure.colorbar(image, ax=ax, pad=0.02)

@@ -1,7 +1,7 @@
 """What coupling does to the difference of two replicas inside one pass (docs/theory.md, section 6).
 
-The uncoupled states of a few sampler steps are denoised once under every coupling. In every layer and head the
-difference of the attention output is split exactly into what comes through values (routing), keys and queries; the
+The uncoupled states of a few sampler steps are denoised once under every coupling. In every layer and head, the
+difference of the attention output is split exactly into parts that come through values (routing), keys and queries. The
 difference of the residual stream is followed through attention and MLP to the denoised image.
 """
 
@@ -24,8 +24,9 @@ from ou_theory.modes import band_mean, dct2, pair_modes
 
 
 def open_gates(model: DiT) -> DiT:
-    """A copy whose blocks add all of their attention and MLP to the stream: the gates get a bias of 1. A control with
-    random weights whose attention acts; those of `Subject.untrained` are nearly closed."""
+    """A copy whose blocks add all of their attention and MLP to the stream, because every adaLN gate gets a bias of 1.
+    It serves as a control with random weights whose attention acts; the adaLN gates of `Subject.untrained` are nearly
+    closed."""
     copy = nnx.clone(model)
     assert isinstance(copy.blocks, Block)
     assert copy.blocks.adaln.bias is not None
@@ -178,31 +179,34 @@ _GRID = ("coupling", "level", "layer")
 _PER = "mean square per token coefficient and feature"
 VARIABLES: Variables = {
     "split_energy": ((*_GRID, "part", "token_band"), f"{_PER} of the parts of the heads' difference, mean over heads"),
-    "split_product": ((*_GRID, "part", "token_band"), "their inner product with the total"),
+    "split_product": ((*_GRID, "part", "token_band"), "inner product of these parts with the total"),
     "alone_energy": ((*_GRID, "part", "token_band"), f"{_PER} of the parts without coupling, of the same q, k, v"),
     "first_order_error": ((*_GRID, "part", "token_band"), f"{_PER} of exact minus first order"),
     "pattern_energy": ((*_GRID, "token_band"), f"{_PER} of the pattern part, key plus query"),
-    "cross_energy": ((*_GRID, "reading", "token_band"), f"{_PER} of the cross part that the self-only reading leaves"),
-    "cross_product": ((*_GRID, "reading", "token_band"), "its inner product with the pattern part"),
+    "cross_energy": ((*_GRID, "reading", "token_band"), f"{_PER} of the cross part that the self-only reading omits"),
+    "cross_product": ((*_GRID, "reading", "token_band"), "inner product of the cross part with the pattern part"),
     "closure": (_GRID, f"{_PER} of the sum of the parts minus the difference of the network's own head outputs"),
     "head_product": ((*_GRID, "head", "part"), "inner product of the parts of a head's difference with the total"),
     "head_alone": ((*_GRID, "head"), f"{_PER} of a head's difference without coupling, of the same q, k, v"),
     "head_write": ((*_GRID, "head", "token_band"), f"{_PER} of the difference that a head adds to the stream"),
-    "head_pull": ((*_GRID, "head", "token_band"), "its inner product with the difference that is there"),
-    "head_pull_alone": ((*_GRID, "head", "token_band"), "the same without coupling, of the same q, k, v"),
-    "head_growth": ((*_GRID, "head", "token_band"), "what a head adds to the square of the difference that is there"),
-    "head_growth_alone": ((*_GRID, "head", "token_band"), "the same without coupling, of the same q, k, v"),
-    "part_growth": ((*_GRID, "part", "token_band"), "the same of the parts of the heads' difference, under coupling"),
+    "head_pull": ((*_GRID, "head", "token_band"), "inner product of what a head adds with the stream's difference"),
+    "head_pull_alone": ((*_GRID, "head", "token_band"), "head_pull without coupling, from the same q, k, v"),
+    "head_growth": ((*_GRID, "head", "token_band"), "what a head adds to the square of the stream's difference"),
+    "head_growth_alone": ((*_GRID, "head", "token_band"), "head_growth without coupling, from the same q, k, v"),
+    "part_growth": ((*_GRID, "part", "token_band"), "what a part of the heads' difference adds to that square"),
     "stream_energy": ((*_GRID, "place", "token_band"), f"{_PER} of the stream's difference and of what is added to it"),
-    "stream_product": ((*_GRID, "product", "token_band"), "inner products of what is there and what is added"),
-    "origin": ((*_GRID, "sublayer", "token_band"), "inner product of what is added with the final difference"),
-    "origin_embedding": (("coupling", "level", "token_band"), "the same of the difference of the embeddings"),
+    "stream_product": ((*_GRID, "product", "token_band"), "inner products of the stream's difference and additions"),
+    "origin": ((*_GRID, "sublayer", "token_band"), "inner product of what a sublayer adds with the final difference"),
+    "origin_embedding": (
+        ("coupling", "level", "token_band"),
+        "inner product of the difference of the embeddings with the final difference",
+    ),
     "denoised": (("coupling", "level", "band"), "mean square per DCT coefficient of the denoised difference"),
 }
 
 
 def measure(bench: Bench[MechanismConfig]) -> None:
-    """Fills ``network``, ``untrained`` and ``random``, the untrained network with open gates."""
+    """Fills ``network``, ``untrained``, and ``random``: the untrained network with open adaLN gates."""
     config, instrument, model = bench.config, MechanismInstrument(bench), bench.model
     coords = {
         "coupling": np.asarray(config.couplings, np.float64),

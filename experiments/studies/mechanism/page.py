@@ -52,10 +52,9 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
         question="How does coupling bring replicas together inside one pass: through values, keys or queries, in which "
         "layers and heads, and at which spatial scales?",
         answer=f"At g = {g:g} the denoised difference keeps {formatted(kept[0])} of its amplitude in the lowest band "
-        f"({names[LOW_BAND]}) and {formatted(kept[1])} in the highest ({names[HIGH_BAND]}). The gain passes half way "
-        f"between the lowest band's and 1: {scale}. Of what is left of the attention difference, "
-        f"{percent(left['routing'])} is routing, "
-        f"{percent(left['key'])} key pattern, {percent(left['query'])} query pattern.",
+        f"({names[LOW_BAND]}) and {formatted(kept[1])} in the highest ({names[HIGH_BAND]}). {scale} Of the attention "
+        f"difference that is left, {percent(left['routing'])} is routing, {percent(left['key'])} the key pattern and "
+        f"{percent(left['query'])} the query pattern.",
         claims=[claim],
         tables=[
             _gain_table(analysis),
@@ -69,9 +68,9 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
         captions={
             "gain": "End to end: amplitude of the denoised difference after one pass under a coupling, relative to no "
             f"coupling, by pixel band (left), and by level at g = {g:g} (right). Dashed line: the highest frequency "
-            "along an axis that a grid of tokens carries; beyond it is what lies inside patches.",
+            "along an axis that the grid of tokens carries; structure beyond it lies inside patches.",
             "parts": "Exact shares of the attention difference by band of the token grid. They sum to 1; a negative "
-            "one works against the total.",
+            "share works against the total.",
             "first_order": "Left: size of each part under coupling relative to the same part without coupling, of the "
             "same queries, keys and values. Points: measured; lines: first order, ρ(g) for routing and key, 1 for "
             "query. Right: relative error of the first-order prediction of the whole difference, by level.",
@@ -85,27 +84,27 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
         },
         methods=[
             f"{pairs} pairs run uncoupled under {SAMPLER_NAMES[settings.sampler]}, {settings.steps} steps. Their "
-            f"states at log-SNR {levels} are denoised once under every coupling, gate {settings.gate_kind}. All "
-            "ratios to g = 0 are of passes that start from the same states.",
+            f"states at log-SNR {levels} are denoised once under every coupling with the {settings.gate_kind} gate. "
+            "All ratios to g = 0 are of passes that start from the same states.",
             "The split is that of docs/theory.md, section 6: routing is the difference of values read with the mean "
             "of own minus cross weights; the pattern part is divided between keys and queries by the Shapley value. "
             f"The parts add up to the difference of the network's own head outputs within "
             f"{float(analysis.network_closure.max()):.1e} of its size (largest of all layers).",
             "Shares pool levels and layers, each weighted by the difference that coupling left there. Gains over "
             "several levels are geometric means, since contractions multiply. One could also take roots of mean energy "
-            "ratios, in which the levels with the largest gain weigh most: then those of the denoised difference at "
-            f"g = {g:g} are {formatted(other[0])} in the lowest band and {formatted(other[1])} in the highest.",
-            "A head writes to the stream through its slice of the output projection and the block's adaLN scale. "
+            "ratios, in which the levels with the largest gain weigh most. Then the gains of the denoised difference "
+            f"at g = {g:g} are {formatted(other[0])} in the lowest band and {formatted(other[1])} in the highest.",
+            "A head writes to the stream through its slice of the output projection and the block's adaLN gate. "
             "Attention changes the square of the stream's difference by an exact sum over heads: the inner product of "
             "what a head writes with (difference before + difference after). A head's share in synchronisation is how "
             "much coupling changes its term, with the same q, k, v. The pull is the inner product with the difference "
             "before alone.",
-            "There are two controls. One is random weights in the same architecture: their adaLN scales are nearly 0, "
-            "so that attention hardly acts. The other is the same with a bias of 1 on every adaLN scale, so that it "
-            "does.",
+            "There are two controls. The first is the same architecture with random weights; its adaLN gates, the "
+            "factors with which a block adds attention and MLP to the stream, are nearly 0, so attention hardly acts. "
+            "The second has a bias of 1 on every adaLN gate, so its attention acts.",
             "The self-only reading keeps the change of a replica's own pattern, with weight ξ(g) = 1/(1 + g), and "
-            "neglects the change of the cross pattern. It is given twice: for the weights as they are, and for "
-            "patterns whose rows are normalised. The two are the same under the blend gate.",
+            "neglects the change of the cross pattern. What it misses is given twice: for the weights as they are, and "
+            "for patterns whose rows are normalised. The two are the same under the blend gate.",
         ],
         limits=[
             "This is one pass at chosen levels. Over a trajectory contractions multiply, and the states of a coupled "
@@ -117,7 +116,7 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             f"The cut-off is read off {len(names) - 1} bands by linear interpolation. The token grid ends at r = "
             f"{nyquist:.2f} along an axis: attention does not see finer structure as frequencies.",
             "Intervals come from resampling pairs. They speak for this network, not for a network trained again"
-            + (f", and from as few as {pairs} pairs they are somewhat too short." if pairs < 64 else "."),
+            + (f", and intervals from {pairs} pairs are somewhat too short." if pairs < 64 else "."),
         ],
     )
 
@@ -138,12 +137,12 @@ def low_pass_claim(analysis: xr.Dataset) -> Claim:
         f"one-pass gain of the highest band minus that of the lowest above DC, g = {g:g}",
         value,
         [low, high],
-        f"The gain passes half way between the lowest band's and 1: {cutoff_text(last.network_cutoff.values, top)}. "
-        f"Inside attention, its heads' difference keeps {formatted(first[LOW_BAND])} of its size in the lowest band of "
-        f"the token grid and {formatted(first[HIGH_BAND])} in the highest, of the same queries, keys and values."
+        f"{cutoff_text(last.network_cutoff.values, top)} Inside attention, the difference of the heads' outputs keeps "
+        f"{formatted(first[LOW_BAND])} of its size in the lowest band of the token grid and "
+        f"{formatted(first[HIGH_BAND])} in the highest, from the same queries, keys and values."
         + (f" The highest band of the denoised difference grows: {formatted(ends['network'][1])}." if grows else "")
-        + " That is no law of attention: networks of a reversed spectrum synchronise their high bands, see syncgap "
-        "spectrum.",
+        + " This is not a law of attention: the shipped network that was trained on a reversed spectrum synchronises "
+        "its high bands (syncgap spectrum).",
         [
             _control(SOURCES[source], last[f"{source}_slope"].values, *ends[source])
             for source in ("untrained", "random")
@@ -153,17 +152,18 @@ def low_pass_claim(analysis: xr.Dataset) -> Claim:
 
 def _control(name: str, slope: np.ndarray, low: np.ndarray, high: np.ndarray) -> Control:
     interval = [float(v) for v in slope[1:]]
-    text = f"Keeps {formatted(low)} in the lowest and {formatted(high)} in the highest band."
+    text = f"The difference keeps {formatted(low)} in the lowest and {formatted(high)} in the highest band."
     return Control(name, float(slope[0]), interval, above(interval) == "holds", text)
 
 
 def cutoff_text(values: np.ndarray, top: float) -> str:
-    """The cut-off in words; `top` is the highest band's frequency, where the estimate is censored."""
+    """The cut-off in a sentence; `top` is the highest band's frequency, where the estimate is censored."""
     if not np.isfinite(values[0]):
-        return "nowhere, for the lowest band is not synchronised"
+        return "The gain has no half-way frequency, because the lowest band is not synchronised."
+    passes = "half way between that of the lowest band and 1"
     if values[0] >= top:
-        return f"not up to r = {top:.2f}, the highest band"
-    return f"r = {formatted(values)}"
+        return f"The gain does not pass {passes} up to r = {top:.2f}, the highest band."
+    return f"The gain passes {passes} at r = {formatted(values)}."
 
 
 def _table(
@@ -205,7 +205,7 @@ def _share_table(analysis: xr.Dataset) -> Table:
     def cells(at):
         return [percent(at.share_all.sel(part=part).values) for part in PART_COLORS]
 
-    note = "Of what is left under that coupling; all heads, layers, levels and bands."
+    note = "Shares of the difference that is left under that coupling, over all heads, layers, levels and bands."
     return _table("Exact shares of the attention difference", analysis, list(PART_COLORS), cells, note)
 
 
@@ -216,7 +216,7 @@ def _size_table(analysis: xr.Dataset) -> Table:
         rows = [formatted(at.part_gain_all.sel(part=part).values) for part in names]
         return [*rows, number(float(rho(at.coupling.values)))]
 
-    note = "Relative to no coupling, with the same q, k, v. To first order routing and key have the size ρ(g), query 1."
+    note = "Relative to no coupling, with the same q, k, v. To first order, routing and key have size ρ(g), query 1."
     return _table("Sizes of the parts", analysis, [*names, "ρ(g)"], cells, note)
 
 
@@ -228,10 +228,10 @@ def _neglect_table(analysis: xr.Dataset) -> Table:
         missed = [percent(at.missed_all.sel(reading=reading).values) for reading in ("pattern", "weights")]
         return [error, percent(at.missed_error.sel(reading="pattern").values), *missed]
 
-    head = ["error, first order", "error, ξ", "missed by ξ, rows normalised", "missed by ξ, as is"]
+    head = ["error of first order", "error of ξ", "missed by ξ, rows normalised", "missed by ξ, weights as they are"]
     note = (
-        "Errors are amplitudes relative to the exact difference of the heads' outputs. What ξ misses is a share of the "
-        "pattern part (key plus query)."
+        "Errors are amplitudes relative to the exact difference of the heads' outputs. ξ is the self-only reading; "
+        "what it misses is a share of the pattern part (key plus query)."
     )
     return _table("What first order and the self-only reading leave out", analysis, head, cells, note)
 
@@ -273,8 +273,8 @@ def _heads_table(analysis: xr.Dataset) -> Table:
         rows.append([str(unit // heads), str(unit % heads), *numbers])
     note = (
         "Layers and heads count from 0; lowest band of the token grid above DC. The strongest "
-        f"{100 * TOP:.0f} % of all heads, chosen on other pairs than they are measured on, carry "
+        f"{100 * TOP:.0f} % of all heads, chosen on other pairs than those that measure them, carry "
         f"{percent(last.network_concentration.values)} of the whole change."
     )
-    head = ["layer", "head", "change of the square by coupling, %", "pull, %", "output difference that is left"]
+    head = ["layer", "head", "change of the square by coupling, %", "pull, %", "output difference, relative"]
     return Table(f"Heads that synchronise most, g = {float(analysis.coupling[-1]):g}", head, rows, note)

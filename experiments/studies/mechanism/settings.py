@@ -13,12 +13,12 @@ SUBLAYERS = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class MechanismConfig(StudyConfig):
-    """Split the replicas' difference in every layer and head, in one pass: how does coupling synchronise?"""
+    """How does coupling synchronise replicas in one pass? Split their difference in every layer and head."""
 
-    couplings: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0)
-    pairs: int = 16
-    levels: int = 8  # sampler steps that are looked into at most, evenly spaced in log-SNR
-    untrained_pairs: int = 8
+    couplings: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0)  # couplings g, increasing from 0
+    pairs: int = 16  # pairs of replicas
+    levels: int = 8  # sampler steps that are examined, evenly spaced in log-SNR; fewer if some coincide
+    untrained_pairs: int = 8  # pairs of each control with random weights
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ COUPLINGS = np.array([0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9])
 
 
 def mode_rates(g: float) -> np.ndarray:
-    """Of the common and the difference mode."""
+    """Relaxation rates (2,) of the common and the difference mode."""
     return np.array([B - g, B + g])
 
 
@@ -51,7 +51,7 @@ def unequal_process(kind: str, g: float) -> ou.Process:
 
 
 def unequal_time(kind: str, g: float) -> float:
-    """Time of the joint criterion under a kind of coupling."""
+    """Speciation time by the joint criterion under a kind of coupling."""
     return float(_joint_time(unequal_process(kind, g).drift))
 
 
@@ -98,8 +98,8 @@ EDGES = np.linspace(0, HORIZON, 65)
 
 
 def schedules() -> dict[str, np.ndarray]:
-    """Couplings by step of the grid `EDGES`. Between ``none`` and ``reversed`` all have the integral `TOTAL` over time;
-    the last one couples at every noise, and yet leaves no gap."""
+    """Couplings by step of the grid `EDGES`. Those between ``none`` and ``reversed`` have the integral `TOTAL` over
+    time; ``reversed`` couples at every noise and yet leaves no gap."""
     middle = (EDGES[1:] + EDGES[:-1]) / 2 / HORIZON
     flat = np.full(middle.size, TOTAL / HORIZON)
     shapes = {

@@ -1,6 +1,6 @@
-"""Times read off clones: where the ends of two continuations of one state correlate by a given amount.
+"""Times read off clones: where the ends of two continuations of one state have a given correlation.
 
-Ensembles with exact scores; every reading has a standard error.
+The clones are ensembles with exact scores; every reading has a standard error.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ class Reading(NamedTuple):
     """Where a falling curve passes a level."""
 
     value: float
-    error: float  # standard
+    error: float  # standard error
 
 
 def read_crossing(times: np.ndarray, values: np.ndarray, errors: np.ndarray, level: float) -> Reading:
@@ -124,8 +124,8 @@ class Draws:
 
 
 def correlation(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over paths (P, ...) and its standard error. The error is at least what a single disagreement among the paths
-    would make, because no disagreement at all does not mean that there is no error."""
+    """Mean over paths (P, ...) and its standard error. The error is at least that of a single disagreement among the
+    paths, because paths that all agree do not show that the error is 0."""
     return product.mean(0), np.maximum(product.std(0), 2 * len(product) ** -0.5) / len(product) ** 0.5
 
 
@@ -140,7 +140,7 @@ def clones_of_modes(law: Clusters, noise: jax.Array, seeds: jax.Array, paths: in
 
 @partial(jax.jit, static_argnames="paths")
 def clones_of_mixture(law: Mixture, steps: Transition, seeds: jax.Array, paths: int) -> tuple[jax.Array, jax.Array]:
-    """The same of a mixture under any drift, the forward steps given."""
+    """Ends of two clones each of a mixture under any drift; `steps` are the forward steps."""
     late = jax.tree.map(lambda v: v[-1], en.state_laws(law, steps))
     start = late.draw(jax.random.key(seeds[0]), paths)
     bridges = en.bridges(law, steps)

@@ -18,7 +18,7 @@ COLORS = (COMMON, DIFFERENCE, THIRD, "#CC79A7", "#E69F00", "#56B4E9", INK)
 
 
 def gaps(found: np.ndarray) -> np.ndarray:
-    """Common less difference mode, value and error, of readings (..., 2 modes, 2)."""
+    """Common minus difference mode, value and error, of readings (..., 2 modes, 2)."""
     return np.stack([found[..., 0, 0] - found[..., 1, 0], np.hypot(found[..., 0, 1], found[..., 1, 1])], -1)
 
 
@@ -40,7 +40,7 @@ def figure_timescales(rates: xr.Dataset) -> Figure:
 
 
 def figure_speciation(pair: xr.Dataset) -> Figure:
-    """Curves of clones."""
+    """Correlation of clones against the time of the branch."""
     figure, axes = new_figure(7.2, 3.2, 1, 2, sharey=True)
     shown = [i for i, g in enumerate(pair.coupling.values) if g in (0, 0.3, 0.6, 0.9)]
     for mode, ax in enumerate(axes):
@@ -56,7 +56,7 @@ def figure_speciation(pair: xr.Dataset) -> Figure:
 
 
 def figure_gap(pair: xr.Dataset) -> Figure:
-    """Times and gap against the coupling."""
+    """Speciation times and their gap against the coupling."""
     figure, (left, right) = new_figure(7.2, 3.2, 1, 2)
     g, fine = pair.coupling.values, np.linspace(0, 0.97, 120)
     for i, (mode, color) in enumerate(zip(pair.mode.values, (COMMON, DIFFERENCE), strict=True)):
@@ -81,7 +81,7 @@ def figure_gap(pair: xr.Dataset) -> Figure:
 
 
 def figure_anisotropic(unequal: xr.Dataset) -> Figure:
-    """Times by kind of coupling, and the plane of couplings."""
+    """Speciation times by kind of coupling, and over the plane of couplings."""
     figure, (left, right) = new_figure(7.2, 3.4, 1, 2)
     for i, (kind, color) in enumerate(zip(unequal.kind.values, COLORS, strict=False)):
         top = 0.99 if kind == "symmetric" else 1.3
@@ -108,7 +108,7 @@ def figure_anisotropic(unequal: xr.Dataset) -> Figure:
 
 
 def figure_collapse(stored: xr.Dataset) -> Figure:
-    """Crossings against 1 / d."""
+    """Collapse times against 1 / d."""
     figure, axes = new_figure(7.2, 3.0, 1, len(stored.g), sharey=True)
     for i, (g, ax) in enumerate(zip(stored.g.values, axes, strict=True)):
         for j, (score, color) in enumerate(zip(stored.score.values, (INK, COMMON, DIFFERENCE), strict=True)):
@@ -127,7 +127,7 @@ def figure_collapse(stored: xr.Dataset) -> Figure:
 
 
 def figure_filter(ring: xr.Dataset) -> Figure:
-    """Times against rates."""
+    """Commitment times against relaxation rates."""
     figure, ax = new_figure(5.4, 3.2)
     rate = np.linspace(ring.wave_rate.values.min() - 0.05, ring.wave_rate.values.max() + 0.05, 200)
     ax.plot(
@@ -141,7 +141,7 @@ def figure_filter(ring: xr.Dataset) -> Figure:
 
 
 def figure_schedules(time: xr.Dataset) -> Figure:
-    """Schedules, response, gaps."""
+    """Schedules, the response to them, and the gaps that they open."""
     figure, (left, middle, right) = new_figure(7.4, 3.3, 1, 3, width_ratios=(1, 1, 1.15))
     names = list(time.schedule.values)
     for name, g, color in zip(names, time.schedule_coupling.values, COLORS, strict=True):

@@ -1,10 +1,10 @@
-"""Two modalities generated together: theory of the coupled process over simulation with exact scores (docs/theory.md,
-section 13.10).
+"""Two modalities generated together: theory of the coupled process beside simulation with exact scores
+(docs/theory.md, section 13.10).
 
 Each part of the study draws its own random numbers, is stored as one group, and is left out when the run is resumed.
-Times of a simulation are read off clones: where the labels (or the values) of two continuations of one state correlate
-by as much as theory says they do at the event. Every reading has a standard error; those off clones go through the same
-fit on the exact curve, too, which shows what the fit costs.
+The time of an event is read off clones: it is where the labels (or the values) of two continuations of one state have
+the correlation that theory gives for the event. Every reading has a standard error. The same fit reads the exact curve,
+too, which shows what the fit costs.
 """
 
 from collections.abc import Callable
@@ -41,27 +41,27 @@ _READ = "read off clones, value and standard error"
 _FITTED = "the same fit on the exact curve"
 DEFINITIONS: Definitions = {
     "rate": ("relaxation rate of a mode, simulated forwards", "1 / time"),
-    "rate_error": ("its standard error", "1 / time"),
-    "rate_theory": ("relaxation rate of a mode", "1 / time"),
+    "rate_error": ("standard error of the relaxation rate", "1 / time"),
+    "rate_theory": ("relaxation rate of a mode, theory", "1 / time"),
     "correlation": ("correlation of clones' labels by the time at which they branch", "1"),
-    "correlation_error": ("its standard error", "1"),
+    "correlation_error": ("standard error of that correlation", "1"),
     "correlation_theory": ("correlation of clones' labels, exact", "1"),
     "speciation": (f"speciation time {_READ}", "time"),
     "speciation_fitted": (f"speciation time by {_FITTED}", "time"),
-    "speciation_theory": ("speciation time", "time"),
+    "speciation_theory": ("speciation time, theory", "time"),
     "unequal": (f"speciation time under couplings of any symmetry {_READ}", "time"),
     "unequal_fitted": (f"speciation time under couplings of any symmetry by {_FITTED}", "time"),
-    "unequal_theory": ("speciation time under couplings of any symmetry", "time"),
+    "unequal_theory": ("speciation time under couplings of any symmetry, theory", "time"),
     "collapse": ("collapse time of stored samples, value and standard error", "time"),
     "collapse_limit": ("collapse time at infinite dimension, value and standard error", "time"),
-    "collapse_theory": ("collapse time", "time"),
+    "collapse_theory": ("collapse time, theory", "time"),
     "commitment": (f"commitment time {_READ}", "time"),
     "commitment_fitted": (f"commitment time by {_FITTED}", "time"),
-    "commitment_theory": ("commitment time", "time"),
+    "commitment_theory": ("commitment time, theory", "time"),
     "wave_rate": ("relaxation rate of a wave around the ring", "1 / time"),
     "scheduled": (f"speciation time under a schedule {_READ}", "time"),
     "scheduled_fitted": (f"speciation time under a schedule by {_FITTED}", "time"),
-    "scheduled_theory": ("speciation time under a schedule", "time"),
+    "scheduled_theory": ("speciation time under a schedule, theory", "time"),
     "schedule_coupling": ("coupling of a schedule at a time", "1"),
     "mode": ("common or difference mode", "1"),
     "time": ("time of the branch", "time"),
@@ -69,7 +69,7 @@ DEFINITIONS: Definitions = {
     "kind": ("kind of coupling", "1"),
     "strength": ("coupling of that kind", "1"),
     "g": ("coupling g", "1"),
-    "score": ("which modes the score knows", "1"),
+    "score": ("modes that the score knows", "1"),
     "size": ("modes of a modality", "1"),
     "wave": ("wave around the ring", "1"),
     "schedule": ("name of the schedule", "1"),
@@ -197,13 +197,13 @@ def anisotropic(config: ModalitiesConfig) -> xr.Dataset:
 
 
 def _collapse_times(load: float) -> np.ndarray:
-    """Of all couplings and scores, at ``log n / d``."""
+    """Collapse times of all couplings and scores, at ``log n / d = load``."""
     one = np.ones(1)
     return np.array([pair_collapse_times(cases.B, g, one, one, load) for g in cases.COLLAPSE_COUPLINGS])
 
 
 def collapse(config: ModalitiesConfig) -> xr.Dataset:
-    """Where the own sample outweighs all others, for data sets of growing size, and the line through them in 1 / d."""
+    """Times at which a sample outweighs all others, in data sets of growing size, and a line through them in 1 / d."""
     times = np.geomspace(0.15, 1.6, 45)
     noise = np.stack([np.asarray(ou.mode_noise(cases.mode_rates(g), times[:, None])) for g in cases.COLLAPSE_COUPLINGS])
     # a score that knows one mode sees the other under so much noise that it says nothing

@@ -14,7 +14,7 @@ from experiments.studies.modalities import figures as draw
 from experiments.studies.modalities.settings import PARTS, ModalitiesConfig
 from ou_theory.speciation import gap_large_spread, speciation_gap
 
-LEVEL = 0.001  # chance, if theory is right, with which a set of comparisons may be called off
+LEVEL = 0.001  # a claim fails if deviations so large have less than this chance under the theory
 
 
 def page(measured: Measured[ModalitiesConfig], analysis: xr.Dataset) -> Page:
@@ -36,13 +36,13 @@ def page(measured: Measured[ModalitiesConfig], analysis: xr.Dataset) -> Page:
 
 
 def deviations(found: np.ndarray, theory: np.ndarray) -> np.ndarray:
-    """Readings (..., 2) less theory, in standard errors, flat, where there is theory; NaN where nothing was read."""
+    """Readings (..., 2) minus theory, in standard errors, flat, where there is theory; NaN where nothing was read."""
     return ((found[..., 0] - theory) / found[..., 1])[np.isfinite(theory)]
 
 
 def agree(z: np.ndarray) -> tuple[Verdict, float]:
-    """Verdict on deviations in standard errors, and a bound on the chance of so large a one among them if theory is
-    right, be they independent or not. Undecided where one is missing."""
+    """Verdict on deviations in standard errors, and an upper bound on the chance that the largest is so large if theory
+    is right. The bound needs no independence. The verdict is undecided where a deviation is missing."""
     if not z.size or np.isnan(z).any():
         return "undecided", float("nan")
     chance = min(1.0, float(2 * z.size * norm.sf(np.abs(z).max())))
@@ -63,8 +63,8 @@ def with_bounds(reading: np.ndarray) -> list[float]:
 def _agreement(title: str, z: np.ndarray, what: str, controls: list[Control]) -> Claim:
     verdict, chance = agree(z)
     statement = (
-        f"{what}; {np.isfinite(z).sum()} of {z.size} could be read. Chance of so large a deviation among them if "
-        f"theory is right: at most {chance:.2g}. The claim fails if it is below {LEVEL}."
+        f"{what} {np.isfinite(z).sum()} of {z.size} values could be read. If theory is right, one of them deviates "
+        f"this much with a probability of at most {chance:.2g}. The claim does not hold if this is below {LEVEL}."
     )
     return Claim(0, title, verdict, "largest deviation, standard errors", largest(z), None, statement, controls)
 
@@ -110,7 +110,7 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
             f"gap at g = {pair.coupling.values[at]:g}, units of time",
             float(gap[at, 0]),
             with_bounds(gap[at]),
-            f"Theory: {known:.3f}.",
+            f"Theory says {known:.3f}.",
             [
                 Control(
                     "no coupling",
@@ -122,59 +122,59 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
             ],
         ),
         _agreement(
-            "Relaxation rates form the hierarchy b - g, b + g",
+            "The relaxation rates are b − g and b + g",
             z_rates,
-            "Decay of each mode's correlation with its start, Euler's rule",
+            "Rates follow from the decay of each mode's correlation with its start, simulated by Euler's rule.",
             [_control("rates without coupling", deviations(found_rates, np.full(rates.rate.shape, cases.B)),
-                      "b for both modes: it must fail.")],
+                      "Theory with b for both modes; the claim must fail on it.")],
         ),
         _agreement(
             "Both modes speciate when theory says so",
             z_pair,
-            "Where labels of clones correlate as at kappa = 1",
+            "A time is read where the labels of clones have the correlation of κ = 1.",
             [
-                _control("times without coupling", deviations(pair.speciation.values, alone), "It must fail."),
-                _control("gap of far clusters", deviations(gap[1:], far), "The formula for m^2 - s^2 >> D / (b - g): "
-                         "it must fail near g = b."),
+                _control("times without coupling", deviations(pair.speciation.values, alone), "The claim must fail."),
+                _control("gap of far clusters", deviations(gap[1:], far), "The formula for m² − s² ≫ D / (b − g); "
+                         "the claim must fail near g = b."),
             ],
         ),
         _agreement(
-            "Under couplings of any symmetry the joint criterion tells the time",
+            "The joint criterion gives the speciation time under symmetric, one-way and rotating couplings",
             z_unequal,
-            "One modality clustered, four kinds of coupling",
-            [_control("the other direction", swapped, "Theory of the coupling reversed: it must fail.")],
+            "One of the two modalities is clustered; there are four kinds of coupling.",
+            [_control("the other direction", swapped, "Theory of the reversed coupling; the claim must fail on it.")],
         ),
         _agreement(
-            "Scores of n stored pairs collapse where information equals log n",
+            "A score made of n stored pairs collapses where information equals log n",
             z_limit,
-            "Crossings of own and other weights, extrapolated in 1 / d",
-            [_control(f"d = {int(stored['size'][-1])} alone", z_largest, "Not extrapolated: finite size must show.")],
+            "A time is read where a sample outweighs all others, and extrapolated in 1/d.",
+            [_control(f"d = {int(stored['size'][-1])} alone", z_largest, "No extrapolation; the claim must fail.")],
         ),
         _agreement(
             "Waves around a ring of modalities commit in the order of their rates",
             z_ring,
-            "Where values of clones correlate by one half",
-            [_control("waves without coupling", deviations(ring.commitment.values, still), "It must fail.")],
+            "A time is read where the values of clones have correlation ½.",
+            [_control("waves without coupling", deviations(ring.commitment.values, still), "The claim must fail.")],
         ),
         _agreement(
             "Couplings that change in time act as theory says",
             z_time,
-            f"{len(names)} schedules",
-            [_control("constant coupling", deviations(time.scheduled.values, constant), "Of the same integral: it "
-                      "must fail.")],
+            f"There are {len(names)} schedules and two modes.",
+            [_control("constant coupling", deviations(time.scheduled.values, constant), "Theory of a constant "
+                      "coupling with the same integral; the claim must fail on it.")],
         ),
         Claim(
             0,
-            "At equal total, coupling near the data holds the gap open",
+            "At equal total, coupling near the data opens a larger gap than coupling near the noise",
             above(with_bounds(apart)),
-            "gap of the clean half less that of the noisy half",
+            "gap of the clean half minus that of the noisy half",
             float(apart[0]),
             with_bounds(apart),
-            "Both schedules have the same integral of the coupling: one over the half of the times nearer to the data, "
-            "the other over the other half, which comes too early in generation to matter.",
+            "Both schedules have the same integral of the coupling. One acts in the half of the times nearer to the "
+            "data, the other in the noisier half, which generation passes first.",
             [
-                Control("clean half", float(clean[0]), with_bounds(clean), None, "The first of them."),
-                Control("noisy half", float(noisy[0]), with_bounds(noisy), None, "The second."),
+                Control("clean half", float(clean[0]), with_bounds(clean), None, "Coupled near the data."),
+                Control("noisy half", float(noisy[0]), with_bounds(noisy), None, "Coupled near the noise."),
                 Control("reversed", float(closed[0]), with_bounds(closed), None, "Coupled at every noise, with a "
                         "change of sign that theory chooses so that no gap is left."),
             ],
@@ -183,11 +183,11 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
     return Section(
         title="Two modalities, exact scores",
         question="Two modalities are generated together by a coupled diffusion whose score is known. When are their "
-        "common and their difference features decided, and what does the coupling do to that?",
+        "common and their difference features decided, and how does the coupling change that?",
         answer=f"At g = {pair.coupling.values[at]:g} the common mode speciates {gap[at, 0]:.3f} ± {gap[at, 1]:.3f} "
         f"before the difference mode (theory {known:.3f}); without coupling the gap is {gap[0, 0]:.3f} ± "
-        f"{gap[0, 1]:.3f}. The same total coupling opens {clean[0]:.3f} ± {clean[1]:.3f} near the data and "
-        f"{noisy[0]:.3f} ± {noisy[1]:.3f} near the noise.",
+        f"{gap[0, 1]:.3f}. The same total coupling opens a gap of {clean[0]:.3f} ± {clean[1]:.3f} if it acts near the "
+        f"data, and of {noisy[0]:.3f} ± {noisy[1]:.3f} if it acts near the noise.",
         claims=claims,
         tables=[
             _pair_table(pair, gap),
@@ -199,17 +199,18 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
         captions={
             "timescales": "Relaxation rates of the two modes against the coupling: simulated forwards (points, two "
             "standard errors) and b ∓ g (lines).",
-            "speciation": "Correlation of clones' labels against the time at which they branch, common and difference "
-            "mode: simulation (points) over T(κ(t)) (lines). The level at κ = 1, dotted, is where a mode speciates.",
-            "gap": "Speciation times (left) and the gap between them (right) against the coupling: simulation over "
-            "the exact formula, with its limits.",
-            "anisotropic": "Speciation of a clustered modality joined to one without clusters: four kinds of coupling, "
-            "simulation over κ(t) = 1 (left). Over the plane of both couplings (right): contours of the time, and the "
-            "bounds of stability, of contraction, and of real modes.",
-            "collapse": "Collapse of scores of stored samples: crossings in growing dimension, the line through them, "
-            "and theory at 1/d = 0 (open).",
+            "speciation": "Correlation of clones' labels against the time at which they branch, for the common and the "
+            "difference mode: simulation (points) and T(κ(t)) (dashed). A mode speciates where its curve passes the "
+            "level of κ = 1 (dotted).",
+            "gap": "Speciation times (left) and the gap between them (right) against the coupling: simulation "
+            "(points), the exact formula (dashed), and its limit for far clusters (dotted).",
+            "anisotropic": "Speciation of a clustered modality that is coupled to one without clusters. Left: four "
+            "kinds of coupling, simulation (points) and κ(t) = 1 (dashed). Right: contours of the time over the plane "
+            "of both couplings, with the bounds of stability and contraction; modes rotate in the shaded part.",
+            "collapse": "Collapse times of scores made of stored samples: readings in growing dimension d, the line "
+            "through them, and theory at 1/d = 0 (open symbols).",
             "filter": "Commitment of waves around a ring of eight modalities, against the rate that the coupling gives "
-            "them. All couplings fall on one curve, the clock of the process.",
+            "them. By theory, all couplings fall on one curve (dashed), the clock of the process.",
             "schedules": "Couplings that change in time (left), the gaps that they open (right), and the response of "
             "both modes' times to coupling at a given time (middle).",
         },
@@ -219,21 +220,20 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
             "and go on with independent noise. A time is read off a weighted cubic through the points whose "
             "correlation lies within 0.2 of the wanted one; its error comes from theirs. The seed is "
             f"{settings.seed}, and every point draws random numbers of its own.",
-            "Common and difference mode of the pair are each in two clusters ±2 of variance 0.25, independent of each "
-            "other; b = D = 1. In the anisotropic part the first modality is in such clusters, the second is Gaussian "
-            "of variance 1.",
+            "The common and the difference mode of the pair each have two clusters at ±2 of variance 0.25, independent "
+            "of each other; b = D = 1. In the anisotropic part the first modality has such clusters, and the second is "
+            "Gaussian of variance 1.",
             f"Collapse: {settings.trials} draws of a data set of n = exp({cases.LOAD:g} d) pairs, d Gaussian modes "
             "of unit variance each for the common and the difference mode. One sample is noised, and its weight in the "
-            "empirical score is compared with that of all others. A score that knows one mode alone does not see the "
-            "other. Two details move theory by under 0.01: n is a whole number, and a sample is not one of the others. "
-            "Readings are moved back by this.",
+            "empirical score is compared with that of all others. A score that knows only one mode does not see the "
+            "other. Two details change theory by less than 0.01: n is a whole number, and a sample is not one of the "
+            "others. Readings are corrected for this.",
         ],
         limits=[
             "The modes of these laws are independent and clustered. For independently clustered modalities coupling "
             "opens no gap of first order between the curvatures (docs/theory.md, 13.4).",
-            "Collapse times are the end of a line fitted in 1/d. Their error does not include what a curve would "
-            "change.",
-            f"When the same cubic reads the exact curves, times are off by at most {cost:.2f} of the errors shown.",
+            "Collapse times are the end of a line fitted in 1/d. Their error does not include a possible curvature.",
+            f"When the same cubic reads the exact curves, times deviate by at most {cost:.2f} of the standard errors.",
         ],
     )
 
@@ -253,9 +253,10 @@ def _pair_table(pair: xr.Dataset, gap: np.ndarray) -> Table:
         for mode in range(2):
             cells += [f"{exact[mode]:.3f}", _plus(pair.speciation.values[i, mode]), f"{fitted[mode]:.3f}"]
         rows.append([*cells, f"{exact[0] - exact[1]:.3f}", _plus(gap[i])])
-    head = ["g", "common, theory", "simulation", "fit of theory", "difference, theory", "simulation", "fit of theory",
+    head = ["g", "common, theory", "simulation", "fit to theory", "difference, theory", "simulation", "fit to theory",
             "gap, theory", "simulation"]  # fmt: skip
-    return Table("Speciation times under a symmetric coupling", head, rows, "± one standard error.")
+    note = "± one standard error. Fit to theory: what the fit reads on the exact curve."
+    return Table("Speciation times under a symmetric coupling", head, rows, note)
 
 
 def _unequal_table(unequal: xr.Dataset) -> Table:
@@ -266,7 +267,8 @@ def _unequal_table(unequal: xr.Dataset) -> Table:
         for j, g in enumerate(unequal.strength.values)
         if np.isfinite(unequal.unequal_theory.values[i, j])
     ]  # fmt: skip
-    return Table("The joint criterion", ["coupling", "g", "theory", "simulation", "fit of theory"], rows)
+    head = ["coupling", "g", "theory", "simulation", "fit to theory"]
+    return Table("Speciation times by the joint criterion", head, rows)
 
 
 def _collapse_table(stored: xr.Dataset) -> Table:

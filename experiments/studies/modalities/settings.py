@@ -9,12 +9,12 @@ PARTS = ("timescales", "speciation", "anisotropic", "collapse", "filtering", "sc
 
 @dataclass(frozen=True)
 class ModalitiesConfig:
-    """Simulate two coupled modalities with exact scores and lay the theory over it: timescales, speciation, collapse,
-    the coupling as a filter, couplings that change in time."""
+    """Simulate two coupled modalities with exact scores and compare with theory: timescales, speciation, collapse, the
+    coupling as a filter, couplings that change in time."""
 
     paths: int = 4000  # pairs of clones per point
     steps: int = 16  # reverse steps from a branch to the data; each is exact
-    trials: int = 2000  # draws of a stored data set, for collapse
+    trials: int = 2000  # draws of a stored data set, of which collapse times are read
     seed: int = 0
 
     def __post_init__(self) -> None:

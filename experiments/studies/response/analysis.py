@@ -1,4 +1,4 @@
-"""From what the response study stores to estimates with intervals, beside those of Gaussian laws."""
+"""Estimates with intervals from what the response study stores, beside those of Gaussian laws."""
 
 import numpy as np
 import xarray as xr
@@ -12,7 +12,7 @@ from ou_theory.clock import Clock
 from ou_theory.modes import Bands
 
 _RATE = "growth rate of a difference drawn from the band"
-_STRETCH = "log of what the window makes of a leading direction's length"
+_STRETCH = "log of the factor by which the window changes a leading direction's length"
 DEFINITIONS: Definitions = {
     "variance": ("variance of a band's coefficients at the ends", "1"),
     "rate": (f"{_RATE}, along the flow", "1 / nat"),
@@ -20,9 +20,9 @@ DEFINITIONS: Definitions = {
     "rate_gaussian": (f"{_RATE}, of a Gaussian law of the band's variance", "1 / nat"),
     "rate_channels": (f"{_RATE}, of a Gaussian law of the band's covariance of channels", "1 / nat"),
     "rate_error": ("mmse / sigma^2 - 1: mean growth rate of any posterior mean, at noised ends", "1 / nat"),
-    "above_channels": ("rate less that of the Gaussian law by channels", "1 / nat"),
-    "above_error": ("rate at noised ends less what the error there says", "1 / nat"),
-    "negative": ("share of probes that the derivative turns against themselves", "1"),
+    "above_channels": ("rate minus that of the Gaussian law by channels", "1 / nat"),
+    "above_error": ("rate at noised ends minus the rate that the error there implies", "1 / nat"),
+    "negative": ("share of probes whose response points against them", "1"),
     "leaves": ("share of the response that lies in other bands", "1"),
     "asymmetry": ("antisymmetric over symmetric part of the derivative", "1"),
     "local": ("growth rate of a leading direction in a step", "1 / nat"),
@@ -32,7 +32,7 @@ DEFINITIONS: Definitions = {
     "exponent": ("growth rate of a leading direction over the window", "1 / nat"),
     "content": ("share of a band in a leading direction", "1"),
     "largest": ("largest growth rate of a leading direction in a step, mean over trajectories", "1 / nat"),
-    "largest_level": ("log-SNR at which it is reached", "nat"),
+    "largest_level": ("log-SNR at which the largest growth rate is reached", "nat"),
     "growing": ("share of trajectories with a step in which a direction grows", "1"),
     "rated": ("sampler step of a rate", "1"),
     "rated_ell": ("log-SNR of that step", "nat"),
@@ -40,7 +40,7 @@ DEFINITIONS: Definitions = {
     "to": ("band of the response", "1"),
     "window": ("sampler step of the window", "1"),
     "vector": ("leading direction", "1"),
-    "point": ("sampler step before which a direction is looked at; the last is the end", "1"),
+    "point": ("sampler step before which a direction is recorded; the last is the end", "1"),
 }
 
 

@@ -33,7 +33,7 @@ def figure_rates(network: xr.Dataset) -> Figure:
             ax.axhline(height, color=FAINT, linewidth=0.8, zorder=0)
         ax.axvline(-np.log(float(at.variance[0])), color=FAINT, linewidth=0.8, zorder=0)
         ax.plot(ell, at.rate_gaussian[:, 0], color=QUIET, linestyle="--", linewidth=1.2, label="Gaussian law")
-        ax.plot(ell, at.rate_channels[:, 0], color=INK, linestyle=":", linewidth=1.4, label="same, channels")
+        ax.plot(ell, at.rate_channels[:, 0], color=INK, linestyle=":", linewidth=1.4, label="Gaussian, channels")
         curve(ax, ell, at.rate.values, colors[band], "network, flow")
         error = at.rate_error.values
         bars = np.abs(error[:, 1:] - error[:, :1]).T
@@ -60,22 +60,22 @@ def _by_band(ax: Axes, network: xr.Dataset, name: str) -> None:
 
 
 def figure_departures(analysis: xr.Dataset) -> Figure:
-    """What the rate is above that of the Gaussian law, and above what the error says."""
+    """The rate minus that of the Gaussian law, and minus the one that the error implies."""
     figure, axes = new_figure(7.2, 3.5, 1, 2)
     network, exact = (analysis.sel(source=name) for name in ("network", "wiener"))
     for ax, name in zip(axes, ("above_channels", "above_error"), strict=True):
         ax.plot(exact.level_ell, exact[name][..., 0], color=QUIET, linewidth=0.8, alpha=0.8)
         _by_band(ax, network, name)
     axes[0].set_ylabel("difference of rates")
-    axes[0].set_title("network less Gaussian law")
-    axes[1].set_title("rate less (mmse / σ² − 1), noised ends")
+    axes[0].set_title("network minus Gaussian law")
+    axes[1].set_title("rate minus (mmse / σ² − 1), noised ends")
     axes[1].set_ylim(-0.55, 0.55)
     band_legend(figure, axes[0], "")
     return figure
 
 
 def figure_between(network: xr.Dataset) -> Figure:
-    """What leaves the band, and how far the derivative is from symmetric."""
+    """The share of the response outside the band, and how far the derivative is from symmetric."""
     figure, (left, right) = new_figure(7.2, 3.5, 1, 2)
     _by_band(left, network, "leaves")
     _by_band(right, network, "asymmetry")

@@ -1,9 +1,10 @@
 """Linear response: how a small difference grows along the reverse flow, by band and in the directions that grow most.
 
-One derivative of the denoiser per question, along uncoupled DDIM trajectories in the rescaled frame: growth rates of
-differences drawn at random from a band, beside those of a Gaussian law of the same spectrum and beside what the
-denoiser's own mean square error says; what leaves the band; whether the derivative is symmetric, as that of a posterior
-mean is; the leading Lyapunov directions. See docs/theory.md, section 11.
+Derivatives of the denoiser are taken along uncoupled DDIM trajectories in the rescaled frame. They give the growth
+rates of differences drawn at random from a band, which stand beside those of a Gaussian law of the same spectrum and
+beside the rate that the denoiser's own mean square error implies. They also tell how much of the response leaves the
+band, whether the derivative is symmetric, as that of a posterior mean is, and what the leading Lyapunov directions are.
+See docs/theory.md, section 11.
 """
 
 from collections.abc import Callable
@@ -163,7 +164,7 @@ class ResponseInstrument:
         return band_mean(jnp.square(dct2(directions)), self.bands) * (self.bands.count * self.shape[-1])
 
     def respond(self, denoise: Denoiser, step: jax.Array, y: jax.Array, white: jax.Array, labels: jax.Array):
-        """The denoised images of states, and what `VARIABLES` has of the derivative there.
+        """The denoised images of states, and those of `VARIABLES` that describe the derivative there.
 
         Args:
           y: (2, P, H, W, C) rescaled states of both replicas.
@@ -200,13 +201,13 @@ class ResponseInstrument:
 
 VARIABLES: Variables = {
     "rate": (("place", "level", "band"), "growth rate of a difference drawn from the band, per nat of ln(1 / sigma)"),
-    "negative": (("place", "level", "band"), "share of probes that the derivative turns against themselves"),
+    "negative": (("place", "level", "band"), "share of probes whose response points against them"),
     "response": (("place", "level", "band", "to"), "energy that the derivative gives a band, per energy of the probe"),
     "symmetric": (("place", "level", "part"), "square of <u, J v> + <v, J u>, white u and v of a band, or of all"),
     "antisymmetric": (("place", "level", "part"), "square of <u, J v> - <v, J u>"),
-    "error": (("level", "band"), "square error per coefficient of the denoised noised ends, over sigma^2"),
+    "error": (("level", "band"), "square error per coefficient of the ends predicted from noised ends, over sigma^2"),
     "moment": (("band", "channel", "other"), "product of channels of the difference of the ends, per coefficient"),
-    "stretch": (("replica", "vector", "window"), "log of the length that a step gives to a direction", "nat"),
+    "stretch": (("replica", "vector", "window"), "log of the factor by which a step stretches a direction", "nat"),
     "content": (
         ("replica", "vector", "point", "band"),
         "share of a band in a direction, before each step, and at the end",
@@ -234,7 +235,7 @@ def wiener(variance: jax.Array, bands: Bands, clock: Clock, count: int) -> Denoi
 
 
 def measure(bench: Bench[ResponseConfig]) -> None:
-    """Fills ``network``, ``untrained`` and ``wiener``, the exact denoiser of the network's band variances."""
+    """Fills ``network``, ``untrained``, and ``wiener``: the exact denoiser of the network's band variances."""
     config, clock, bands, shape = bench.config, bench.clock, bench.bands, bench.subject.image_shape
     inside, steps = window(clock, LEAST), spaced_steps(clock, config.levels, last=False)
     instrument = ResponseInstrument(clock, bands, steps, config.vectors, config.seed, shape)

@@ -12,12 +12,12 @@ LEAST = 3  # sampler steps that the window must hold
 
 @dataclass(frozen=True)
 class ResponseConfig(StudyConfig):
-    """Measure how small differences grow along the reverse flow: by band against theory, and Lyapunov directions."""
+    """How do small differences grow along the reverse flow? By band, beside theory, and in the Lyapunov directions."""
 
-    pairs: int = 16
-    untrained_pairs: int = 8
+    pairs: int = 16  # pairs of replicas
+    untrained_pairs: int = 8  # pairs of the control with random weights
     levels: int = 12  # sampler steps at which bands are probed, evenly spaced in log-SNR
-    vectors: int = 4  # directions that are followed
+    vectors: int = 4  # leading Lyapunov directions that are followed
 
     SAMPLERS: ClassVar[tuple[str, ...]] = ("ddim",)  # the flow, of which derivatives are taken
 

@@ -1,4 +1,4 @@
-"""From stored measurements on the three laws to levels, rates and correlations, beside the theory."""
+"""Levels, rates and correlations from stored measurements on the three laws, beside the theory."""
 
 from typing import Any
 
@@ -16,21 +16,21 @@ from ou_theory import estimator as oc
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands
 
-SPREAD = 0.003  # least standard error of a correlation: near 1 the resampled one is smaller than the arithmetic's
+SPREAD = 0.003  # least standard error of a correlation: near 1 the resampled one falls below rounding errors
 
 _CLONES = "correlation of two clones' ends"
 DEFINITIONS: Definitions = {
     "q": ("relative energy of the denoised difference, by band", "1"),
     "tau": ("commitment level of a band of the Gaussian law", "nat"),
     "speciation": ("log-SNR at which a difference along a sign's centre begins to grow", "nat"),
-    "speciation_step": ("the same on the sampler's own scale", "sampler steps"),
-    "speciation_gap": ("speciation level of the pair's weak sign less that of its strong one", "nat"),
+    "speciation_step": ("sampler step at which a difference along a sign's centre begins to grow", "sampler steps"),
+    "speciation_gap": ("speciation level of the pair's weak sign minus that of its strong one", "nat"),
     "growth": ("growth rate of a difference along a sign's centre, per nat of ln(1 / sigma)", "1 / nat"),
     "sign_q": ("relative energy of the denoised difference along a sign's centre", "1"),
     "clone": (f"{_CLONES}, by band of the Gaussian law", "1"),
     "clone_band": (f"{_CLONES}, by band, with a simultaneous 95 % band", "1"),
     "clone_sign": (f"{_CLONES}, along the centres of the pair's signs", "1"),
-    "clone_sign_shift": (f"{_CLONES} along the signs' centres less that of the exact denoiser", "1"),
+    "clone_sign_shift": (f"{_CLONES} along the signs' centres minus that of the exact denoiser", "1"),
     "law": ("which of the three laws", "1"),
     "sign": ("which sign of which law", "1"),
 }
@@ -110,7 +110,7 @@ def analyse(measured: Measured[SolvableConfig]) -> xr.Dataset:
 
 
 def estimates_of(clock: Clock, bands: Bands, sources: dict[str, xr.Dataset], seed: int, eta: float = 0.0) -> xr.Dataset:
-    """The same from groups by name; `eta` is that of the sampler."""
+    """What `analyse` returns, from groups by name; `eta` is that of the sampler."""
     data: dict[str, Any] = {}
     for source, dataset in sources.items():
         for name, value in estimates(dataset, clock, seed).items():

@@ -1,8 +1,8 @@
 """A network trained on data whose law is known, against the theory with nothing fitted (docs/theory.md, section 9).
 
-Commitment of the Gaussian law by band, speciation of the signs, cloning curves. Everything is measured on the network
-and on the exact denoiser by the same code: where they disagree the network is off, where the exact denoiser disagrees
-with the closed form the instrument or the theory is.
+The study measures the commitment of the Gaussian law by band, the speciation of the signs, and cloning curves. The same
+code measures the network and the exact denoiser. Where the two disagree, the network deviates from theory. Where the
+exact denoiser disagrees with the closed form, the instrument or the theory is wrong.
 """
 
 import json
@@ -30,7 +30,8 @@ def check(config: SolvableConfig, subject: Subject) -> None:
     """Raises ValueError unless the network was trained on these very laws."""
     if (subject.manifest.get("data") or {}) != json.loads(json.dumps(SolvableData().preparation())):
         raise ValueError(
-            f"{config.weights} was not trained on these laws; train one with `syncgap train solvable --size 8`"
+            f"{config.weights} was not trained on the three laws of this study; "
+            "train a network on them with `syncgap train solvable OUT --size 8`"
         )
 
 
@@ -103,8 +104,8 @@ class SolvableInstrument:
         return clean + jnp.asarray(self.clock.sigma, clean.dtype)[step] * noise
 
     def _growth(self, denoise, pairs, name, a):
-        """Growth rate (P, K) of a difference along a sign's centre, per nat of ln(1 / sigma), on the surface where the
-        exact posterior holds all signs for equally likely."""
+        """Growth rate (P, K) of a difference along a sign's centre, per nat of ln(1 / sigma), on the surface where
+        all signs are equally likely under the exact posterior."""
         one = self.laws[name]
         labels = jnp.full(pairs.shape, NAMES.index(name))
         direction = jnp.broadcast_to(one.centres[a], (pairs.size, one.variance.size))
@@ -172,7 +173,7 @@ VARIABLES: Variables = {
 
 
 def measure(bench: Bench[SolvableConfig]) -> None:
-    """Fills ``network``, ``exact``, the posterior mean itself, and ``untrained``."""
+    """Fills ``network``, ``untrained``, and ``exact``: the posterior mean itself."""
     config, clock = bench.config, bench.clock
     branches = spaced_steps(clock, config.branches, last=False)
     instrument = SolvableInstrument(clock, bench.bands, branches, config.seed, config.sampler)

@@ -27,7 +27,7 @@ from experiments.studies.solvable.settings import SolvableConfig
 
 TAU_WITHIN = 0.15  # nats
 STEPS_WITHIN = 1.0  # sampler steps
-FLOOR = 0.1  # error energy at the opening of the window, relative, above which a band is left out
+FLOOR = 0.1  # a band is left out if its relative error energy where the window opens is above this
 SOURCES = {"network": "network", "exact": "exact denoiser, same instrument", "untrained": "untrained network"}
 SIGN_COLORS = ("#0072B2", "#D55E00", "#009E73")
 
@@ -68,7 +68,7 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
     settings = measured.config
     clean = floors(analysis, "network") <= FLOOR
     if not clean.any():
-        clean = ~clean  # then none is spared, and the claim fails by itself
+        clean = ~clean  # then every band counts, and the claim fails by itself
     names = band_names(analysis)
     shift = deviations(analysis, "network")
     worst = int(np.argmax(np.where(clean, np.abs(shift[:, 0]), -1)))
@@ -88,7 +88,7 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             float(shift[worst, 0]),
             bounds(shift[worst]),
             "Nothing is fitted: the recursion knows the law and the sampler, not the network."
-            + ("" if clean.all() else f" Left out for their noise floor: {', '.join(np.array(names)[~clean])}."),
+            + ("" if clean.all() else f" Left out because of their noise floor: {', '.join(np.array(names)[~clean])}."),
             [_tau_control(analysis, source, clean) for source in ("exact", "untrained")],
         ),
         Claim(
@@ -98,7 +98,8 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             f"largest deviation, steps, {analysis.sign.values[last]}",
             float(speciation[last, 0]),
             bounds(speciation[last]),
-            "A difference along the sign's centre begins to grow at one step; theory puts it where kappa = 1.",
+            "A sign is decided at the step where a difference along its centre begins to grow. Theory puts this step "
+            "where κ, the signal-to-noise ratio along the centre, is 1.",
             [_speciation_control(analysis, source) for source in ("exact", "untrained")],
         ),
         Claim(
@@ -108,9 +109,10 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             "largest deviation of a correlation",
             verdicts[2][1],
             None,
-            "Holds if the curves' simultaneous 95 % bands contain the exact values at every branch. For the Gaussian "
-            "law these are the sampler's own, in closed form; for the pair's signs they are those of the exact "
-            f"denoiser from the same states and noise. Mean deviation {verdicts[2][2]:.3f}.",
+            "The claim holds if the curves' simultaneous 95 % bands contain the exact values at every branch. For the "
+            "Gaussian law, the exact values are those of this sampler in closed form. For the pair's signs, they are "
+            "those of the exact denoiser from the same states and noise. The mean deviation is "
+            f"{verdicts[2][2]:.3f}.",
             [_clone_control(analysis, source) for source in ("exact", "untrained")],
         ),
     ]
@@ -119,21 +121,22 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
     return Section(
         title=f"Solvable data: {measured.subject_name}",
         question="Trained on data whose law is known, does a network decide when the theory says it must?",
-        answer=f"Bands within {np.abs(shift[clean, 0]).max():.3f} nats, signs within "
-        f"{np.abs(speciation[:, 0]).max():.2f} sampler steps, clones within {verdicts[2][1]:.3f} of the exact values; "
-        f"the gap between the two signs of the coupled pair is {formatted(gap)} nats against {known:.2f}.",
+        answer=f"Bands commit within {np.abs(shift[clean, 0]).max():.3f} nats of theory, signs are decided within "
+        f"{np.abs(speciation[:, 0]).max():.2f} sampler steps of it, and correlations of clones lie within "
+        f"{verdicts[2][1]:.3f} of the exact values. The gap between the two signs of the coupled pair is "
+        f"{formatted(gap)} nats; theory says {known:.2f}.",
         claims=claims,
         tables=[_band_table(analysis), _sign_table(analysis)],
         captions={
-            "commitment": "Left: commitment level of every band of the Gaussian law; network and exact denoiser go "
-            "through the same instrument, beside the exact recursion. Right: their deviations from the recursion; "
-            "shaded: the tolerance.",
+            "commitment": "Left: commitment level of every band of the Gaussian law, for the network and the exact "
+            "denoiser through the same instrument, beside the exact recursion. Right: their deviations from the "
+            "recursion; shaded: the tolerance.",
             "speciation": "Growth rate of a difference along a sign's centre, on the surface where the sign is "
-            "undecided. Where it turns positive the law's symmetry breaks. Lines: closed form. Points: network, with "
-            "intervals.",
-            "cloning": "Correlation of two clones that branch at a level: the bands of the Gaussian law (left), the "
-            "signs (right). Lines: exact for this sampler (left), the law's own (right). Points: network, with "
-            "intervals.",
+            "undecided. The law's symmetry breaks where the rate turns positive. Lines: closed form. Points: network, "
+            "with intervals.",
+            "cloning": "Correlation of the ends of two clones against the level at which they branch: bands of the "
+            "Gaussian law (left) and signs (right). Lines: exact for this sampler (left), the law's own (right). "
+            "Points: network, with intervals.",
         },
         methods=[
             f"{settings.pairs} pairs per law, {settings.steps} steps. Three laws of 8 × 8 images with two "
@@ -146,7 +149,7 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             "sampler with the posterior variance.",
         ],
         limits=[
-            "There is one training run; intervals come from resampling pairs.",
+            "Intervals come from resampling pairs of one network. They do not speak for a network trained again.",
             "The closed form for the signs' clones is that of continuous time; the exact denoiser shows what the "
             "sampler's steps change.",
         ],
@@ -164,7 +167,7 @@ def _tau_control(analysis: xr.Dataset, source: str, clean: np.ndarray) -> Contro
 def _speciation_control(analysis: xr.Dataset, source: str) -> Control:
     shift = analysis[f"{source}_speciation_step"].values - analysis.theory_speciation_step.values[:, None]
     if not np.isfinite(shift[:, 0]).any():
-        return Control(SOURCES[source], None, None, False, "No difference along a centre ever begins to grow.")
+        return Control(SOURCES[source], None, None, False, "No difference along a centre begins to grow at any step.")
     worst = int(np.nanargmax(np.abs(shift[:, 0])))
     also = within(shift[:, 1:], STEPS_WITHIN) == "holds"
     interval = bounds(shift[worst])
@@ -178,8 +181,8 @@ def _clone_control(analysis: xr.Dataset, source: str) -> Control:
 
 def _expected(source: str) -> str:
     if source == "exact":
-        return "The posterior mean itself through the same code: what the instrument and the sampler's steps cost."
-    return "The same architecture with random weights: it must fail."
+        return "The posterior mean itself through the same code: its error is that of the instrument and the steps."
+    return "The same architecture with random weights; the claim must fail on it."
 
 
 def _band_table(analysis: xr.Dataset) -> Table:
@@ -205,7 +208,7 @@ def _sign_table(analysis: xr.Dataset) -> Table:
         found = [formatted(analysis[f"{source}_speciation"].values[s], 3) for source in SOURCES]
         steps = [formatted(analysis[f"{source}_speciation_step"].values[s]) for source in ("network", "exact")]
         rows.append([str(name), theory, *found, *steps])
-    head = ["sign", "kappa = 1 (step)", *SOURCES.values(), "network, step", "exact denoiser, step"]
+    head = ["sign", "theory, κ = 1 (step)", *SOURCES.values(), "network, step", "exact denoiser, step"]
     return Table("Speciation level, nats of log-SNR", head, rows)
 
 

@@ -10,12 +10,12 @@ SIGN_NAMES = ("clusters", "pair, common mode", "pair, difference mode")
 
 @dataclass(frozen=True)
 class SolvableConfig(StudyConfig):
-    """Measure a network trained on data of known law against its exact theory."""
+    """Compare a network that was trained on data of known law with the exact theory of these data."""
 
     weights: str = "solvable8"  # the shipped model, or a folder of `syncgap train solvable`
-    pairs: int = 128
-    block: int = 16
-    branches: int = 10  # steps at which clones branch, evenly spaced in log-SNR
+    pairs: int = 128  # pairs of replicas
+    block: int = 16  # pairs that run together; an interruption loses one block at most
+    branches: int = 10  # sampler steps at which clones branch, evenly spaced in log-SNR
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -24,4 +24,4 @@ class SolvableConfig(StudyConfig):
         if self.classes not in (None, (0, 1, 2)):
             raise ValueError("this study runs all three laws: leave --classes out")
         if self.guidance != 1:
-            raise ValueError("guidance must be 1: the theory is that of each law by itself")
+            raise ValueError("guidance must be 1: the theory describes each law without guidance")

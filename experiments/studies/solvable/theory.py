@@ -1,4 +1,4 @@
-"""What theory says of the three laws under the sampler's steps: commitment, speciation, cloning."""
+"""Theory of the three laws under the sampler's steps: commitment, speciation, cloning."""
 
 import jax
 import jax.numpy as jnp

@@ -18,7 +18,7 @@ DEFINITIONS: Definitions = {
     "gap_by_energy": ("synchronization gap by all energy, not only that along the outcome", "nat"),
     "order": ("Kendall's tau-b of commitment level against frequency, DC left out", "1"),
     "gap_draws": ("synchronization gap without coupling of resampled pairs", "nat"),
-    "draw": ("number of the resampling", "1"),
+    "draw": ("index of the bootstrap draw", "1"),
     "theory_tau": ("commitment level of a band, exact denoiser of the data's covariance", "nat"),
     "theory_gap": ("synchronization gap, exact denoiser of the data's covariance", "nat"),
     "theory_order": ("Kendall's tau-b, exact denoiser of the data's covariance", "1"),
@@ -32,8 +32,8 @@ def theory_statistics(variance: np.ndarray, share: np.ndarray, clock: Clock) -> 
     """Energy of the denoised difference and its inner product with its end, (K, B) each, of an exact denoiser of
     Gaussian data under DDIM.
 
-    Each principal component is denoised by its Wiener gain and keeps its own course, so a band is the sum over what of
-    the components lies in it (docs/theory.md, section 9.5).
+    Each principal component is denoised by its Wiener gain and does not mix with others, so a band is the sum of the
+    parts of the components that lie in it (docs/theory.md, section 9.5).
 
     Args:
       variance: (n,) of the components.

@@ -1,4 +1,4 @@
-"""Networks of different data side by side: does the gap follow the spectrum, and what is left of it for the network?"""
+"""Networks of different data side by side: does the gap follow the spectrum, and do networks add a gap of their own?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,21 +82,22 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
             tables=[network_table(found), *band_tables(found)],
             captions={
                 "spectrum": "Gap of every network without coupling against that of an exact denoiser of its data's "
-                "covariance, with 95 % intervals over pairs. Line: least squares. Dashed: the gap is the data's.",
-                "couplings": "The gap of every network that can be coupled, against the coupling.",
+                "covariance, with 95 % intervals over pairs. Line: least squares. Dashed: equal gaps.",
+                "couplings": "Gap of every network that has attention to couple, against the coupling g.",
             },
             methods=[
-                "Every network through `syncgap spectrum`: the same pairs of noise, sampler and estimator. The theory "
-                "is that of each network's own data; nothing is fitted to a network. If the gap were the "
-                "architecture's, the points would lie on a flat line.",
-                f"The claim that the gap is more than the data's holds if networks whose data have none have more than "
-                f"{LIMIT:g} nats, with the whole interval, and does not hold if that is wholly below. The interval is "
-                "the wider of that over pairs and, from three such networks on, that over networks. The claim that low "
-                "frequencies commit first whatever the data is put to networks whose data have the opposite order.",
+                "Every network was measured by `syncgap spectrum` with the same noise, sampler and estimator. The "
+                "theory is that of each network's own data; nothing is fitted to a network. If the gap were a "
+                "property of the architecture alone, the points would lie on a flat line.",
+                "The claim that the gap is more than the spectrum of the data explains is tested on networks whose "
+                f"data have a gap of less than {LIMIT:g} nats. It holds if the whole interval of their mean gap is "
+                f"above {LIMIT:g} nats, and does not hold if it is wholly below. The interval contains that over pairs "
+                "and, from three such networks on, that over networks. The claim that low frequencies commit first "
+                "whatever the data is tested on networks whose data have the opposite order.",
             ],
             limits=[
-                "The interval over networks takes each as one draw from around the line. Networks of several training "
-                "seeds on the same data say more.",
+                "The interval over networks treats each network as one independent draw around the line. Networks of "
+                "several training seeds on the same data would say more.",
             ],
         ),
         {"spectrum": partial(figure_spectrum, found, fit), "couplings": partial(figure_couplings, found)},
@@ -106,14 +107,14 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
 def answer(theory: np.ndarray, gaps: np.ndarray, fit: Line | None) -> str:
     """One sentence with the numbers."""
     if fit is None:
-        return "The networks' data have the same gap: nothing can be said of whose it is."
+        return "The data of all networks have the same gap, so this run cannot tell whose gap it is."
     largest, smallest = int(np.argmax(theory)), int(np.argmin(theory))
     return (
         f"The gap follows the data: slope {formatted(fit.slope)}, intercept {formatted(fit.intercept)} nats over "
         f"{len(theory)} networks{_across(fit)}. It is {formatted(gaps[largest])} nats where the data's is "
         f"{number(theory[largest])}, and {formatted(gaps[smallest])} where the data's is {number(theory[smallest])}."
         if fit.slope[1] > 0
-        else f"The gap does not follow the data: slope {formatted(fit.slope)} over {len(theory)} networks."
+        else f"These {len(theory)} networks do not show that the gap follows the data: slope {formatted(fit.slope)}."
     )
 
 
@@ -144,8 +145,8 @@ def more_than_data(found: Networks) -> Claim:
         measure,
         float(gaps.mean()),
         ends,
-        f"Mean of {', '.join(flat)}, whose data have less than {LIMIT:g} nats of their own; more than the data explain "
-        f"means more than {LIMIT:g} nats.",
+        f"Mean over {', '.join(flat)}, whose data have a gap of less than {LIMIT:g} nats. The claim asks for a gap of "
+        f"more than {LIMIT:g} nats.",
         [
             Control(
                 strongest,
@@ -161,7 +162,8 @@ def more_than_data(found: Networks) -> Claim:
 def order_beyond_data(found: Networks) -> Claim:
     """Claim 4b: a network whose data have the opposite order has low before high."""
     opposite = {name: at for name, at in found.items() if float(at.theory_gap) < -LIMIT}
-    title, measure = "Low frequencies commit first whatever the data", "Kendall's tau-b where the data say the opposite"
+    title = "Low frequencies commit first whatever the data"
+    measure = "Kendall's tau-b where the data have the opposite order"
     if not opposite:
         statement = "No network here was trained on data whose high frequencies are stronger."
         return Claim(4, title, "not tested", measure, None, None, statement)
@@ -174,7 +176,7 @@ def order_beyond_data(found: Networks) -> Claim:
         measure,
         float(orders[:, 0].mean()),
         ends,
-        f"In the data of {', '.join(opposite)} high frequencies are stronger. The interval holds those of all.",
+        f"In the data of {', '.join(opposite)} high frequencies are stronger. The interval contains all of theirs.",
         [
             Control(name, float(at.order[0, 0]), bounds(at.order[0]), None, f"Trained on {data_of(at)}.")
             for name, at in found.items()
@@ -199,17 +201,17 @@ def network_table(found: Networks) -> Table:
         for name, at in found.items()
     ]
     head = ["network", "architecture", "trained on", "gap of the data, nats", "gap, nats", "gap by all energy"]
-    return Table("Networks without coupling", [*head, "order of the data", "order"], rows)
+    return Table("Networks without coupling", [*head, "Kendall's tau-b of the data", "Kendall's tau-b"], rows)
 
 
 def band_tables(found: Networks) -> list[Table]:
-    """Level of every network less that of its data, by band; a table for each set of bands."""
+    """Level of every network minus that of its data, by band; a table for each set of bands."""
     sets: dict[tuple[str, ...], list[str]] = {}
     for name, at in found.items():
         sets.setdefault(tuple(band_names(at)), []).append(name)
     return [
         Table(
-            "Level of each band less that of the data's theory, nats",
+            "Commitment level of each band minus theory of the data, nats",
             ["network", *names],
             [
                 [
@@ -238,7 +240,7 @@ def figure_spectrum(found: Networks, fit: Line | None) -> Figure:
     theory = np.array([float(at.theory_gap) for at in found.values()])
     ends = np.array([theory.min() - 0.4, theory.max() + 0.4])
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    ax.plot(ends, ends, color=INK, linestyle="--", linewidth=1, label="the gap is the data's")
+    ax.plot(ends, ends, color=INK, linestyle="--", linewidth=1, label="equal gaps")
     if fit is not None:
         ax.plot(ends, fit.slope[0] * ends + fit.intercept[0], color=INK, linewidth=1, label="least squares")
     named = set()

@@ -62,8 +62,8 @@ def _covariance(config: SpectrumConfig) -> DataCovariance:
     found = load_covariance(model_folder(name))
     if found is None:
         raise StoreError(
-            f"{name} does not say what covariance its training data have: add it with "
-            f"syncgap covariance {name} IMAGES, where IMAGES are those it was trained on"
+            f"{name} holds no covariance of its training data: add it with `syncgap covariance {name} IMAGES`, "
+            "where IMAGES are the images that it was trained on"
         )
     return found
 

@@ -49,14 +49,15 @@ def section(measured: Measured[SpectrumConfig], analysis: xr.Dataset) -> Section
         },
         methods=[
             f"{analysis.attrs['pairs']} pairs, {measured.config.steps} steps of DDIM, the same noise at every coupling "
-            "and for every network. Energy along the outcome, by its own maximum (docs/theory.md, section 7.4).",
+            "and for every network. Commitment levels use the energy along the outcome, relative to its own maximum "
+            "(docs/theory.md, section 7.4).",
             "The theory takes nothing from the network. It is an exact denoiser of Gaussian data with the covariance "
             "of the training images within classes, all principal components, under the sampler's own steps.",
         ],
         limits=[
             "Photographs are not Gaussian: what a network knows beyond the covariance lets bands commit earlier than "
             "the theory says.",
-            "The interval is over pairs. It does not speak for a network trained again.",
+            "Intervals are over pairs. They do not speak for a network trained again.",
         ],
     )
 
@@ -73,7 +74,7 @@ def band_table(analysis: xr.Dataset) -> Table:
         ]
         for b, name in enumerate(band_names(analysis))
     ]
-    return Table("Levels without coupling", ["band", "τ, nats", "τ, theory of the data", "difference"], rows)
+    return Table("Commitment levels without coupling", ["band", "τ, nats", "τ, theory of the data", "difference"], rows)
 
 
 def coupling_table(analysis: xr.Dataset) -> Table:
@@ -88,8 +89,9 @@ def coupling_table(analysis: xr.Dataset) -> Table:
         ]
         for g, at in ((float(g), analysis.sel(coupling=g)) for g in analysis.coupling)
     ]
-    head = ["g", "gap, nats", "gap by all energy", "Kendall's tau-b, low to high", "F low", "F high"]
-    return Table("The gap against the coupling", head, rows)
+    head = ["g", "gap, nats", "gap by all energy", "Kendall's tau-b", "decided fraction, low", "decided fraction, high"]
+    note = "Kendall's tau-b is 1 where bands commit from low to high. Low: lowest band above DC; high: highest band."
+    return Table("The gap against the coupling", head, rows, note)
 
 
 def figure_levels(analysis: xr.Dataset) -> Figure:

@@ -9,21 +9,21 @@ import tyro
 from experiments.frame.settings import StudyConfig, check_grid
 
 SHIPPED = ("photos8-natural", "photos8-whitened", "photos8-reversed")
-LIMIT = 0.5  # nats; a gap less than this beyond the data's own is none
+LIMIT = 0.5  # nats; a smaller gap counts as none
 
 
 @dataclass(frozen=True)
 class SpectrumConfig(StudyConfig):
-    """Whose gap is it, the architecture's or the data's? Networks trained on data of different spectra, each against
-    the exact theory of its own data. Every network is a run of its own in a folder of that name under --out."""
+    """Whose gap is it, the architecture's or the data's? Compare networks trained on data of different spectra, each
+    with the exact theory of its own data. Every network is a run of its own, in a folder of its name under --out."""
 
-    weights: tuple[str, ...] = SHIPPED  # folders of converted or trained models, or names
-    couplings: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0, 2.0)  # of networks that have attention to couple
-    pairs: int = 64
-    block: int = 16
-    untrained_pairs: Annotated[int, tyro.conf.Suppress] = 16  # of other studies: here other data are the control
+    weights: tuple[str, ...] = SHIPPED  # folders of models, or names of shipped ones
+    couplings: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0, 2.0)  # g; networks without attention run uncoupled
+    pairs: int = 64  # pairs of replicas
+    block: int = 16  # pairs that run together; an interruption loses one block at most
+    untrained_pairs: Annotated[int, tyro.conf.Suppress] = 16  # unused: networks of other data are the control
 
-    SAMPLERS: ClassVar[tuple[str, ...]] = ("ddim",)  # the theory is that of the flow
+    SAMPLERS: ClassVar[tuple[str, ...]] = ("ddim",)  # the theory describes the deterministic flow
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,4 +31,4 @@ class SpectrumConfig(StudyConfig):
         if not self.weights or len(set(self.weights)) < len(self.weights):
             raise ValueError(f"weights must name at least one network, each once, got {self.weights}")
         if self.guidance != 1:
-            raise ValueError("guidance must be 1: the theory is that of the data, and guidance leaves them")
+            raise ValueError("guidance must be 1: the theory describes the data, and guided samples do not follow them")
