@@ -160,6 +160,7 @@ def test_a_finished_folder_is_not_overwritten(finished, weights, capsys):
         ({"pairs": 0}, "pairs"),
         ({"pairs": 1}, "pairs"),
         ({"gate_kind": "both"}, "gate_kind"),
+        ({"gate_kind": "convex", "couplings": (0.0, 1.5)}, "convex gate .* at most 1; got 1.5"),
         ({"steps": "fifty"}, "steps"),
         ({"steps": "5000"}, "steps"),
         ({"classes": (7,)}, "classes"),
