@@ -104,8 +104,7 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
         gain = analysis.gain.sel(source="network").isel(coupling=g)
         for band, color in enumerate(band_colors(analysis)):
             ax.plot(analysis.ell, gain.isel(band=band), color=color, label=band_names(analysis)[band])
-        coupling = float(analysis.coupling[g])
-        ideal = float(rho(coupling, kind))
+        ideal = float(rho(analysis.coupling.values[g], kind))
         ax.axhline(ideal, color=INK, linestyle=":", linewidth=1.4)
         ax.annotate(
             f"ideal  {RHO[kind]} = {ideal:.2f}",
