@@ -78,7 +78,8 @@ def deviation(found, reference) -> float:
 
 
 def attention(box: Box) -> None:
-    """Both implementations, both ways of taking a softmax, under gates that are closed, open, between, of each pair, and one-sided."""
+    """Both implementations, both ways to take a softmax, under gates that are closed, open, between, of each pair, and
+    one-sided."""
     gates = {
         "0": symmetric_gate(0.0),
         "0.3": symmetric_gate(0.3),

@@ -105,9 +105,11 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
         for band, color in enumerate(band_colors(analysis)):
             ax.plot(analysis.ell, gain.isel(band=band), color=color, label=band_names(analysis)[band])
         ideal = float(rho(analysis.coupling.values[g], kind))
+        formula = RHO[kind] if ideal >= 0 else f"|{RHO[kind]}|"
+        ideal = abs(ideal)  # the measured gain is an amplitude
         ax.axhline(ideal, color=INK, linestyle=":", linewidth=1.4)
         ax.annotate(
-            f"ideal  {RHO[kind]} = {ideal:.2f}",
+            f"ideal  {formula} = {ideal:.2f}",
             (1, ideal),
             (-3, 4 if ideal < 0.2 else -4),
             xycoords=("axes fraction", "data"),
