@@ -221,7 +221,7 @@ def test_the_page_speaks_of_the_gate_that_was_run(kind, analysis, stored_run):
     assert f"The ideal model has {RHO[kind]}." in text
     assert told(kind) in text
     assert ("times too large" in text) == (kind in ("additive", "tanh"))
-    assert any("between 0.97 and 1.04 times its uncoupled energy" in limit for limit in found.limits)
+    assert any("between 0.97 and 1.04 times the energy of an uncoupled one" in limit for limit in found.limits)
 
 
 def test_limits_speak_of_this_run(written):

@@ -58,7 +58,7 @@ DEFINITIONS: Definitions = {
     "relative_energy": ("energy of the denoised difference over that of its uncoupled end", "1"),
     "end_energy": ("energy of the difference of the final images over that of the uncoupled ones", "1"),
     "end_energy_interval": ("its 95 % interval", "1"),
-    "common_energy": ("energy of the common mode of the final images over that of the uncoupled ones", "1"),
+    "image_energy": ("energy of a final image, mean of both replicas, over that of an uncoupled one", "1"),
     "weak": ("whether no more is decided than the error where the window opens, so that the level is not known", "1"),
     "estimator": ("what is accumulated until a band counts as decided; the first is the headline", "1"),
     "gap_by": ("synchronization gap of the network by other estimators, too", "nat"),
@@ -233,8 +233,8 @@ def estimates(
         ("coupling", "band", "bound"),
         np.stack(basic_interval(point["ratio"], ends["ratio"]), -1),
     )
-    common = network.energy.sel(parity="common").isel(step=-1).mean("pair", dtype=np.float64)
-    dataset["common_energy"] = (("coupling", "band"), (common / common.isel(coupling=0)).values)
+    images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
+    dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
     _add_claimed(dataset, sources, draws, grids)
     return dataset.assign_attrs(

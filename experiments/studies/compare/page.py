@@ -253,7 +253,7 @@ def limits(analysis: xr.Dataset) -> list[str]:
         f"It is above {attrs['floor_limit']:g} in {', '.join(noisy)}: there, estimators that take all energy read an "
         "earlier level."
     )
-    common = analysis.common_energy.values
+    images = analysis.image_energy.values
     return [
         f"Intervals come from {attrs['pairs']} pairs and are slightly short: in trials with 64 to 128 pairs nominal "
         "95 % intervals covered 91 to 92 %, with 16 pairs 82 to 89 %. They speak for this network, this sampler and "
@@ -264,9 +264,8 @@ def limits(analysis: xr.Dataset) -> list[str]:
         f"No more than the error where the window opens is decided in: {'; '.join(weak)}; τ is not known there."
         if weak
         else "In every band and at every coupling more is decided than the error where the window opens.",
-        "What the final images of a pair have in common, their sum, has between "
-        f"{number(float(common.min()))} and {number(float(common.max()))} times its uncoupled energy, over bands and "
-        "couplings. Far from 1 these are not images as the network was trained on.",
+        f"A final image has between {number(float(images.min()))} and {number(float(images.max()))} times the energy "
+        "of an uncoupled one, over bands and couplings. Far from 1 it is no image such as the network was trained on.",
         "The theory takes the network as linear and every band as one Gaussian mode. Data that are not Gaussian "
         "commit at that level or earlier. That the two agree is therefore a finding, not a matter of course.",
         f"In sampler steps the gap depends on the number of steps ({attrs['steps']} here) and on their spacing; "
