@@ -1,14 +1,14 @@
 """Multi-head attention of coupled replicas (docs/theory.md, section 6).
 
-A gate is a non-negative R x R matrix with unit diagonal: entry (a, b) weighs replica b's keys for replica a's queries.
-Its kind says how it acts: "joint" or "blend", see `attend`. A coupling g is a number, the off-diagonal of a symmetric
-gate.
+A gate is a non-negative R x R matrix: entry (a, b) weighs replica b's keys for replica a's queries. The diagonal is 1,
+or 0 in the row of a replica that reads the others alone. The kind of a gate says how it acts, see `attend`. A coupling
+g is a number, the off-diagonal of a symmetric gate.
 
 Two implementations agree to rounding. The *explicit* one computes the attention weights in blocks, one block per
 ordered pair of replicas. A zero gate adds exact zeros, so that the uncoupled model is a special case in value and in
 derivative. The *fused* one calls `jax.nn.dot_product_attention`, which never stores the weights on a GPU. The log of
-the gate is constant over a block, and enters the product of queries and keys as a few more features per head; no bias
-tensor is needed.
+a joint gate is constant over a block, and enters the product of queries and keys as a few more features per head; no
+bias tensor is needed.
 
 Shape letters: R (a, b) replicas, N batch, T tokens (q of queries, k of keys), H heads, d features of a head.
 """
@@ -22,8 +22,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.backend import get_default_device
 
-GateKind = Literal["joint", "blend"]
-GATE_KINDS: tuple[GateKind, ...] = ("joint", "blend")
+GateKind = Literal["joint", "blend", "convex", "additive", "tanh"]
+GATE_KINDS: tuple[GateKind, ...] = ("joint", "blend", "convex", "additive", "tanh")
 Implementation = Literal["auto", "explicit", "fused"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "explicit", "fused")
 
@@ -63,12 +63,34 @@ def check_coupling(g) -> None:
         raise ValueError(f"coupling must be finite and >= 0, got {g}")
 
 
-def check_gate(gate) -> None:
-    """Raises ValueError unless `gate` (..., R, R) has entries that `check_coupling` accepts and ones on its diagonal.
-    Traced values are not checked."""
+def check_gate(gate, kind: GateKind = "joint") -> None:
+    """Raises ValueError unless `gate` (..., R, R) is one of this kind. Traced values are not checked.
+
+    Entries must be finite and not negative; the diagonal must be 1, or 0 in a row that is open elsewhere. The
+    off-diagonal entries of a convex gate are shares: in each row they must add up to at most 1, and to 1 where the
+    diagonal is 0.
+    """
     check_coupling(gate)
-    if not isinstance(gate, Tracer) and np.any(np.diagonal(np.asarray(gate), axis1=-2, axis2=-1) != 1):
-        raise ValueError(f"the diagonal of a gate must be 1, the weight of a replica's own keys; got {gate}")
+    if isinstance(gate, Tracer):
+        return
+    values = np.asarray(gate, np.float64)
+    own = np.diagonal(values, axis1=-2, axis2=-1)
+    others = values.sum(-1) - own
+    if not np.all((own == 1) | (own == 0)):
+        raise ValueError(
+            "the diagonal of a gate must be 1, the weight of a replica's own keys, or 0 where it reads the others "
+            f"alone; got {gate}"
+        )
+    if np.any(own + others == 0):
+        raise ValueError(f"every row of a gate must be open somewhere, got {gate}")
+    rounding = 1e-6
+    if kind == "convex" and np.any(others > 1 + rounding):
+        raise ValueError(
+            "the off-diagonal entries of a convex gate are shares, which add up to at most 1 in each row; got rows of "
+            f"{others.max():g} (between R replicas a coupling is at most 1 / (R - 1))"
+        )
+    if kind == "convex" and np.any((own == 0) & (others < 1 - rounding)):
+        raise ValueError(f"a convex row with diagonal 0 must have shares that add up to 1, got {gate}")
 
 
 def attend(
@@ -83,18 +105,25 @@ def attend(
 
     Args:
       q, k, v: (R, N, T, H, d).
-      gate: (N, R, R) or (1, R, R), non-negative, unit diagonal; None leaves the replicas uncoupled.
-      kind: of the gate. ``"joint"``: one softmax over the keys of all replicas, with the log of the gate added to the
-        logits. ``"blend"``: one softmax for each replica's keys, averaged with the gate's rows as weights.
+      gate: (N, R, R) or (1, R, R), see `check_gate`; None leaves the replicas uncoupled. A row with diagonal 0 reads
+        the other replicas alone: ``1 - jnp.eye(2)`` is cross-attention of a pair.
+      kind: of the gate (theory, eq. 6.1). ``"joint"``: one softmax over the keys of all replicas, with the log of the
+        gate added to the logits. The others take one softmax for each replica's keys, and add what it reads with
+        weights. ``"blend"``: the gate's rows, normalised. ``"convex"``: off-diagonal entries as they are, which are the
+        shares of the others, and 1 minus their sum for a replica's own. ``"additive"``: the entries as they are,
+        own + g other. ``"tanh"``: the same with the tanh of off-diagonal entries, as in the gated cross-attention of
+        Flamingo (Alayrac et al., arXiv 2204.14198).
       implementation: ``"explicit"``, ``"fused"``, or ``"auto"``: fused in bfloat16 on a GPU, else explicit. The fused
-        path has no derivative with respect to a gate entry that is 0, and a zero entry is closed only as long as no
-        logit behind it exceeds the open ones by 10,000. The choice goes by JAX's default device: if a bfloat16 model
-        lies on another platform, make that the default (`jax.default_device`) or ask for ``"explicit"``.
+        path of ``"joint"`` has no derivative with respect to a gate entry that is 0, and its zero entries are closed
+        only as long as no logit behind them exceeds the open ones by 10,000. The choice goes by JAX's default device:
+        if a bfloat16 model lies on another platform, make that the default (`jax.default_device`) or ask for
+        ``"explicit"``.
 
     Returns:
       the output (R, N, T, H, d) in the dtype of `v`, and the attention weights (N, H, R, T, R, T) with the axes query
-      replica, query, key replica, key; (N, H, R, T, 1, T) for ``gate=None``. Each row of weights sums to 1. Under jit,
-      weights that are not used cost nothing.
+      replica, query, key replica, key; (N, H, R, T, 1, T) for ``gate=None``. Each row of weights sums to 1, but for
+      ``"additive"`` and ``"tanh"``, whose rows sum to the sum of their block weights: 1 + g and 1 + tanh g for a
+      symmetric pair. Under jit, weights that are not used cost nothing.
 
     Raises:
       ValueError: unknown `kind` or `implementation`.
@@ -121,7 +150,7 @@ def read_pattern(pattern: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, kind: GateKind) -> tuple[jax.Array, jax.Array]:
-    """Weights (N, H, R, T, B, T) before normalisation, at least float32, and their row sums (N, H, R, T, 1, 1).
+    """Weights (N, H, R, T, B, T), at least float32, and what they are still to be divided by (N, H, R, T, 1, 1).
 
     B is 1 without a gate, else R. All replicas' tokens go into one product per pair and head, of contiguous matrices.
     """
@@ -134,9 +163,23 @@ def _weights(q: jax.Array, k: jax.Array, gate: jax.Array | None, kind: GateKind)
     else:
         logits = _product("...qd,...kd->...qk", _joined(q), _joined(k))
         logits = logits.reshape(batch, heads, replicas, tokens, replicas, tokens)
-        gate = gate.astype(logits.dtype)[:, None, :, None, :]  # (N, 1, a, 1, b)
-        weights = (_joint_weights if kind == "joint" else _blend_weights)(logits, gate)
+        gate = gate.astype(logits.dtype)
+        if kind != "joint":
+            weights = _separate_weights(logits, _block_weights(gate, kind)[:, None, :, None, :])  # (N, 1, a, 1, b)
+            return weights, jnp.ones((1,) * weights.ndim, weights.dtype)
+        weights = _joint_weights(logits, gate[:, None, :, None, :])
     return weights, weights.sum((-2, -1), keepdims=True)
+
+
+def _block_weights(gate: jax.Array, kind: GateKind) -> jax.Array:
+    """Weights (..., R, R) of what a replica's queries read from each replica by a softmax over its keys."""
+    if kind == "blend":
+        return gate / gate.sum(-1, keepdims=True)
+    eye = jnp.eye(gate.shape[-1], dtype=gate.dtype)
+    own, others = gate * eye, gate * (1 - eye)
+    if kind == "convex":
+        own = (1 - others.sum(-1, keepdims=True)) * eye
+    return own + (jnp.tanh(others) if kind == "tanh" else others)
 
 
 def _joint_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
@@ -152,10 +195,10 @@ def _joint_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
     return jnp.where(is_open, 1.0, gate)[..., None] * weights
 
 
-def _blend_weights(logits: jax.Array, gate: jax.Array) -> jax.Array:
-    """One softmax for each block, times the block's share of its row of the gate."""
+def _separate_weights(logits: jax.Array, blocks: jax.Array) -> jax.Array:
+    """One softmax for each block, times the weight of the block."""
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits).max(-1, keepdims=True))
-    return weights * (gate / gate.sum(-1, keepdims=True) / weights.sum(-1))[..., None]
+    return weights * (blocks / weights.sum(-1))[..., None]
 
 
 def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
@@ -187,13 +230,13 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array | None, kin
         out = attention(*(flat(x.swapaxes(0, 1)) for x in (q, k, v)))
         return out.reshape(batch, replicas, *out.shape[1:]).swapaxes(0, 1)
     gate = jnp.broadcast_to(gate, (batch, replicas, replicas))
-    if kind == "blend":
+    if kind != "joint":
         pairs = (batch, replicas, replicas, tokens, heads, dim)  # (N, a, b, T, H, d)
         queries = jnp.broadcast_to(q.swapaxes(0, 1)[:, :, None], pairs)
         keys, values = (jnp.broadcast_to(x.swapaxes(0, 1)[:, None], pairs) for x in (k, v))
         each = attention(flat(queries), flat(keys), flat(values)).reshape(pairs)
-        rows = gate / gate.sum(-1, keepdims=True)
-        return jnp.einsum("nab,nabthd->anthd", rows.astype(v.dtype), each, precision=_precision(v))
+        blocks = _block_weights(gate, kind)
+        return jnp.einsum("nab,nabthd->anthd", blocks.astype(v.dtype), each, precision=_precision(v))
 
     def sequence(x):  # (R, N, T, H, d) -> (N, R * T, H, d)
         return jnp.moveaxis(x, 0, 1).reshape(batch, replicas * tokens, heads, -1)

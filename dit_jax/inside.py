@@ -111,7 +111,8 @@ def close_heads(heads: Sequence[int] | np.ndarray | jax.Array, layers: Iterable[
     """The edit that uncouples heads under any gate, in these layers (all by default).
 
     In the patterns of these heads only the blocks of a replica's own keys are kept, and normalised. That is their
-    attention without coupling, for both kinds of gate.
+    attention without coupling, for every kind of gate. Where a gate gives a replica's own keys no weight at all (in a
+    row with diagonal 0, or a convex row whose shares add up to 1), the pattern does not hold it, and the result is NaN.
 
     Args:
       heads: indices; or booleans (heads,) or (N, heads), True where a head is closed. Booleans may be traced, so that

@@ -338,7 +338,7 @@ class DiT(nnx.Module):
           y: (N,) int labels; `config.num_classes` is the null label.
           gate: (R, R), or any shape that broadcasts to (depth, N, R, R): one gate per layer, per pair, or both. None
             runs the replicas uncoupled.
-          kind: of the gate, ``"joint"`` or ``"blend"``, see `dit_jax.attention.attend`.
+          kind: of the gate, one of `dit_jax.attention.GATE_KINDS`, see `dit_jax.attention.attend`.
           attention: implementation, see `dit_jax.attention.attend`.
           tap: called as ``tap(layer, activations)`` in every block. `layer` is a traced int; `activations` is a dict
             with the names and shapes of `ACTIVATIONS`, and with ``"conditioning"`` (N, D), which is the same in all
@@ -365,7 +365,7 @@ class DiT(nnx.Module):
             x = x[None]
         h = self.embed(x.astype(config.dtype))
         c = self.condition(t, y)
-        gates = None if gate is None else _gates(gate, config.depth, *x.shape[:2])
+        gates = None if gate is None else _gates(gate, kind, config.depth, *x.shape[:2])
         options = Options(kind, attention, edit)
 
         def run(block: Block, h, index, gate):
@@ -386,7 +386,7 @@ class DiT(nnx.Module):
         return out if tap is None else (out, taps)
 
 
-def _gates(gate: jax.Array, depth: int, replicas: int, pairs: int) -> jax.Array:
+def _gates(gate: jax.Array, kind: GateKind, depth: int, replicas: int, pairs: int) -> jax.Array:
     """The gate, checked, and broadcast to (depth, N or 1, R, R)."""
     full = (depth, pairs, replicas, replicas)
     fits = 2 <= gate.ndim <= 4 and all(
@@ -397,6 +397,6 @@ def _gates(gate: jax.Array, depth: int, replicas: int, pairs: int) -> jax.Array:
             f"gate {gate.shape} does not broadcast to (layers, pairs, replicas, replicas) = {full}; see "
             "dit_jax.attention.symmetric_gate"
         )
-    check_gate(gate)
+    check_gate(gate, kind)
     lead = jnp.broadcast_shapes(gate.shape[:-2], (depth, 1))
     return jnp.broadcast_to(gate, (*lead, replicas, replicas))

@@ -23,7 +23,7 @@ from ou_theory.clock import make_clock
 
 TESTS = Path(__file__).parents[2] / "tests" / "dit_jax"
 CPU = jax.devices("cpu")[0]
-KINDS, DTYPES = ("joint", "blend"), ("bfloat16", "float32")
+KINDS, DTYPES = ("joint", "blend"), ("bfloat16", "float32")  # the other kinds take the path of blend
 # What may be off by how much: rounding of the format, times a few for sums
 LIMITS = {"float32": 2e-5, "bfloat16": 3e-2}
 
@@ -78,7 +78,8 @@ def deviation(found, reference) -> float:
 
 
 def attention(box: Box) -> None:
-    """Both implementations, both kinds, under gates that are closed, open, between, of each pair, and one-sided."""
+    """Both implementations, both ways to take a softmax, under gates that are closed, open, between, of each pair, and
+    one-sided."""
     gates = {
         "0": symmetric_gate(0.0),
         "0.3": symmetric_gate(0.3),

@@ -14,6 +14,7 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.diffusion import Denoiser, DenoiserOutput, Sampler
 from dit_jax.inside import PER_REPLICA
 from dit_jax.replicas import CoupledDenoiser, run_pairs
+from ou_theory.attention import GateKind, block_weights
 from ou_theory.clock import Clock
 from ou_theory.gain_model import wiener_gain
 from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes, radial_bands
@@ -45,19 +46,21 @@ def stream_modes(stream: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pair_modes(stream.astype(jnp.float32).reshape(*stream.shape[:-2], grid, grid, stream.shape[-1]))
 
 
-def coupled_wiener(variance: jax.Array, clock: Clock) -> CoupledDenoiser:
-    """The exact denoiser of independent Gaussian modes whose predictions are mixed by the row-normalised gate.
+def coupled_wiener(variance: jax.Array, clock: Clock, kind: GateKind = "joint") -> CoupledDenoiser:
+    """The exact denoiser of independent Gaussian modes whose predictions are mixed by the gate's weights of blocks.
 
-    The common mode keeps the Wiener gain; the difference mode of a symmetric pair is multiplied by
-    ``rho = (1 - g) / (1 + g)``: the ideal model of docs/theory.md, section 5.
+    The common mode of a symmetric pair is multiplied by `ou_theory.attention.common_gain`, which is 1 if the kind of
+    gate is normalised, and its difference mode by `ou_theory.attention.rho`: the ideal model of docs/theory.md,
+    section 5.
 
     Args:
       variance: (H, W) or (H, W, C) data variance of each DCT coefficient.
+      kind: of the gate.
     """
     variance = variance if variance.ndim == 3 else variance[..., None]
 
     def coupled(gate: jax.Array) -> Denoiser:
-        mixing = gate / gate.sum(-1, keepdims=True)
+        mixing = block_weights(gate, kind)
 
         def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
             sigma2 = jnp.asarray(clock.sigma**2, x.dtype)[step]

@@ -10,7 +10,7 @@ import tyro
 DEFAULT_WEIGHTS = "photos16-v"
 
 Dtype = Literal["float32", "bfloat16"]
-GateKind = Literal["joint", "blend"]
+GateKind = Literal["joint", "blend", "convex", "additive", "tanh"]
 GuidedChannels = Literal["official", "all"]
 GuidedCoupling = Literal["both", "conditional"]
 Parameters = Literal["replicated", "sharded"]
@@ -69,8 +69,18 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
 
 
-def check_grid(couplings: tuple[float, ...]) -> None:
-    """Raises ValueError unless couplings start at 0, the reference, and increase."""
+def check_shares(kind: GateKind, couplings: tuple[float, ...]) -> None:
+    """Raises ValueError if a coupling of a pair is more than 1 under a convex gate, where it is the other's share."""
+    if kind == "convex" and max(couplings) > 1:
+        raise ValueError(
+            f"couplings of a convex gate are the other replica's share, at most 1; got {max(couplings):g} (1 / 2 "
+            "leaves no difference in what is read, 1 exchanges the replicas)"
+        )
+
+
+def check_grid(couplings: tuple[float, ...], kind: GateKind = "joint") -> None:
+    """Raises ValueError unless couplings start at 0, the reference, and increase, and are fit for the kind of gate."""
     increasing = all(low < high < float("inf") for low, high in pairwise(couplings))
     if len(couplings) < 2 or couplings[0] != 0 or not increasing:
         raise ValueError(f"couplings must start at 0, the reference, and increase, got {couplings}")
+    check_shares(kind, couplings)

@@ -15,7 +15,7 @@ import dit_jax.attention as attention_module
 from dit_jax.attention import GATE_KINDS, anisotropic_gate, symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.replicas import grid_gates
-from ou_theory.attention import exact_difference, first_order_difference, rho_n
+from ou_theory.attention import common_gain, exact_difference, first_order_difference, rho, rho_n
 
 HEADS, DIM, TOKENS, BATCH = 2, 4, 5, 3
 kinds = pytest.mark.parametrize("kind", GATE_KINDS)
@@ -104,9 +104,49 @@ def test_joint_gates_of_any_size_act_through_their_log(g, behind, x64):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(g=st.floats(0, 3))
 def test_identical_replicas_ignore_the_gate(kind, g):
+    """But for the common gain of the kinds that are not normalised."""
     q, k, v = (jnp.stack([x[0], x[0]]) for x in qkv())
     coupled, _ = attend(q, k, v, gate(jnp.float32(g)), kind)
-    np.testing.assert_allclose(coupled, attend(q, k, v)[0], atol=2e-6)
+    np.testing.assert_allclose(coupled, common_gain(jnp.float32(g), kind) * attend(q, k, v)[0], atol=5e-6)
+
+
+def test_all_kinds_of_separate_softmaxes_are_one_family(x64):
+    """Convex gates are blend gates in other numbers, for any rows; additive is blend without the norm, and tanh is
+    additive: docs/theory.md, section 6.1."""
+    q, k, v = qkv(3).astype(jnp.float64)
+    gates = random_gates(3).astype(jnp.float64)
+    total = gates.sum(-1, keepdims=True)
+    off = 1 - jnp.eye(3)
+    blend = attend(q, k, v, gates, "blend")[0]
+    np.testing.assert_allclose(attend(q, k, v, off * gates / total + jnp.eye(3), "convex")[0], blend, atol=1e-12)
+    rows = jnp.moveaxis(total, 1, 0)[..., None, None]
+    np.testing.assert_allclose(attend(q, k, v, gates, "additive")[0], rows * blend, atol=1e-12)
+    squashed = jnp.tanh(off * gates) + jnp.eye(3)
+    np.testing.assert_allclose(attend(q, k, v, gates, "tanh")[0], attend(q, k, v, squashed, "additive")[0], atol=1e-12)
+
+
+def test_a_convex_gate_of_one_exchanges_the_replicas():
+    """Each one reads the other alone, with its own queries."""
+    q, k, v = qkv()
+    exchanged = attend(q, k[::-1], v[::-1])[0]
+    np.testing.assert_allclose(attend(q, k, v, gate(1.0), "convex")[0], exchanged, atol=1e-6)
+    assert np.abs(exchanged - attend(q, k, v)[0]).max() > 0.1
+
+
+@kinds
+@pytest.mark.parametrize("implementation", ["explicit", "fused"])
+def test_a_row_without_an_own_entry_reads_the_others_alone(kind, implementation):
+    """In value and in derivative, whatever lies behind the closed keys; replica B keeps its coupling."""
+    q, k, v = qkv(seed=2)
+    k = k.at[0].mul(100.0)
+    crossed = jnp.array([[[0.0, 1.0], [0.3, 1.0]]])
+    out, pattern = attend(q, k, v, crossed, kind, implementation)
+    size = np.tanh(1) if kind == "tanh" else 1  # no entry under tanh has the weight 1
+    np.testing.assert_allclose(out[0], size * attend(q, k[::-1], v[::-1])[0][0], atol=1e-5)
+    np.testing.assert_array_equal(pattern[:, :, 0, :, 0], 0)
+    np.testing.assert_allclose(out[1], attend(q, k, v, gate(0.3), kind)[0][1], atol=1e-5)
+    own = jax.jit(jax.grad(lambda k: attend(q, k, v, crossed, kind, implementation)[0][0].sum()))(k)[0]
+    np.testing.assert_array_equal(own, 0)
 
 
 def test_kinds_agree_where_blocks_weigh_the_same():
@@ -150,9 +190,10 @@ def test_joint_inverse_gate_exchanges_own_and_other_keys():
 
 @kinds
 def test_pattern_rows_are_distributions_that_make_the_output(kind):
+    """Or, where the kind is not normalised, have the common gain for a sum."""
     q, k, v = qkv(3)
-    out, pattern = attend(q, k, v, gate(0.6, 3), kind)
-    np.testing.assert_allclose(pattern.sum((-2, -1)), 1, atol=1e-6)
+    out, pattern = attend(q, k, v, gate(0.4, 3), kind)
+    np.testing.assert_allclose(pattern.sum((-2, -1)), common_gain(0.4, kind, 3), atol=2e-6)
     assert (pattern >= 0).all()
     np.testing.assert_allclose(jnp.einsum("nhaqbk,bnkhd->anqhd", pattern, v), out, atol=2e-6)
 
@@ -295,7 +336,7 @@ def test_the_implementation_goes_by_the_default_device(monkeypatch):
 
 
 def test_unknown_kinds_and_implementations_are_told():
-    with pytest.raises(ValueError, match="'mixed' is not one of joint, blend"):
+    with pytest.raises(ValueError, match="'mixed' is not one of joint, blend, convex, additive, tanh"):
         attend(*qkv(), gate(0.1), "mixed")
     with pytest.raises(ValueError, match="'flash' is not one of auto, explicit, fused"):
         attend(*qkv(), gate(0.1), implementation="flash")
@@ -304,7 +345,7 @@ def test_unknown_kinds_and_implementations_are_told():
 # --- what a gate does to a difference
 
 
-first_order = jax.jit(first_order_difference)
+first_order = jax.jit(first_order_difference, static_argnames="kind")
 exact = jax.jit(exact_difference, static_argnames="kind")
 
 
@@ -326,7 +367,7 @@ def test_first_order_difference(kind, g, x64):
     value, slope = jax.jit(lambda: jax.jvp(difference, (0.0,), (1.0,)))()
     np.testing.assert_allclose(value, 0, atol=1e-12)
     parts = zip(*(heads(x) for x in (q, k, v, dq, dk, dv)), strict=True)
-    expected = [first_order(*(x[0] for x in part), g).total for part in parts]
+    expected = [first_order(*(x[0] for x in part), g, kind).total for part in parts]
     found = [slope[n, :, h] for n in range(BATCH) for h in range(HEADS)]
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
@@ -348,17 +389,17 @@ def test_exact_difference(kind, g, x64):
         split = exact(*part, g, kind)
         np.testing.assert_allclose(split.routing, routing[n, :, h], atol=1e-12)
         np.testing.assert_allclose(split.key + split.query, by_pattern[n, :, h], atol=1e-12)
-        if g == 1:
+        if rho(g, kind) == 0:
             np.testing.assert_allclose(split.key, 0, atol=1e-12)
 
 
 @kinds
 @pytest.mark.parametrize("replicas", [2, 3, 5])
 def test_difference_modes_of_many_replicas(kind, replicas, x64):
-    """Values and keys of a difference mode carry rho_N, queries 1; the common mode carries 1."""
+    """Values and keys of a difference mode carry rho_N, queries the common gain, and all of the common mode."""
     q, k, v = qkv(1, seed=4).astype(jnp.float64)
     dq, dk, dv = qkv(1, seed=5).astype(jnp.float64)
-    g = 0.3
+    g, common = 0.2, common_gain(0.2, kind, replicas)
     weights = jnp.arange(replicas) - (replicas - 1) / 2
 
     @jax.jit
@@ -382,10 +423,11 @@ def test_difference_modes_of_many_replicas(kind, replicas, x64):
     }
     free = {name: uncoupled(*parts) for name, parts in {"query": (dq, zero, zero), "rest": (zero, dk, dv)}.items()}
     for name in free:
-        np.testing.assert_allclose(single[name], jnp.broadcast_to(free[name], single[name].shape), atol=1e-10)
+        np.testing.assert_allclose(single[name], jnp.broadcast_to(common * free[name], single[name].shape), atol=1e-10)
     shape = weights.reshape(replicas, 1, 1, 1, 1)
-    np.testing.assert_allclose(response(weights, dq, zero, zero), shape * free["query"], atol=1e-10)
-    np.testing.assert_allclose(response(weights, zero, dk, dv), rho_n(g, replicas) * shape * free["rest"], atol=1e-10)
+    np.testing.assert_allclose(response(weights, dq, zero, zero), common * shape * free["query"], atol=1e-10)
+    rest = rho_n(g, replicas, kind) * shape * free["rest"]
+    np.testing.assert_allclose(response(weights, zero, dk, dv), rest, atol=1e-10)
 
 
 # --- gates and the network
@@ -407,6 +449,28 @@ def test_impossible_gates_are_refused_unless_traced(bad, model, pair):
     with pytest.raises(ValueError, match=r"coupling|diagonal"):
         grid_gates(bad[None])
     assert run(model, *pair, bad).shape == (2, 2, 8, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "match"),
+    [
+        ([[1, 1.1], [0, 1]], "convex", "shares, which add up to at most 1 in each row; got rows of 1.1"),
+        ([[0, 0.5], [0.5, 1]], "convex", "diagonal 0 must have shares that add up to 1"),
+        ([[0, 0], [0.5, 1]], "blend", "open somewhere"),
+        ([[0.5, 0.5], [0.5, 1]], "additive", "diagonal"),
+    ],
+)
+def test_rows_that_are_no_gate_of_their_kind_are_told(bad, kind, match, model, pair):
+    with pytest.raises(ValueError, match=match):
+        model(*pair, np.array(bad, np.float32), kind=kind)
+
+
+@kinds
+def test_gates_at_the_bounds_of_their_kind_are_accepted(kind):
+    thirds = np.full((4, 4), np.float32(1 / 3)) + np.eye(4, dtype=np.float32) * np.float32(2 / 3)  # rounded up
+    attention_module.check_gate(thirds, kind)
+    attention_module.check_gate(1 - np.eye(2), kind)
+    attention_module.check_gate(np.eye(3), kind)
 
 
 def test_an_unknown_kind_is_named():
@@ -460,6 +524,27 @@ def test_layers_take_their_own_gate(model, pair):
     last, none = streams(model, gates[2]), streams(model, jnp.broadcast_to(jnp.eye(2), (3, 1, 2, 2)))
     np.testing.assert_allclose(last[:2], none[:2], atol=1e-5)
     assert np.abs(last[2] - none[2]).max() > 1e-3
+
+
+def test_some_layers_may_read_the_other_replica_alone(model, pair):
+    """A cross-only layer between uncoupled ones: all normalised kinds are the same; identical replicas do not feel it,
+    others do, from that layer on."""
+    x, t, y = pair
+    crossed = jnp.where(jnp.arange(3)[:, None, None, None] == 1, 1 - jnp.eye(2), jnp.eye(2))
+
+    @partial(jax.jit, static_argnames="kind")
+    def streams(model, x, gate, kind="joint"):
+        return model(x, t, y, gate, kind=kind, tap=lambda layer, a: a["resid_post"])
+
+    free, layers = streams(model, x, jnp.eye(2))
+    scale = np.abs(free).max()
+    out, crossed_layers = streams(model, x, crossed)
+    np.testing.assert_allclose(crossed_layers[0], layers[0], atol=1e-5)
+    assert np.abs(crossed_layers[1] - layers[1]).max() > 1e-3
+    for kind in ("blend", "convex", "additive"):
+        np.testing.assert_allclose(streams(model, x, crossed, kind)[0], out, atol=2e-6 * scale)
+    same = jnp.stack([x[0], x[0]])
+    np.testing.assert_allclose(streams(model, same, crossed)[0][0], free[0], atol=2e-6 * scale)
 
 
 def test_a_gate_needs_replicas(model, pair):

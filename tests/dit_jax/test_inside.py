@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 from models import random_model
 
-from dit_jax.attention import anisotropic_gate, symmetric_gate
+from dit_jax.attention import GATE_KINDS, anisotropic_gate, symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import denoised_at, guided_output, network_denoiser, sample
 from dit_jax.inside import ablate, chain, close_heads, copy_replica, keep, lens, replace, residual_norm, share
 from dit_jax.model import ACTIVATIONS
 from dit_jax.replicas import run_pairs
+from ou_theory.attention import common_gain, coupling_at, rho
 from ou_theory.clock import make_clock
 
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=24, depth=3, num_heads=2, num_classes=4)
@@ -277,7 +278,7 @@ def test_run_pairs_takes_any_gates_and_agrees_with_the_scalar_form(model):
         run(model, jnp.ones((2, 3, 3)))
 
 
-@pytest.mark.parametrize("kind", ["joint", "blend"])
+@pytest.mark.parametrize("kind", GATE_KINDS)
 def test_more_replicas_come_through_the_same_path(model, kind):
     """Three replicas of which two read each other and the third is alone: the pair, and the single run."""
     x = images(3)
@@ -349,7 +350,7 @@ def test_a_tap_under_guidance_sees_the_doubled_batch(model):
 # --- coupling of some heads, of queries, keys or values
 
 
-@pytest.mark.parametrize("kind", ["joint", "blend"])
+@pytest.mark.parametrize("kind", GATE_KINDS)
 def test_closed_heads_are_uncoupled_exactly(model, kind):
     x, gate = images(), symmetric_gate(jnp.array([0.7]))
     free, coupled = run(model, x), run(model, x, gate, kind=kind)
@@ -361,7 +362,9 @@ def test_closed_heads_are_uncoupled_exactly(model, kind):
     close(taps["head_out"][0][..., 1, :], alone[..., 1, :], 1e-5)
     close(taps["head_out"][0][..., 0, :], both[..., 0, :], 1e-5)
     assert np.abs(alone - both).max() > 1e-3
-    close(taps["pattern"].sum((-2, -1)), np.ones(taps["pattern"].shape[:5]), 1e-5)
+    masses = np.full(taps["pattern"].shape[:5], common_gain(0.7, kind))
+    masses[0][:, 1] = 1
+    close(taps["pattern"].sum((-2, -1)), masses, 1e-5)
     assert np.any(taps["pattern"][1][:, 1, 0, :, 1])  # the next layer reads across
 
 
@@ -405,13 +408,14 @@ def test_sharing_by_pair_and_its_mean_and_difference(model):
     close(after[0] - after[1], rho * (before[0] - before[1]))
 
 
-@pytest.mark.parametrize("kind", ["joint", "blend"])
+@pytest.mark.parametrize("kind", ["joint", "blend", "convex"])
 def test_sharing_keys_and_values_is_the_gate_to_first_order(model, kind):
-    """docs/theory.md, section 6: the queries' part of the difference is not coupled by either."""
+    """docs/theory.md, section 6: the queries' part of the difference is not coupled by either. Convex gates do the same
+    at the coupling of equal gain."""
     x = images()
     x = x.at[1].set(x[0] + 0.01 * x[1])
     shared = chain(share("k", 0.6), share("v", 0.6))
-    gate = symmetric_gate(jnp.array([0.6]))
+    gate = symmetric_gate(coupling_at(rho(jnp.array([0.6])), kind))
     a, b, free = run(model, x, None, None, shared), run(model, x, gate, kind=kind), run(model, x)
     close(a[0] - a[1], b[0] - b[1], 1e-3)
     assert np.abs((a - free)[0] - (a - free)[1]).max() > 0.05 * np.abs(free[0] - free[1]).max()

@@ -237,10 +237,10 @@ def sent(call):
     names = "all-gather", "all-to-all", "all-reduce", "collective-permute"
     return [name for name in names if f" {{name}}" in program]
 print("free", sent(lambda model, x, t, y, gate: model(x, t, y, attention="fused")))
-for kind in ("joint", "blend"):
+for kind in ("joint", "blend", "additive"):
     print(kind, sent(lambda model, *args: model(*args, kind=kind, attention="fused")))
 for halves in ("both", "conditional"):
     print(halves, sent(lambda model, *args: guided_output(model, *args, scale=2.0, guided_coupling=halves)))
 """
     (out,) = run_together([["-c", code]], devices=4)
-    assert out.splitlines() == [f"{name} []" for name in ("free", "joint", "blend", "both", "conditional")]
+    assert out.splitlines() == [f"{name} []" for name in ("free", "joint", "blend", "additive", "both", "conditional")]

@@ -119,6 +119,7 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
     data["gap_by_interval"] = ((*data["gap_by"][0], "bound"), data["gap_by"][1][..., None] + np.array([-0.2, 0.2]))
     data["end_energy"] = (("coupling", "band"), q["network"][:, -1])
     data["end_energy_interval"] = (("coupling", "band", "bound"), q["network"][:, -1, :, None] * np.array([0.9, 1.1]))
+    data["image_energy"] = (("coupling", "band"), np.linspace(0.97, 1.04, 70).reshape(10, 7))
     dataset = xr.Dataset(
         data,
         coords={

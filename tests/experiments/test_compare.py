@@ -91,6 +91,9 @@ def test_energies_are_those_of_the_samples(finished, weights):
     total = (end * end["count"]).sum("band") / bands.count.sum()
     np.testing.assert_allclose(total.sel(parity="common"), common, rtol=1e-4)
     np.testing.assert_allclose(total.sel(parity="difference"), difference, rtol=1e-4)
+    weighted = RunFolder.open(finished).load("analysis").image_energy * end.sum("parity").mean("pair").isel(coupling=0)
+    images = (weighted * end["count"]).sum("band") / bands.count.sum()  # of both replicas together
+    np.testing.assert_allclose(images, np.square(sample).mean((2, 3, 4, 5)).sum(0), rtol=1e-4)
 
 
 def test_report_and_figures_are_there_and_self_contained(finished):
@@ -160,6 +163,7 @@ def test_a_finished_folder_is_not_overwritten(finished, weights, capsys):
         ({"pairs": 0}, "pairs"),
         ({"pairs": 1}, "pairs"),
         ({"gate_kind": "both"}, "gate_kind"),
+        ({"gate_kind": "convex", "couplings": (0.0, 1.5)}, "convex gate .* at most 1; got 1.5"),
         ({"steps": "fifty"}, "steps"),
         ({"steps": "5000"}, "steps"),
         ({"classes": (7,)}, "classes"),

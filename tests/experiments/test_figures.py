@@ -152,6 +152,17 @@ def test_errors_before_the_window_do_not_set_the_scale(analysis):
     assert (low, high < 2) == (0, True)
 
 
+def test_the_ideal_gain_is_that_of_the_kind_of_gate(analysis):
+    ax = figures.figure_gain(analysis.assign_attrs(gate_kind="additive")).axes[0]
+    (dotted,) = (line for line in ax.get_lines() if line.get_linestyle() == ":")
+    np.testing.assert_allclose(dotted.get_ydata(), 0.8, atol=1e-7)
+    assert "1 − g = 0.80" in texts(ax)[0]
+    beyond = analysis.assign_coords(coupling=2 * analysis.coupling)
+    ax = figures.figure_gain(beyond.assign_attrs(gate_kind="additive")).axes[-1]  # turned round, and as large as before
+    assert ax.get_ylim()[0] < 1 < ax.get_ylim()[1]
+    assert "|1 − g| = 1.00" in texts(ax)[0]
+
+
 def test_gain_is_drawn_with_the_ideal_one(analysis):
     figure = figures.figure_gain(analysis)
     for coupling, ideal, ax in zip((5, 9), (2 / 3, 0), figure.axes, strict=True):

@@ -128,6 +128,14 @@ def test_schedules_have_the_same_total_inside_the_window(steps):
     assert np.all(np.diff(found["falling"][first:]) < 0)
 
 
+def test_a_convex_gate_must_leave_heads_something_of_their_own(weights, tmp_path):
+    with pytest.raises(ValueError, match="convex gate must leave"):
+        run_study(STUDY, settings(weights, gate_kind="convex"), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"couplings of 2\.2"):
+        run_study(STUDY, settings(weights, gate_kind="convex", strength=0.5, schedule_strength=0.6), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_window_of_one_step_is_refused(weights, tmp_path):
     with pytest.raises(ValueError, match="fewer than two steps"):
         log_snr_weights(np.array([-9.0, -7.0, 1.0]))

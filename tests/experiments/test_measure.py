@@ -1,15 +1,21 @@
 """The instrument on systems whose answer is known: exact denoisers of Gaussian modes."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
 
+from dit_jax.attention import GATE_KINDS
 from experiments.frame.estimator import commitment_of, order
+from experiments.frame.gates import COMMON, OWN, RHO, told
 from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_bands, trajectories
+from experiments.frame.settings import GateKind
 from experiments.studies.compare.analysis import ideal_statistics, shuffled_orders
-from ou_theory.attention import rho
+from ou_theory import attention
+from ou_theory.attention import coupling_at, rho
 from ou_theory.clock import make_clock
 from ou_theory.gain_model import wiener_gain
 from ou_theory.modes import radial_bands
@@ -54,6 +60,48 @@ def theory(eta):
 
 def test_ddim_on_gaussian_modes_has_no_sampling_noise(ddim):
     np.testing.assert_allclose(relative(ddim["energy"][..., 1]), theory(0.0), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["convex", "additive", "tanh"])
+def test_the_ideal_model_of_every_kind_has_its_gains(kind):
+    """Of the difference, as the theory has it, with gains below 0 among them; the common mode goes through no theory,
+    but at equal gains of the difference it is that of the other kinds if the kind is normalised, and larger if not."""
+    shape, labels, pairs = (SIZE, SIZE, CHANNELS), jnp.zeros(8, jnp.int32), jnp.arange(8)
+    options = {"seed": 0, "sampler": "ddim"}
+
+    def energies(kind, couplings):
+        subject = coupled_wiener(jnp.asarray(VARIANCE, jnp.float32)[BANDS.index], CLOCK, kind)
+        run = jax.jit(lambda g: trajectories(subject, CLOCK, BANDS, g, pairs, labels, shape, **options)["energy"])
+        return np.asarray(run(jnp.asarray(couplings)), np.float64).mean(1)
+
+    gains = np.array([1.0, 0.7, 0.2])
+    found, joint = (energies(k, np.asarray(coupling_at(gains, k), np.float32)) for k in (kind, "joint"))
+    np.testing.assert_allclose(found[..., 1], joint[..., 1], rtol=2e-3, atol=1e-9)
+    if kind == "convex":
+        np.testing.assert_allclose(found[..., 0], joint[..., 0], rtol=1e-4)
+    else:
+        assert (found[1:, -1, :, 0] > 1.2 * joint[1:, -1, :, 0]).all()
+    couplings = np.array([0, 0.3, 0.9], np.float32)
+    measured = energies(kind, couplings)[..., 1]
+    exact = np.asarray(ideal_statistics(couplings, VARIANCE, CLOCK, 0.0, kind)[0])
+    np.testing.assert_allclose(measured / measured[0, -1], exact / exact[0, -1], atol=5e-5)
+
+
+def test_the_packages_and_the_pages_know_the_same_kinds():
+    assert GATE_KINDS == attention.GATE_KINDS == get_args(GateKind)
+    for texts in (RHO, COMMON, OWN):
+        assert tuple(texts) == GATE_KINDS
+    assert len({told(kind) for kind in GATE_KINDS}) == len(GATE_KINDS)
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_what_pages_say_of_a_kind_is_the_theory(kind):
+    """The formulas as printed, evaluated."""
+    for g in (0.0, 0.3, 0.8):
+        own, cross = attention.block_weights(np.array([[1, g], [g, 1]]), kind)[0]
+        for texts, expected in ((RHO, own - cross), (COMMON, own + cross), (OWN, own)):
+            formula = texts[kind].replace("−", "-").replace("2g", "2 * g").replace("tanh g", "np.tanh(g)")
+            assert eval(formula, {"g": g, "np": np}) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_coefficients_make_up_the_bands(ddim):

@@ -28,7 +28,7 @@ from experiments.studies.mechanism.page import cutoff_text, low_pass_claim
 from experiments.studies.mechanism.settings import MechanismConfig
 from experiments.studies.mechanism.split import split_head
 from experiments.studies.mechanism.study import STUDY
-from ou_theory.attention import gated_attention, rho, xi
+from ou_theory.attention import GATE_KINDS, gated_attention, rho, xi
 from ou_theory.clock import make_clock
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="v")
@@ -36,7 +36,7 @@ LATENTS = replace(MODEL, in_channels=4, num_heads=1, learn_sigma=False, predicti
 COUPLINGS = (0.0, 0.3, 1.0)
 FAST = {"couplings": COUPLINGS, "pairs": 6, "steps": "8", "block": 2, "untrained_pairs": 2, "levels": 3}
 GROUPS = ("network", "untrained", "random")
-both = pytest.mark.parametrize("gate", ["joint", "blend"])
+every = pytest.mark.parametrize("gate", GATE_KINDS)
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +118,7 @@ def random_head(seed=0, tokens=5, dim=4):
 # --- one head
 
 
-@both
+@every
 @pytest.mark.parametrize("g", [0.0, 0.37, 1.0])
 def test_parts_of_a_head_are_those_of_its_output(gate, g, x64):
     q, k, v = random_head()
@@ -130,7 +130,7 @@ def test_parts_of_a_head_are_those_of_its_output(gate, g, x64):
     np.testing.assert_allclose(split.alone[3], alone[0] - alone[1], atol=1e-12)
 
 
-@both
+@every
 def test_equal_keys_and_queries_leave_routing_alone(gate, x64):
     """The pattern is uniform then: routing is rho times the mean difference of values, and first order is exact."""
     v = random_head()[2]
@@ -163,7 +163,7 @@ def test_mass_between_own_and_other_keys_counts_in_one_reading_of_joint(x64):
     np.testing.assert_allclose(pattern[1], pattern[0], atol=1e-12)
 
 
-@both
+@every
 def test_first_order_error_falls_with_the_square_of_the_difference(gate, x64):
     q, k, v = random_head()
     errors = []

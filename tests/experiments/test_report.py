@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from dit_jax.attention import GATE_KINDS
 from experiments.frame import page as frame
+from experiments.frame.gates import RHO, told
 from experiments.frame.page import stored_section, write_page
 from experiments.frame.store import RunFolder, StoreError
 from experiments.studies.compare.figures import FIGURES
-from experiments.studies.compare.page import limits
+from experiments.studies.compare.page import limits, section
 
 pytestmark = pytest.mark.slow  # the figures are drawn once
 
@@ -209,6 +211,17 @@ def test_what_was_run_and_how_to_run_it_again(written, stored_run):
         "Interval",
     ):
         assert word in text
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_the_page_speaks_of_the_gate_that_was_run(kind, analysis, stored_run):
+    found = section(stored_run.manifest, analysis.assign_attrs(gate_kind=kind))
+    text = " ".join([*found.methods, *found.definitions.values()])
+    assert f"the ideal model, {RHO[kind]} in every band" in text
+    assert f"The ideal model has {RHO[kind]}." in text
+    assert told(kind) in text
+    assert ("times too large" in text) == (kind in ("additive", "tanh"))
+    assert any("between 0.97 and 1.04 times the energy of an uncoupled one" in limit for limit in found.limits)
 
 
 def test_limits_speak_of_this_run(written):

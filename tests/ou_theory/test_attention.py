@@ -8,6 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ou_theory.attention import (
+    GATE_KINDS,
+    block_weights,
+    common_gain,
+    coupling_at,
     exact_difference,
     first_order_difference,
     gated_attention,
@@ -18,8 +22,10 @@ from ou_theory.attention import (
 )
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
-both = pytest.mark.parametrize("kind", ["joint", "blend"])
-gates = st.floats(0.01, 3)
+every = pytest.mark.parametrize("kind", GATE_KINDS)
+couplings = st.sampled_from(GATE_KINDS).flatmap(  # a kind and a coupling that it takes
+    lambda kind: st.tuples(st.just(kind), st.floats(0.01, 1 if kind == "convex" else 3))
+)
 seeds = st.integers(0, 2**32 - 1)
 
 X = np.array([[1, 0.5], [-0.3, 0.8], [0.2, -1]])
@@ -62,24 +68,38 @@ def test_rho_is_its_own_inverse_and_bounds_xi(g):
     assert rho(g) <= xi(g) <= 1
 
 
+@LAW
+@given(st.floats(0.01, 1), st.sampled_from(GATE_KINDS))
+def test_couplings_of_equal_gain(gain, kind):
+    with jax.enable_x64(True):
+        g = coupling_at(gain, kind)
+        assert float(rho(g, kind)) == pytest.approx(gain, abs=1e-12)
+        assert g >= 0
+        own, cross = block_weights(jnp.array([[1, g], [g, 1]]), kind)[0]
+        assert float(own - cross) == pytest.approx(gain, abs=1e-12)
+        assert float(own + cross) == pytest.approx(float(common_gain(g, kind)), abs=1e-12)
+
+
 # --- weights
 
 
-@both
+@every
 def test_weights_are_a_distribution(kind):
+    """Or, where the kind is not normalised, have the common gain for a sum."""
     q, k, _ = random_pair(0)
     weights = pair_weights(q, k, 0.3, kind)
     assert weights.shape == (2, 4, 2, 4)
     assert np.all(weights > 0)
-    np.testing.assert_allclose(weights.sum((2, 3)), 1, rtol=1e-5)
+    np.testing.assert_allclose(weights.sum((2, 3)), common_gain(0.3, kind), rtol=1e-5)
 
 
-@both
+@every
 def test_identical_replicas_ignore_the_coupling(x64, kind):
     pair = tuple(jnp.stack([z[0], z[0]]) for z in random_pair(1))
     alone = jax.nn.softmax(pair[0][0] @ pair[1][0].T / 3**0.5, -1) @ pair[2][0]
-    for g in (1e-6, 0.3, 1.0, 4.0):
-        np.testing.assert_allclose(output(*pair, g, kind), jnp.stack([alone, alone]), atol=1e-14)
+    for g in (1e-6, 0.3, 1.0) if kind == "convex" else (1e-6, 0.3, 1.0, 4.0):
+        expected = common_gain(g, kind) * jnp.stack([alone, alone])
+        np.testing.assert_allclose(output(*pair, g, kind), expected, atol=1e-14)
 
 
 def test_inverse_gate_exchanges_own_and_cross_keys(x64):
@@ -89,7 +109,7 @@ def test_inverse_gate_exchanges_own_and_cross_keys(x64):
         np.testing.assert_allclose(exchanged, output(q, k, v, g, "joint"), atol=1e-14)
 
 
-@both
+@every
 def test_token_permutations_commute(x64, kind):
     q, k, v = random_pair(3)
     order = np.array([2, 0, 3, 1])
@@ -111,8 +131,9 @@ def test_first_order_reference(x64):
 
 
 @LAW
-@given(seeds, gates, st.sampled_from(["joint", "blend"]))
-def test_first_order_is_the_derivative(seed, g, kind):
+@given(seeds, couplings)
+def test_first_order_is_the_derivative(seed, coupling):
+    kind, g = coupling
     with jax.enable_x64(True):
         common, diff = split(random_pair(seed))
 
@@ -122,7 +143,7 @@ def test_first_order_is_the_derivative(seed, g, kind):
             return out[0] - out[1]
 
         expected = jax.jvp(moved, (0.0,), (1.0,))[1]
-        np.testing.assert_allclose(first_order_difference(*common, *diff, g).total, expected, atol=1e-10)
+        np.testing.assert_allclose(first_order_difference(*common, *diff, g, kind).total, expected, atol=1e-10)
 
 
 def test_first_order_parts_carry_their_gains(x64):
@@ -136,14 +157,14 @@ def test_first_order_parts_carry_their_gains(x64):
     assert np.abs(locked.total).max() > 0.01  # g = 1 does not annihilate the difference
 
 
-@both
+@every
 def test_remainder_is_third_order(x64, kind):
     common, diff = split(random_pair(6))
     remainders = []
     for size in (0.04, 0.02):
         small = [size * d for d in diff]
         pair = [jnp.stack([c + d / 2, c - d / 2]) for c, d in zip(common, small, strict=True)]
-        first = first_order_difference(*common, *small, 0.37)
+        first = first_order_difference(*common, *small, 0.37, kind)
         exact = exact_difference(*pair, 0.37, kind)
         parts = [jnp.abs(a - b).max() for a, b in zip(exact, first, strict=True)]
         remainders.append([float(p) for p in (*parts, jnp.abs(exact.total - first.total).max())])
@@ -160,8 +181,9 @@ def test_exact_reference(x64):
 
 
 @LAW
-@given(seeds, gates, st.sampled_from(["joint", "blend"]))
-def test_exact_parts_add_up(seed, g, kind):
+@given(seeds, couplings)
+def test_exact_parts_add_up(seed, coupling):
+    kind, g = coupling
     with jax.enable_x64(True):
         pair = random_pair(seed)
         out = output(*pair, g, kind)
@@ -169,8 +191,9 @@ def test_exact_parts_add_up(seed, g, kind):
 
 
 @LAW
-@given(seeds, gates, st.sampled_from(["joint", "blend"]))
-def test_exact_parts_are_odd_and_ignore_constants(seed, g, kind):
+@given(seeds, couplings)
+def test_exact_parts_are_odd_and_ignore_constants(seed, coupling):
+    kind, g = coupling
     with jax.enable_x64(True):
         q, k, v = random_pair(seed)
         parts = exact_difference(q, k, v, g, kind)
@@ -181,16 +204,17 @@ def test_exact_parts_are_odd_and_ignore_constants(seed, g, kind):
             np.testing.assert_allclose(a, c, atol=1e-13)
 
 
-@both
-def test_key_part_vanishes_at_unit_gate(x64, kind):
+@every
+def test_key_part_vanishes_where_rho_does(x64, kind):
+    """At g = 1, but for convex gates at 1/2, and under tanh in the limit."""
     pair = random_pair(8)
-    assert np.abs(exact_difference(*pair, 0.5, kind).key).max() > 1e-3
-    locked = exact_difference(*pair, 1.0, kind)
+    assert np.abs(exact_difference(*pair, 0.3, kind).key).max() > 1e-3
+    locked = exact_difference(*pair, min(float(coupling_at(0.0, kind)), 30.0), kind)
     np.testing.assert_allclose(locked.key, 0, atol=1e-15)
     assert np.abs(locked.query).max() > 1e-2
 
 
-@both
+@every
 def test_parts_belong_to_their_causes(x64, kind):
     q, k, v = random_pair(9)
 
@@ -221,7 +245,7 @@ def test_xi_belongs_to_the_own_pattern_of_blend(x64):
 # --- between the kinds of gate, and without coupling
 
 
-@both
+@every
 def test_closed_gate_is_uncoupled_in_value_and_slope(x64, kind):
     q, k, v = random_pair(13)
     alone = jnp.stack(
@@ -249,7 +273,7 @@ def test_kinds_differ_at_third_order(x64):
     assert np.log2(gaps[0] / gaps[1]) == pytest.approx(3, abs=0.05)
 
 
-@pytest.mark.parametrize("kind", ["joint", "blend"])
+@every
 def test_keys_behind_a_closed_gate_may_be_of_any_size(kind):
     """In single precision, where the exponentials of the other replica's keys are infinite."""
     q = jnp.ones((2, 3, 4))
@@ -264,9 +288,10 @@ def test_keys_behind_a_closed_gate_may_be_of_any_size(kind):
 @pytest.mark.parametrize(
     ("gate", "kind", "match"),
     [
-        ([[1.0, 0.5], [0.5, 1.0]], "blnd", "neither"),
+        ([[1.0, 0.5], [0.5, 1.0]], "blnd", "'blnd' is not one of joint, blend, convex, additive, tanh"),
         ([[1.0, -0.5], [0.5, 1.0]], "joint", "negative"),
         ([[0.0, 0.0], [0.5, 1.0]], "blend", "open somewhere"),
+        ([[1.0, 1.5], [0.5, 1.0]], "convex", "add up to at most 1"),
     ],
 )
 def test_bad_gates_are_refused(gate, kind, match):

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ou_theory.attention import (
+    GATE_KINDS,
+    block_weights,
+    common_gain,
     exact_difference,
     first_order_difference,
     first_order_response,
@@ -20,7 +23,7 @@ from ou_theory.attention import (
 from ou_theory.gain_model import w_ode
 
 LAW = settings(max_examples=15, deadline=None, derandomize=True)
-both = pytest.mark.parametrize("kind", ["joint", "blend"])
+every = pytest.mark.parametrize("kind", GATE_KINDS)
 seeds = st.integers(0, 2**32 - 1)
 TOKENS, DIM = 4, 3
 
@@ -44,6 +47,13 @@ def alone(q, k, v):
     return jax.nn.softmax(q @ k.T / q.shape[-1] ** 0.5, -1) @ v
 
 
+def random_gate(rng, num, scale, kind):
+    """Any gate of the kind, entries up to `scale`; the off-diagonal entries of a convex one add up to at most 1."""
+    gate = rng.uniform(0, scale / max(scale * (num - 1), 1) if kind == "convex" else scale, (num, num))
+    gate[np.diag_indices(num)] = 1
+    return gate
+
+
 def slope(common, moved, gate, kind):
     """Derivative (R, T, d) of the outputs as the replicas leave the common point."""
 
@@ -56,35 +66,39 @@ def slope(common, moved, gate, kind):
 # --- first order, any gate
 
 
-@both
+@every
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 5])
 def test_response_is_the_derivative_under_any_gate(x64, num, kind):
     for seed in range(5):
         rng = np.random.default_rng([seed, num])
         common, moved = common_point(rng), displacements(rng, num)
-        gate = jnp.asarray(rng.uniform(0, 2, (num, num)) + np.eye(num))
-        got = first_order_response(*common, *moved, gate)
+        gate = jnp.asarray(random_gate(rng, num, 2, kind))
+        got = first_order_response(*common, *moved, gate, kind)
         np.testing.assert_allclose(got.total, slope(common, moved, gate, kind), atol=1e-12)
         own = first_order_response(*common, *moved, jnp.eye(num))
-        np.testing.assert_array_equal(got.query, own.query)  # no gate reaches the queries
-        heeded = gate / gate.sum(1, keepdims=True)
+        heeded = block_weights(gate, kind)
+        total = heeded.sum(1)[:, None, None]
+        np.testing.assert_allclose(got.query, total * own.query, atol=1e-13)  # no other replica reaches the queries
+        if kind not in ("additive", "tanh"):
+            np.testing.assert_allclose(total, 1, atol=1e-15)
         for part, free in ((got.routing, own.routing), (got.key, own.key)):
             np.testing.assert_allclose(part, jnp.einsum("ab,btd->atd", heeded, free), atol=1e-13)
 
 
 @LAW
-@given(seeds, st.floats(0, 3))
-def test_a_pair_is_two_replicas(seed, g):
+@given(seeds, st.sampled_from(GATE_KINDS), st.floats(0, 3))
+def test_a_pair_is_two_replicas(seed, kind, g):
+    g = g / 3 if kind == "convex" else g
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
         common, (diff, *_) = common_point(rng), displacements(rng, 3).swapaxes(0, 1)
         pair = jnp.stack([diff / 2, -diff / 2], 1)
-        got = first_order_response(*common, *pair, all_to_all(g, 2))
-        for part, expected in zip(got, first_order_difference(*common, *diff, g), strict=True):
+        got = first_order_response(*common, *pair, all_to_all(g, 2), kind)
+        for part, expected in zip(got, first_order_difference(*common, *diff, g, kind), strict=True):
             np.testing.assert_allclose(part[0] - part[1], expected, atol=1e-13)
 
 
-@both
+@every
 @pytest.mark.parametrize("num", [2, 3, 5])
 def test_all_to_all_difference_modes_carry_rho_n(x64, num, kind):
     """Every entry moves by amplitudes of its own, of which nothing is asked but that they add up to zero."""
@@ -92,21 +106,24 @@ def test_all_to_all_difference_modes_carry_rho_n(x64, num, kind):
     common, moved = common_point(rng), displacements(rng, num)
     moved = moved - moved.mean(1, keepdims=True)
     free = first_order_response(*common, *moved, jnp.eye(num))
-    for g in (0.0, 0.25, 1.0, 2.5):
+    for g in (0.0, 0.1, 0.25) if kind == "convex" else (0.0, 0.25, 1.0, 2.5):
         got = slope(common, moved, all_to_all(g, num), kind)
-        np.testing.assert_allclose(got, rho_n(g, num) * (free.routing + free.key) + free.query, atol=1e-12)
+        expected = rho_n(g, num, kind) * (free.routing + free.key) + common_gain(g, kind, num) * free.query
+        np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
-@both
+@every
 @pytest.mark.parametrize("num", [2, 3, 5])
 def test_the_common_mode_feels_no_gate(x64, num, kind):
+    """But for its size, where the kind is not normalised."""
     rng = np.random.default_rng(num)
     common, moved = common_point(rng), displacements(rng, 1)
     together = jnp.broadcast_to(moved, (3, num, TOKENS, DIM))
-    gate = jnp.asarray(rng.uniform(0, 2, (num, num)) + np.eye(num))
+    gate = jnp.asarray(random_gate(rng, num, 2, kind))
     expected = jax.jvp(alone, tuple(common), tuple(moved[:, 0]))[1]
     got = slope(common, together, gate, kind)
-    np.testing.assert_allclose(got, jnp.broadcast_to(expected, got.shape), atol=1e-12)
+    total = block_weights(gate, kind).sum(1)[:, None, None]
+    np.testing.assert_allclose(got, total * expected, atol=1e-12)
 
 
 @LAW
@@ -128,7 +145,7 @@ def test_rho_n_reference():
 # --- g = 1
 
 
-@both
+@pytest.mark.parametrize("kind", ["joint", "blend"])
 def test_the_query_term_is_the_first_order_at_unit_gate(x64, kind):
     rng = np.random.default_rng(0)
     common, (diff, *_) = common_point(rng), displacements(rng, 2).swapaxes(0, 1)
@@ -142,7 +159,7 @@ def test_the_query_term_is_the_first_order_at_unit_gate(x64, kind):
     assert np.log2(remainders[0] / remainders[1]) == pytest.approx(3, abs=0.05)
 
 
-@both
+@pytest.mark.parametrize("kind", ["joint", "blend", "additive"])
 def test_shared_queries_leave_no_difference_at_unit_gate(x64, kind):
     """To all orders, for any number of replicas; and the key share of a pair is nil whatever the queries."""
     for num in (2, 4):
@@ -179,19 +196,19 @@ def random_block(seed, dim=8):
     return Block(*(jnp.asarray(rng.standard_normal(s) / s[-2] ** 0.5) for s in shapes))
 
 
-@both
+@pytest.mark.parametrize("kind", ["joint", "blend", "convex"])
 def test_equal_replicas_stay_equal_and_run_uncoupled(x64, kind):
     rng, blocks = np.random.default_rng(3), [random_block(seed) for seed in range(3)]
     for num, scale in ((2, 1.0), (4, 5.0)):
         start = jnp.asarray(rng.standard_normal((6, 8)))
-        gate = jnp.asarray(rng.uniform(0, scale, (num, num)) + np.eye(num))
+        gate = jnp.asarray(random_gate(rng, num, scale, kind))
         together, single = jnp.broadcast_to(start, (num, 6, 8)), start[None]
         for block in blocks:
             together, single = block(together, gate, kind), block(single, jnp.ones((1, 1)), kind)
         np.testing.assert_allclose(together, jnp.broadcast_to(single, together.shape), rtol=1e-11)
 
 
-@both
+@pytest.mark.parametrize("kind", ["joint", "blend"])
 def test_a_residual_block_amplifies_differences_at_unit_gate(x64, kind):
     """The gain of a difference at the synchronised point, root mean square over all directions: for each of these
     blocks above 1 at any gate, as the stream passes with gain 1, and less at g = 1 than without coupling."""

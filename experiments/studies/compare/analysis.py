@@ -30,7 +30,7 @@ from experiments.frame.steps import WINDOW_START
 from experiments.frame.streams import numpy_stream
 from experiments.studies.compare.settings import CompareConfig
 from ou_theory import estimator as oc
-from ou_theory.attention import rho
+from ou_theory.attention import GateKind, rho
 from ou_theory.bootstrap import basic_interval
 from ou_theory.clock import Clock
 from ou_theory.gain_model import wiener_gain
@@ -58,6 +58,7 @@ DEFINITIONS: Definitions = {
     "relative_energy": ("energy of the denoised difference over that of its uncoupled end", "1"),
     "end_energy": ("energy of the difference of the final images over that of the uncoupled ones", "1"),
     "end_energy_interval": ("its 95 % interval", "1"),
+    "image_energy": ("energy of a final image, mean of both replicas, over that of an uncoupled one", "1"),
     "weak": ("whether no more is decided than the error where the window opens, so that the level is not known", "1"),
     "estimator": ("what is accumulated until a band counts as decided; the first is the headline", "1"),
     "gap_by": ("synchronization gap of the network by other estimators, too", "nat"),
@@ -98,12 +99,13 @@ def _recursion(rho_gain, band_gain, sigma, start, eta: float) -> tuple[jax.Array
 
 
 def ideal_statistics(
-    couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float
+    couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float, kind: GateKind = "joint"
 ) -> tuple[jax.Array, jax.Array]:
-    """`theory_statistics` of the ideal model: Wiener gains of band variances (..., B), and the gain (1 - g) / (1 + g).
+    """`theory_statistics` of the ideal model: Wiener gains of band variances (..., B), and the gain `rho` of the gate.
     Networks run at couplings of single precision, and so does this."""
     band_gain = wiener_gain(jnp.asarray(variance)[..., None, None, :], jnp.asarray(clock.sigma**2)[:, None])
-    return theory_statistics(np.asarray(rho(jnp.asarray(couplings, jnp.float32)))[:, None, None], band_gain, clock, eta)
+    ideal = np.asarray(rho(jnp.asarray(couplings, jnp.float32), kind))
+    return theory_statistics(ideal[:, None, None], band_gain, clock, eta)
 
 
 def measured_gains(one_pass: np.ndarray, uncoupled: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +124,9 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
     """Everything that figures, page and claims need, from the groups ``network``, ``untrained`` and ``wiener``."""
     config, groups = measured.config, measured.sources("network", "untrained", "wiener")
     with jax.enable_x64(True):
-        found = estimates(measured.clock, measured.bands, **groups, eta=config.eta, seed=config.seed)
+        found = estimates(
+            measured.clock, measured.bands, **groups, eta=config.eta, seed=config.seed, kind=config.gate_kind
+        )
     return found.assign_attrs(
         model=measured.subject_name,
         prediction=measured.model.prediction,
@@ -134,13 +138,22 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
 
 
 def estimates(
-    clock: Clock, bands: Bands, network: xr.Dataset, untrained: xr.Dataset, wiener: xr.Dataset, *, eta: float, seed: int
+    clock: Clock,
+    bands: Bands,
+    network: xr.Dataset,
+    untrained: xr.Dataset,
+    wiener: xr.Dataset,
+    *,
+    eta: float,
+    seed: int,
+    kind: GateKind = "joint",
 ) -> xr.Dataset:
     """The analysis in double precision, see `analyse`.
 
     Args:
       eta: stochasticity of the recursion: 0 for DDIM, 1 for the ancestral sampler.
       seed: of the resampling.
+      kind: of the gate, whose gain the ideal model has.
     """
     ell, couplings, stochastic = clock.log_snr, network.coupling.values, eta > 0
     energy = _difference(network)
@@ -182,11 +195,11 @@ def estimates(
         couplings,
         (np.moveaxis(one_pass, 1, 0), one_pass[0], state),  # a draw of all pairs might hold none of these
     )
-    ideal = partial(ideal_statistics, couplings, clock=clock, eta=eta)
+    ideal = partial(ideal_statistics, couplings, clock=clock, eta=eta, kind=kind)
     add("ideal gain", lambda ends: ideal(ends[..., 0, :]), couplings, (energy[:1, :, -1],), axis=1)
     run("untrained", untrained)
     run("wiener", wiener)
-    exact = ideal_statistics(wiener.coupling.values, wiener.variance.values, clock, eta)
+    exact = ideal_statistics(wiener.coupling.values, wiener.variance.values, clock, eta, kind)
     add("wiener theory", lambda: exact, wiener.coupling.values)
     dataset = _dataset(clock, network, sources, draws, grids)
     dataset["gain"] = (
@@ -220,6 +233,8 @@ def estimates(
         ("coupling", "band", "bound"),
         np.stack(basic_interval(point["ratio"], ends["ratio"]), -1),
     )
+    images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
+    dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
     _add_claimed(dataset, sources, draws, grids)
     return dataset.assign_attrs(

@@ -27,6 +27,8 @@ from experiments.frame.drawing import (
     end_labels,
     new_figure,
 )
+from experiments.frame.gates import RHO
+from ou_theory.attention import rho
 
 SOURCES: dict[str, dict[str, Any]] = {
     "network": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "network"},
@@ -95,18 +97,19 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
 
 def figure_gain(analysis: xr.Dataset) -> Figure:
     """One-pass gain of the network along the trajectory, against the ideal gain."""
-    chosen = _some_couplings(analysis)[1:]
+    chosen, kind = _some_couplings(analysis)[1:], analysis.attrs.get("gate_kind", "joint")
     figure, axes = new_figure(7.2, 3.3, 1, len(chosen), sharey=True)
     left = figure.axes[0]
     for ax, g in zip(np.atleast_1d(axes), chosen, strict=True):
         gain = analysis.gain.sel(source="network").isel(coupling=g)
         for band, color in enumerate(band_colors(analysis)):
             ax.plot(analysis.ell, gain.isel(band=band), color=color, label=band_names(analysis)[band])
-        coupling = float(analysis.coupling[g])
-        ideal = (1 - coupling) / (1 + coupling)
+        ideal = float(rho(analysis.coupling.values[g], kind))
+        formula = RHO[kind] if ideal >= 0 else f"|{RHO[kind]}|"
+        ideal = abs(ideal)  # the measured gain is an amplitude
         ax.axhline(ideal, color=INK, linestyle=":", linewidth=1.4)
         ax.annotate(
-            f"ideal  (1 − g) / (1 + g) = {ideal:.2f}",
+            f"ideal  {formula} = {ideal:.2f}",
             (1, ideal),
             (-3, 4 if ideal < 0.2 else -4),
             xycoords=("axes fraction", "data"),

@@ -45,11 +45,14 @@ class Instrument:
 
     def __init__(self, bench: Bench[CompareConfig]):
         self.bench, self.config = bench, bench.config
+        kind = bench.config.gate_kind
         self._network_run = jax.jit(lambda model, *args: self._run(bench.coupled(model), *args))
         self._network_gain = jax.jit(
             lambda model, *args: one_pass(bench.coupled(model), bench.clock, bench.bands, *args)
         )
-        self._wiener_run = jax.jit(lambda variance, *args: self._run(coupled_wiener(variance, bench.clock), *args))
+        self._wiener_run = jax.jit(
+            lambda variance, *args: self._run(coupled_wiener(variance, bench.clock, kind), *args)
+        )
 
     def _run(self, coupled: CoupledDenoiser, couplings, pairs, labels):
         return trajectories(

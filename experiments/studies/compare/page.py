@@ -9,9 +9,10 @@ import xarray as xr
 
 from experiments.frame.drawing import band_names
 from experiments.frame.estimator import ESTIMATORS
+from experiments.frame.gates import COMMON, RHO, told
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, number
-from experiments.frame.settings import SAMPLER_NAMES
+from experiments.frame.settings import SAMPLER_NAMES, GateKind
 from experiments.studies.compare.claims import claims
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.settings import CompareConfig
@@ -47,9 +48,9 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
         claims=found,
         tables=[coupling_table(analysis), estimator_table(analysis), energy_table(analysis), band_table(analysis)],
         captions=CAPTIONS | {"pictures": CAPTIONS["pictures"] + ("" if preview == "pixels" else f" Shown: {preview}.")},
-        methods=[_run(manifest, analysis), *METHODS, _controls(analysis)],
+        methods=[_run(manifest, analysis), *methods(attrs["gate_kind"]), _controls(analysis)],
         limits=limits(analysis),
-        definitions=definitions(low, high, attrs["draws"]),
+        definitions=definitions(low, high, attrs["draws"], attrs["gate_kind"]),
     )
 
 
@@ -70,24 +71,34 @@ def _run(manifest: Mapping[str, Any], analysis: xr.Dataset) -> str:
     )
 
 
+def methods(kind: GateKind) -> list[str]:
+    """How it was measured under a kind of gate, for readers who know attention."""
+    ideal = f"{RHO[kind]} in every band"
+    if COMMON[kind] != "1":
+        ideal += (
+            ", which is what values and keys pass on. What the replicas have in common the ideal model makes "
+            f"{COMMON[kind]} times too large, so that only its difference means anything"
+        )
+    return [text.format(coupled=told(kind), ideal=ideal) for text in METHODS]
+
+
 METHODS = [
     "A diffusion model turns noise into an image in many steps, and the image is not decided all at once. To see "
     "when, run two trajectories – a pair of replicas – of the same class from different noise, and compare at every "
     "step the clean image that each predicts. Where nothing is decided yet, both predict the same blur. Once "
     "something is decided, they differ. Sorted by spatial frequency, this difference shows which parts of an image "
     "are settled early and which late.",
-    "Then let the replicas see each other: in every attention layer each one also attends to the other's tokens, with "
-    "weight g. At g = 0 they are strangers, at g = 1 the other's tokens count as much as one's own. What attention "
+    "Then let the replicas see each other: in every attention layer {coupled} What attention "
     "decides, coupled replicas decide together, and their difference in it fades.",
     "The theory is a pair of coupled Ornstein–Uhlenbeck processes whose sampler can be solved exactly, step by step. "
     "It needs to be told how much coupling shrinks a difference in one pass through the network. This is either "
-    "measured, with nothing fitted, or taken from the ideal model, (1 − g) / (1 + g) in every band.",
+    "measured, with nothing fitted, or taken from the ideal model, {ideal}.",
 ]
 CAPTIONS = {
     "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Orange: the exact "
     "recursion under the network's measured one-pass gain, nothing fitted. Dotted: the recursion under the ideal "
-    "gain; at g = 1 nothing individual is left, and beyond, all is decided in the last step. Grey: the untrained "
-    "network.",
+    "gain; where that is 0 nothing individual is left, and where it is negative all is decided in the last step. "
+    "Grey: the untrained network.",
     "commitment": "When each band commits. Points: the network with its intervals; open points rest on too little. "
     "Lines: the recursion under the measured and the ideal gain.",
     "decided": "How much of each band the replicas still decide individually, against the coupling.",
@@ -103,7 +114,7 @@ CAPTIONS = {
 }
 
 
-def definitions(low: str, high: str, draws: int) -> dict[str, str]:
+def definitions(low: str, high: str, draws: int, kind: GateKind) -> dict[str, str]:
     """What the words of the page mean."""
     return {
         "Band, log-SNR ℓ": "A band is a ring of spatial frequencies (of the DCT), named by its radius r, where 1 is "
@@ -121,7 +132,7 @@ def definitions(low: str, high: str, draws: int) -> dict[str, str]:
         "commit first. In sampler steps the same difference is read off at the steps of this run, so it depends on "
         "their number.",
         "One-pass gain ρ": "How much one pass through the coupled network shrinks the difference of two given inputs, "
-        "relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has (1 − g) / (1 + g).",
+        f"relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has {RHO[kind]}.",
         "Noise floor": "The part of the relative energy Q at the start of the window that is not aligned with the "
         "outcome. It is the network's error, and estimators that take all energy count it as an early decision.",
         "Interval": f"95 %, from resampling pairs {draws} times (basic bootstrap). One draw serves all bands, steps "
@@ -242,6 +253,7 @@ def limits(analysis: xr.Dataset) -> list[str]:
         f"It is above {attrs['floor_limit']:g} in {', '.join(noisy)}: there, estimators that take all energy read an "
         "earlier level."
     )
+    images = analysis.image_energy.values
     return [
         f"Intervals come from {attrs['pairs']} pairs and are slightly short: in trials with 64 to 128 pairs nominal "
         "95 % intervals covered 91 to 92 %, with 16 pairs 82 to 89 %. They speak for this network, this sampler and "
@@ -252,6 +264,8 @@ def limits(analysis: xr.Dataset) -> list[str]:
         f"No more than the error where the window opens is decided in: {'; '.join(weak)}; τ is not known there."
         if weak
         else "In every band and at every coupling more is decided than the error where the window opens.",
+        f"A final image has between {number(float(images.min()))} and {number(float(images.max()))} times the energy "
+        "of an uncoupled one, over bands and couplings. Far from 1 it is no image such as the network was trained on.",
         "The theory takes the network as linear and every band as one Gaussian mode. Data that are not Gaussian "
         "commit at that level or earlier. That the two agree is therefore a finding, not a matter of course.",
         f"In sampler steps the gap depends on the number of steps ({attrs['steps']} here) and on their spacing; "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import isfinite
 
-from experiments.frame.settings import StudyConfig
+from experiments.frame.settings import StudyConfig, check_shares
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class CompareConfig(StudyConfig):
             raise ValueError(f"couplings must be finite and >= 0, got {self.couplings}")
         if len(set(self.couplings)) < 2 or 0 not in self.couplings:
             raise ValueError(f"couplings must hold 0, the reference, and at least one more value, got {self.couplings}")
+        check_shares(self.gate_kind, self.couplings)
         if self.gain_pairs < 2:
             raise ValueError("gain_pairs must be at least 2: intervals come from resampling pairs")
         object.__setattr__(self, "couplings", tuple(sorted({float(g) for g in self.couplings})))

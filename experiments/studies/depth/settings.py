@@ -20,7 +20,7 @@ class DepthConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_grid(self.couplings)
+        check_grid(self.couplings, self.gate_kind)
         if self.probe_pairs and self.probe_pairs < 2 * FOLDS:
             raise ValueError(f"probe_pairs must be 0 or at least {2 * FOLDS}, got {self.probe_pairs}")
         if self.probe_levels < 4:

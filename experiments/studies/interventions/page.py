@@ -94,8 +94,9 @@ def section(measured: Measured[InterventionsConfig], analysis: xr.Dataset, figur
             "To uncouple a head, only its attention to its own replica's keys is kept, and normalised again. With all "
             "heads uncoupled in this way, the energies equal those without coupling to a relative error of "
             f"{power(analysis.attrs['closure'])}. Queries, keys or values are shared without a gate: "
-            f"each replica goes on with (own + {g:g} × other) / {1 + g:g}. To first order, the gate is the same as "
-            "sharing keys and values (docs/theory.md, section 6).",
+            f"each replica goes on with (own + {g:g} × other) / {1 + g:g}. To first order, a joint or blend gate is "
+            "the same as sharing keys and values (docs/theory.md, section 6)"
+            + ("." if settings.gate_kind in ("joint", "blend") else f"; a {settings.gate_kind} gate of that g is not."),
         ],
         limits=limits,
     )

@@ -261,7 +261,8 @@ def analyse(measured: Measured[MechanismConfig]) -> xr.Dataset:
     """Estimates of every source, by name, with 95 % intervals."""
     model = measured.model
     token_count = token_bands(model.input_size // model.patch_size).count
-    return estimates(measured.sources("network", "untrained", "random"), token_count, measured.config.seed)
+    found = estimates(measured.sources("network", "untrained", "random"), token_count, measured.config.seed)
+    return found.assign_attrs(gate_kind=measured.config.gate_kind)
 
 
 def estimates(sources: dict[str, xr.Dataset], token_count: np.ndarray, seed: int) -> xr.Dataset:

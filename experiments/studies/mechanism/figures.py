@@ -20,7 +20,8 @@ from experiments.frame.drawing import (
     coupling_axis,
     new_figure,
 )
-from ou_theory.attention import rho
+from experiments.frame.gates import COMMON
+from ou_theory.attention import common_gain, rho
 
 curve = partial(drawing.curve, marker="o", markersize=3.5)
 
@@ -82,8 +83,9 @@ def figure_first_order(analysis: xr.Dataset) -> Figure:
     figure, (left, right) = new_figure(7.2, 3.3, 1, 2)
     grid = analysis.coupling.values
     fine = np.linspace(0, grid[-1], 200)
-    left.plot(fine, rho(fine), color=INK, linestyle="--", linewidth=1.1, label="ρ(g)")
-    left.plot(fine, np.ones_like(fine), color=INK, linestyle=":", linewidth=1.1, label="1")
+    kind = analysis.attrs.get("gate_kind", "joint")
+    left.plot(fine, rho(fine, kind), color=INK, linestyle="--", linewidth=1.1, label="ρ(g)")
+    left.plot(fine, common_gain(fine, kind), color=INK, linestyle=":", linewidth=1.1, label=COMMON[kind])
     for shift, (part, color) in zip((-0.012, 0.0, 0.012), PART_COLORS.items(), strict=True):
         values = analysis.network_part_gain_all.sel(part=part).values
         left.vlines(grid + shift, values[:, 1], values[:, 2], color=color, linewidth=1.2)

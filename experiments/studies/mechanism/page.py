@@ -8,6 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.frame.drawing import band_names
+from experiments.frame.gates import COMMON, OWN, RHO
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, number, percent
 from experiments.frame.settings import SAMPLER_NAMES
@@ -72,8 +73,9 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             "parts": "Exact shares of the attention difference by band of the token grid. They sum to 1; a negative "
             "share works against the total.",
             "first_order": "Left: size of each part under coupling relative to the same part without coupling, of the "
-            "same queries, keys and values. Points: measured; lines: first order, ρ(g) for routing and key, 1 for "
-            "query. Right: relative error of the first-order prediction of the whole difference, by level.",
+            "same queries, keys and values. Points: measured; lines: first order, ρ(g) for routing and key, "
+            f"{COMMON[settings.gate_kind]} for query. Right: relative error of the first-order prediction of the whole "
+            "difference, by level.",
             "layers": "Exact shares of the attention difference by layer, all bands together.",
             "stream": f"Left: difference of the residual stream after every block at g = {g:g}, relative to no "
             "coupling, by band of the token grid; 0 is the embedding. Right: shares of the stream's final difference "
@@ -102,9 +104,10 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             "There are two controls. The first is the same architecture with random weights; its adaLN gates, the "
             "factors with which a block adds attention and MLP to the stream, are nearly 0, so attention hardly acts. "
             "The second has a bias of 1 on every adaLN gate, so its attention acts.",
-            "The self-only reading keeps the change of a replica's own pattern, with weight ξ(g) = 1/(1 + g), and "
-            "neglects the change of the cross pattern. What it misses is given twice: for the weights as they are, and "
-            "for patterns whose rows are normalised. The two are the same under the blend gate.",
+            "The self-only reading keeps the change of a replica's own pattern, with weight "
+            f"ξ(g) = {OWN[settings.gate_kind]}, and neglects the change of the cross pattern. What it misses is given "
+            "twice: for the weights as they are, and for patterns whose rows are normalised. The two are the same under "
+            "every gate but joint.",
         ],
         limits=[
             "This is one pass at chosen levels. Over a trajectory contractions multiply, and the states of a coupled "
@@ -210,13 +213,17 @@ def _share_table(analysis: xr.Dataset) -> Table:
 
 
 def _size_table(analysis: xr.Dataset) -> Table:
+    kind = analysis.attrs.get("gate_kind", "joint")
     names = [*PART_COLORS, "total"]
 
     def cells(at):
         rows = [formatted(at.part_gain_all.sel(part=part).values) for part in names]
-        return [*rows, number(float(rho(at.coupling.values)))]
+        return [*rows, number(float(rho(at.coupling.values, kind)))]
 
-    note = "Relative to no coupling, with the same q, k, v. To first order, routing and key have size ρ(g), query 1."
+    note = (
+        "Relative to no coupling, with the same q, k, v. To first order, routing and key have size "
+        f"ρ(g) = {RHO[kind]}, query {COMMON[kind]}."
+    )
     return _table("Sizes of the parts", analysis, [*names, "ρ(g)"], cells, note)
 
 

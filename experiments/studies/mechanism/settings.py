@@ -22,6 +22,6 @@ class MechanismConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_grid(self.couplings)
+        check_grid(self.couplings, self.gate_kind)
         if self.levels < 1:
             raise ValueError(f"levels must be at least 1, got {self.levels}")

@@ -23,8 +23,8 @@ def split_head(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, kind: Gat
 
     The self-only reading assumes that the two replicas read each other with the same pattern. ``cross`` is what it
     leaves out: ``(a_AB - a_BA) V``. It is taken twice: with the weights as they are, and with rows normalised and
-    multiplied by their mean mass. Under the `blend` gate the two are the same. Under `joint` the first one also counts
-    mass that moves between a replica's own keys and the other's, which the self part takes back.
+    multiplied by their mean mass. The two are the same but under a `joint` gate, where the first one also counts mass
+    that moves between a replica's own keys and the other's, which the self part takes back.
 
     Args:
       q, k, v: (2, T, d) of both replicas.
@@ -38,7 +38,7 @@ def split_head(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, kind: Gat
     exact = rows(exact_difference(q, k, v, g, kind))
     common = [x.mean(0) for x in (q, k, v)]
     differences = [x[0] - x[1] for x in (q, k, v)]
-    first = rows(first_order_difference(*common, *differences, g=g))
+    first = rows(first_order_difference(*common, *differences, g=g, kind=kind))
     weights = pair_weights(q, k, g, kind)
     a, b = weights[0, :, 1], weights[1, :, 0]
     mass = [w.sum(-1, keepdims=True) for w in (a, b)]

@@ -27,7 +27,7 @@ class SpectrumConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_grid(self.couplings)
+        check_grid(self.couplings, self.gate_kind)
         if not self.weights or len(set(self.weights)) < len(self.weights):
             raise ValueError(f"weights must name at least one network, each once, got {self.weights}")
         if self.guidance != 1:
