@@ -106,8 +106,8 @@ def section(measured: Measured[MechanismConfig], analysis: xr.Dataset) -> Sectio
             "The second has a bias of 1 on every adaLN gate, so its attention acts.",
             "The self-only reading keeps the change of a replica's own pattern, with weight "
             f"ξ(g) = {OWN[settings.gate_kind]}, and neglects the change of the cross pattern. What it misses is given "
-            "twice: for the weights as they are, and for patterns whose rows are normalised. The two are the same under "
-            "every gate but joint.",
+            "twice: for the weights as they are, and for patterns whose rows are normalised. The two are the same "
+            "under every gate but joint.",
         ],
         limits=[
             "This is one pass at chosen levels. Over a trajectory contractions multiply, and the states of a coupled "
