@@ -8,7 +8,8 @@ import xarray as xr
 
 from experiments.frame.estimator import commitment_of, order
 from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_bands, trajectories
-from experiments.studies.compare.analysis import ideal_statistics, shuffled_orders
+from experiments.studies.compare.analysis import shuffled_orders
+from experiments.studies.compare.theory import band_statistics, energy_gains, regression_gains
 from ou_theory.attention import rho
 from ou_theory.clock import make_clock
 from ou_theory.gain_model import wiener_gain
@@ -48,7 +49,7 @@ def relative(energy):
 
 
 def theory(eta):
-    energy = np.asarray(ideal_statistics(COUPLINGS, VARIANCE, CLOCK, eta)[0])
+    energy = np.asarray(band_statistics(COUPLINGS, VARIANCE, CLOCK, eta)[0])
     return energy / energy[0, -1]
 
 
@@ -70,7 +71,7 @@ def test_theory_has_the_instrument_s_inner_products(subject, sampler):
     shape, options = (SIZE, SIZE, CHANNELS), {"seed": 0, "sampler": sampler}
     run = jax.jit(lambda pairs: trajectories(subject, CLOCK, BANDS, couplings, pairs, labels, shape, **options))
     found = np.asarray(run(jnp.arange(400))["projection"], np.float64).mean(1)
-    energy, inner = (np.asarray(v) for v in ideal_statistics(couplings, VARIANCE, CLOCK, float(sampler == "ancestral")))
+    energy, inner = (np.asarray(v) for v in band_statistics(couplings, VARIANCE, CLOCK, float(sampler == "ancestral")))
     samples = 400 * CHANNELS * np.asarray(BANDS.count)
     error = np.sqrt(2 * energy * energy[:, -1:] / samples)
     assert np.all(np.abs(found - inner) < 5 * error + 1e-6 * energy[:, -1:])
@@ -109,15 +110,34 @@ def test_the_common_mode_does_not_feel_the_coupling(ddim):
 
 
 def test_one_pass_gains_are_rho_and_wiener(subject, ddim):
+    """By regression and by energies alike: a linear denoiser without error leaves no residual."""
     labels = jnp.zeros(PAIRS, jnp.int32)
-    energy = jax.jit(lambda g, states: one_pass(subject, CLOCK, BANDS, g, states, labels))(
+    energy, inner = jax.jit(lambda g, states: one_pass(subject, CLOCK, BANDS, g, states, labels))(
         jnp.asarray(COUPLINGS), ddim["states"]
     )
-    energy = np.asarray(energy, np.float64).mean(1)
-    expected = np.asarray(rho(COUPLINGS))[:, None, None]
-    np.testing.assert_allclose(np.sqrt(energy / energy[0]), np.broadcast_to(expected, energy.shape), atol=2e-5)
-    band_gain = np.sqrt(energy[0] / np.asarray(ddim["state_energy"]).mean(0))
-    np.testing.assert_allclose(band_gain, wiener_gain(VARIANCE, CLOCK.sigma[:, None] ** 2), rtol=2e-4)
+    np.testing.assert_allclose(inner[0], ddim["state_projection"], rtol=1e-5)
+    energy, inner = (np.asarray(v, np.float64).mean(1) for v in (energy, inner))
+    state = np.asarray(ddim["state_energy"], np.float64).mean(0)
+    expected = np.asarray(rho(COUPLINGS))[:, None, None] * wiener_gain(VARIANCE, CLOCK.sigma[:, None] ** 2)
+    along, residual = regression_gains(energy, inner, state)
+    by_energy, _ = energy_gains(energy, state)
+    np.testing.assert_allclose(along, expected, rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(by_energy, expected, rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(residual, 0, atol=1e-5)
+
+
+def test_error_enters_the_gain_by_energies_and_not_that_by_regression():
+    """A denoiser with an error whose energy is as large as the signal's, apart from it in the residual."""
+    rng, gain = np.random.default_rng(0), np.array([0.1, 0.6])
+    state = rng.standard_normal((100_000, 2))
+    error = gain * rng.standard_normal(state.shape)
+    denoised = gain * state + error
+    energy, inner, of_state = (np.mean(v, 0)[None] for v in (denoised**2, denoised * state, state**2))
+    along, residual = regression_gains(energy[None], inner[None], of_state)
+    np.testing.assert_allclose(along[0, 0], gain, rtol=0.02)
+    np.testing.assert_allclose(residual[0, 0], gain**2, rtol=0.03)
+    by_energy, _ = energy_gains(energy[None], of_state)
+    np.testing.assert_allclose(by_energy[0, 0], np.sqrt(2) * gain, rtol=0.02)
 
 
 def test_projection_on_the_outcome_is_the_root_of_q(ddim):

@@ -246,7 +246,7 @@ def test_the_denoised_difference_is_that_of_the_main_instrument(bench, blended):
     """Another way to the same number: `experiments.frame.instrument.one_pass` on the same states."""
     clock, steps = bench.study.clock, bench.instrument.steps
     every = jnp.zeros((len(clock), *bench.states.shape[1:])).at[steps].set(bench.states)
-    known = jax.jit(
+    known, _ = jax.jit(
         lambda model, states: one_pass(
             lambda gate: network_denoiser(model, clock, gate, kind="blend"),
             clock,

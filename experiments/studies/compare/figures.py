@@ -27,24 +27,33 @@ from experiments.frame.drawing import (
     end_labels,
     new_figure,
 )
+from experiments.studies.compare.theory import exact_of, recursion_of
 
-SOURCES: dict[str, dict[str, Any]] = {
+_MEASURED_GAIN = {"color": "#D55E00", "linestyle": "--", "label": "recursion, measured gain"}
+_EXACT = {"color": INK, "linestyle": ":"}
+SOURCES: dict[str, dict[str, Any]] = {  # a run has one of each two theories
     "network": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "network"},
-    "measured gain": {"color": "#D55E00", "linestyle": "--", "label": "recursion, measured gain"},
-    "ideal gain": {"color": INK, "linestyle": ":", "label": "recursion, ideal gain"},
+    "regression gain": _MEASURED_GAIN,
+    "energy gain": {**_MEASURED_GAIN, "label": "recursion, gain by energies"},
+    "data covariance": {**_EXACT, "label": "theory, data covariance"},
+    "sample variance": {**_EXACT, "label": "theory, own samples"},
     "untrained": {"color": QUIET, "linestyle": "-", "marker": "s", "label": "untrained network"},
 }
-THEORIES = ("measured gain", "ideal gain")
 DECIDED_LABEL = "decided fraction  $F$"
+
+
+def theories(analysis: xr.Dataset) -> tuple[str, str]:
+    """The recursion under the measured gain and the exact denoiser that a run has."""
+    return recursion_of(analysis), exact_of(analysis)
 
 
 def figure_gap(analysis: xr.Dataset) -> Figure:
     """The headline: synchronization gap against coupling, network over theory."""
     figure, ax = new_figure(7.2, 4.3)
-    shown = [name for name in SOURCES if _any(analysis.gap.sel(source=name))]
+    shown = [name for name in SOURCES if name in analysis.source and _any(analysis.gap.sel(source=name))]
     for name in reversed(shown):
         at = analysis.sel(source=name)
-        _curve(ax, at.gap, at.gap_interval, band=name != "untrained", whiskers=name not in THEORIES, **SOURCES[name])
+        _curve(ax, at.gap, at.gap_interval, band=name != "untrained", whiskers=name not in theories(analysis), **SOURCES[name])
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     coupling_axis(ax, analysis.coupling.values)
     ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
@@ -72,7 +81,7 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
     chosen = _some_couplings(analysis)
     figure, axes = new_figure(7.2, 3.3, 1, len(chosen), sharey=True)
     left = figure.axes[0]
-    q = analysis.relative_energy
+    q, recursion = analysis.relative_energy, recursion_of(analysis)
     inside = (analysis.ell >= analysis.attrs["ell_start"]).values
     for ax, g in zip(np.atleast_1d(axes), chosen, strict=True):
         at = q.isel(coupling=g)
@@ -80,13 +89,11 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
             ax.plot(
                 analysis.ell, at.sel(source="network").isel(band=band), color=color, label=band_names(analysis)[band]
             )
-            ax.plot(
-                analysis.ell, at.sel(source="measured gain").isel(band=band), color=color, linestyle="--", linewidth=1
-            )
+            ax.plot(analysis.ell, at.sel(source=recursion).isel(band=band), color=color, linestyle="--", linewidth=1)
         ax.set_title(_coupling_name(analysis, g))
         ax.set_xlabel(LEVEL_LABEL)
         _window(ax, analysis)
-    top = np.nanmax(q.sel(source=["network", "measured gain"]).isel(coupling=chosen, step=inside).values)
+    top = np.nanmax(q.sel(source=["network", recursion]).isel(coupling=chosen, step=inside).values)
     left.set_ylim(0, min(1.08 * float(top), 2.0))  # outside the window an epsilon-network's error has no bounds
     left.set_ylabel("relative energy  $Q$  of the difference")
     band_legend(figure, left, "solid: network,  dashed: recursion, measured gain")
@@ -203,7 +210,7 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
             va=align,
             fontsize=8,
         )
-    ax.axhline(limit, color=SOURCES["measured gain"]["color"], linestyle="--", linewidth=1.2)
+    ax.axhline(limit, color=_MEASURED_GAIN["color"], linestyle="--", linewidth=1.2)
     ax.annotate(
         f"limit {limit:g}",
         (1, limit),
@@ -211,7 +218,7 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         va="center",
-        color=SOURCES["measured gain"]["color"],
+        color=_MEASURED_GAIN["color"],
         fontsize=8,
     )
     ax.set_ylim(min(0.0, 1.25 * np.nanmin(floor, initial=0.0)), 1.25 * np.nanmax(floor, initial=limit))
@@ -266,8 +273,8 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
     flat = np.atleast_1d(axes).ravel()
     for band, ax in enumerate(flat[:bands]):
         at = analysis.isel(band=band)
-        for name in THEORIES:
-            style = {**SOURCES[name], "color": INK if name == "measured gain" else QUIET, "linewidth": 1.2}
+        for name, color in zip(theories(analysis), (INK, QUIET), strict=True):
+            style = {**SOURCES[name], "color": color, "linewidth": 1.2}
             _curve(ax, at[variable].sel(source=name), at[f"{variable}_interval"].sel(source=name), **style)
         style = {**SOURCES["network"], "color": band_colors(analysis)[band]}
         network, interval = at[variable].sel(source="network"), at[f"{variable}_interval"].sel(source="network")

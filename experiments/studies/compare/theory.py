@@ -1,0 +1,78 @@
+"""The recursions beside the network (docs/theory.md, section 7.7): of an exact denoiser of its data, and under the gains
+that are measured in one pass."""
+
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from experiments.frame.exact import exact_statistics
+from ou_theory.attention import rho
+from ou_theory.clock import Clock
+from ou_theory.recursion import recursion_statistics
+
+EXACT = {  # exact denoisers: the variances that they are made for
+    "data covariance": "the covariance of the training data within classes, all principal components",
+    "sample variance": "one variance per band, from the network's own uncoupled samples",
+}
+RECURSIONS = {  # recursions under a gain measured in one pass: how the gain is taken
+    "regression gain": "the part of the denoised difference that lies along that of the states",
+    "energy gain": "roots of ratios of energies, errors included",
+}
+
+
+def exact_of(analysis: xr.Dataset) -> str:
+    """Which of `EXACT` a run has."""
+    return next(name for name in EXACT if name in analysis.source.values)
+
+
+def recursion_of(analysis: xr.Dataset) -> str:
+    """Which of `RECURSIONS` a run has."""
+    return next(name for name in RECURSIONS if name in analysis.source.values)
+
+
+def ideal_gain(couplings: np.ndarray) -> np.ndarray:
+    """The gain (1 - g) / (1 + g) of couplings (C,). Networks run at couplings of single precision, and so does this."""
+    return np.asarray(rho(jnp.asarray(couplings, jnp.float32)), np.float64)
+
+
+def band_statistics(
+    couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`exact_statistics` of bands that are one mode each, of variances (..., B)."""
+    return exact_statistics(ideal_gain(couplings), variance, np.eye(variance.shape[-1]), clock, eta)
+
+
+def regression_gains(energy: np.ndarray, product: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What of the denoised difference lies along that of the states, from means over pairs (docs/theory.md, eq. 7.8).
+
+    Args:
+      energy: (..., C, K, M) difference energies after one denoising of the same inputs.
+      product: (..., C, K, M) inner products with the difference of those inputs in the rescaled frame.
+      state: (..., K, M) energies of that.
+
+    Returns:
+      the gain w and the residual's energy over that of the states, (..., C, K, M) each.
+    """
+    state = state[..., None, :, :]
+    gain = product / state
+    return gain, np.maximum(energy / state - gain**2, 0)
+
+
+def energy_gains(energy: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, float]:
+    """Root ratios of energies in place of the gain, and no residual, where no inner products are stored; see
+    `regression_gains`."""
+    return np.sqrt(energy / state[..., None, :, :]), 0.0
+
+
+def measured_statistics(
+    gain: np.ndarray, residual: np.ndarray | float, share: np.ndarray, clock: Clock, eta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energies of the denoised difference by band, and inner products with its end, (..., C, K, B) each.
+
+    Args:
+      gain, residual: (..., C, K, M) of groups of modes at every step, as `regression_gains` gives them.
+      share: (M, B) of each group in the mean over its band.
+    """
+    start = jnp.full(gain.shape[:-2] + gain.shape[-1:], 1 / clock.alpha_bar[0])
+    energy, inner = recursion_statistics(jnp.asarray(gain), jnp.asarray(clock.sigma), start, eta, residual)
+    return np.asarray(energy) @ share, np.asarray(inner) @ share
