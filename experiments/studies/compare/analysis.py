@@ -152,6 +152,7 @@ def estimates(
     run("network", network)
 
     gain_pairs = int(np.isfinite(network.one_pass_energy.isel(coupling=0, step=0, band=0)).sum())
+
     def pairs_first(name: str) -> np.ndarray:
         values = network[name].values
         return values[:gain_pairs] if values.ndim == 3 else np.moveaxis(values[:, :gain_pairs], 1, 0)
@@ -164,7 +165,7 @@ def estimates(
     else:  # runs of older versions
         recursion, gains, values = "energy gain", energy_gains, (one_pass, pairs_first("state_energy"))
         share = np.eye(mean.shape[-1])
-    add(recursion, lambda *means: measured_statistics(*gains(*means), share, clock, eta), couplings, values)
+    add(recursion, lambda *means: measured_statistics(gains(*means), share, clock, eta), couplings, values)
     if data is not None:
         rho, known = ideal_gain(couplings), (data.variance.values, data.share.values)
         exact = "data covariance"
@@ -182,15 +183,15 @@ def estimates(
     per_pass = {"gain": np.sqrt(left / left[:1])}
     if recursion == "regression gain":
         means = [v.mean(0, dtype=np.float64) for v in values]
-        per_pass["residual"] = (gains(*means)[1] * means[2]) @ share / left
+        per_pass["residual"] = (regression_gains(*means).residual * means[2]) @ share / left
     for name, found in per_pass.items():
         dataset[name] = (("source", "coupling", "step", "band"), _full(dataset, "network", found, left.shape[1:]))
     end = mean[0, -1]
-    share = oc.aligned_share(
+    turned = oc.aligned_share(
         oc.projection(network.projection.values[0].mean(0, dtype=np.float64), end), stochastic=stochastic
     )
     level = np.full((dataset.sizes["source"], dataset.sizes["band"]), np.nan)
-    level[0] = np.asarray(oc.crossing(share, ell, 0.5))
+    level[0] = np.asarray(oc.crossing(turned, ell, 0.5))
     dataset["projection_level"] = (("source", "band"), level)
 
     values, weights = (energy, network.projection.values), pair_draws(seed, network.sizes["pair"])
@@ -214,7 +215,9 @@ def estimates(
     )
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
     _add_claimed(dataset, sources, draws, grids)
-    beside = bootstrap(levels, (energy, network.projection.values), joined_draws(seed, gain_pairs, network.sizes["pair"]), 1)[1]
+    beside = bootstrap(
+        levels, (energy, network.projection.values), joined_draws(seed, gain_pairs, network.sizes["pair"]), 1
+    )[1]
     _add_excess(dataset, sources, draws, {recursion: beside, exact: draws["network"]})
     return dataset.assign_attrs(
         low_band=LOW,

@@ -53,7 +53,14 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     shown = [name for name in SOURCES if name in analysis.source and _any(analysis.gap.sel(source=name))]
     for name in reversed(shown):
         at = analysis.sel(source=name)
-        _curve(ax, at.gap, at.gap_interval, band=name != "untrained", whiskers=name not in theories(analysis), **SOURCES[name])
+        _curve(
+            ax,
+            at.gap,
+            at.gap_interval,
+            band=name != "untrained",
+            whiskers=name not in theories(analysis),
+            **SOURCES[name],
+        )
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     coupling_axis(ax, analysis.coupling.values)
     ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]

@@ -121,7 +121,11 @@ def measure(bench: Bench[CompareConfig]) -> None:
     size, parity = bench.model.input_size, ["common", "difference"]
     plane = {"row": np.arange(size), "column": np.arange(size)}
     modes = instrument.modes
-    groups = {"mode": np.arange(len(modes.band)), "mode_band": ("mode", modes.band), "mode_count": ("mode", modes.count)}
+    groups = {
+        "mode": np.arange(len(modes.band)),
+        "mode_band": ("mode", modes.band),
+        "mode_count": ("mode", modes.count),
+    }
     coords = {"coupling": grid, "parity": parity, **plane, **groups}
     network = bench.measure("network", NETWORK, coords, config.pairs, on_network)
     if not bench.run.holds("pictures"):  # they were damaged

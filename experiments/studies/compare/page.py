@@ -272,7 +272,9 @@ def excess_table(analysis: xr.Dataset, theory: str) -> Table:
         "In nats; 0 would be agreement, below 0 the network commits earlier. The last column is the difference of two "
         "of the others."
     )
-    return Table(f"τ of the network less that by {theory}", ["g", *(f"τ, {name}" for name in names), "gap Γ"], rows, note)
+    return Table(
+        f"τ of the network less that by {theory}", ["g", *(f"τ, {name}" for name in names), "gap Γ"], rows, note
+    )
 
 
 def calibration(analysis: xr.Dataset) -> dict[str, str]:

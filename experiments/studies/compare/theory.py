@@ -1,6 +1,8 @@
 """The recursions beside the network (docs/theory.md, section 7.7): of an exact denoiser of its data, and under the gains
 that are measured in one pass."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
@@ -42,37 +44,40 @@ def band_statistics(
     return exact_statistics(ideal_gain(couplings), variance, np.eye(variance.shape[-1]), clock, eta)
 
 
-def regression_gains(energy: np.ndarray, product: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+class Gains(NamedTuple):
+    """What one pass makes of a difference, by group of modes."""
+
+    gain: np.ndarray  # (..., C, K, M) w: the denoised difference over that of the states
+    residual: np.ndarray | float  # (..., C, K, M) energy of the rest, over that of the states
+    start: np.ndarray  # (..., 1, M) energy of the states at the first step
+
+
+def regression_gains(energy: np.ndarray, product: np.ndarray, state: np.ndarray) -> Gains:
     """What of the denoised difference lies along that of the states, from means over pairs (docs/theory.md, eq. 7.8).
 
     Args:
       energy: (..., C, K, M) difference energies after one denoising of the same inputs.
       product: (..., C, K, M) inner products with the difference of those inputs in the rescaled frame.
       state: (..., K, M) energies of that.
-
-    Returns:
-      the gain w and the residual's energy over that of the states, (..., C, K, M) each.
     """
     state = state[..., None, :, :]
     gain = product / state
-    return gain, np.maximum(energy / state - gain**2, 0)
+    return Gains(gain, np.maximum(energy / state - gain**2, 0), state[..., 0, :])
 
 
-def energy_gains(energy: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, float]:
+def energy_gains(energy: np.ndarray, state: np.ndarray) -> Gains:
     """Root ratios of energies in place of the gain, and no residual, where no inner products are stored; see
     `regression_gains`."""
-    return np.sqrt(energy / state[..., None, :, :]), 0.0
+    state = state[..., None, :, :]
+    return Gains(np.sqrt(energy / state), 0.0, state[..., 0, :])
 
 
-def measured_statistics(
-    gain: np.ndarray, residual: np.ndarray | float, share: np.ndarray, clock: Clock, eta: float
-) -> tuple[np.ndarray, np.ndarray]:
+def measured_statistics(found: Gains, share: np.ndarray, clock: Clock, eta: float) -> tuple[np.ndarray, np.ndarray]:
     """Energies of the denoised difference by band, and inner products with its end, (..., C, K, B) each.
 
     Args:
-      gain, residual: (..., C, K, M) of groups of modes at every step, as `regression_gains` gives them.
       share: (M, B) of each group in the mean over its band.
     """
-    start = jnp.full(gain.shape[:-2] + gain.shape[-1:], 1 / clock.alpha_bar[0])
-    energy, inner = recursion_statistics(jnp.asarray(gain), jnp.asarray(clock.sigma), start, eta, residual)
+    gain, sigma = jnp.asarray(found.gain), jnp.asarray(clock.sigma)
+    energy, inner = recursion_statistics(gain, sigma, jnp.asarray(found.start), eta, found.residual)
     return np.asarray(energy) @ share, np.asarray(inner) @ share
