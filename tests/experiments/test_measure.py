@@ -195,7 +195,7 @@ def test_error_enters_the_gain_by_energies_and_not_that_by_regression():
     energy, inner, of_state = (np.mean(v, 0)[None] for v in (denoised**2, denoised * state, state**2))
     along, residual, _ = regression_gains(energy[None], inner[None], of_state)
     np.testing.assert_allclose(along[0, 0], gain, rtol=0.02)
-    np.testing.assert_allclose(residual[0, 0], gain**2, rtol=0.03)
+    np.testing.assert_allclose(np.asarray(residual)[0, 0], gain**2, rtol=0.03)
     by_energy = energy_gains(energy[None], of_state).gain
     np.testing.assert_allclose(by_energy[0, 0], np.sqrt(2) * gain, rtol=0.02)
 

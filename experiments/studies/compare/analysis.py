@@ -215,9 +215,7 @@ def estimates(
     )
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
     _add_claimed(dataset, sources, draws, grids)
-    beside = bootstrap(
-        levels, (energy, network.projection.values), joined_draws(seed, gain_pairs, network.sizes["pair"]), 1
-    )[1]
+    beside = bootstrap(levels, values, joined_draws(seed, gain_pairs, network.sizes["pair"]), 1)[1]
     _add_excess(dataset, sources, draws, {recursion: beside, exact: draws["network"]})
     return dataset.assign_attrs(
         low_band=LOW,

@@ -93,7 +93,8 @@ METHODS = [
 _ALONG = (
     "How much coupling shrinks a difference in one pass is measured with nothing fitted: the gain is the part of the "
     "denoised difference that lies along the difference of the states, and the rest enters as noise that is new at "
-    "every step (docs/theory.md, section 7.7)."
+    "every step (docs/theory.md, section 7.7). Uncoupled, the energies are then the network's own by construction, and "
+    "what is left of a level says that the rest is not new at every step."
 )
 _BY_ENERGY = (
     "How much coupling shrinks a difference in one pass is measured with nothing fitted, as roots of ratios of "
@@ -168,8 +169,8 @@ def definitions(low: str, high: str, draws: int) -> dict[str, str]:
         "commit first. In sampler steps the same difference is read off at the steps of this run, so it depends on "
         "their number.",
         "One-pass gain ρ": "How much one pass through the coupled network shrinks the difference of two given inputs, "
-        "relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has (1 − g) / (1 + g). What counts is "
-        "the part of the denoised difference that lies along the difference of the inputs.",
+        "relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has (1 − g) / (1 + g). It is "
+        "the root of a ratio of energies, errors included; the recursion takes another gain (docs/theory.md, 7.7).",
         "Noise floor": "The part of the relative energy Q at the start of the window that is not aligned with the "
         "outcome. It is the network's error, and estimators that take all energy count it as an early decision.",
         "Interval": f"95 %, from resampling pairs {draws} times (basic bootstrap). One draw serves all bands, steps "

@@ -1,5 +1,5 @@
-"""The recursions beside the network (docs/theory.md, section 7.7): of an exact denoiser of its data, and under the gains
-that are measured in one pass."""
+"""The recursions beside the network (docs/theory.md, section 7.7): of an exact denoiser of its data, and under the
+gains that are measured in one pass."""
 
 from typing import NamedTuple
 
