@@ -99,7 +99,8 @@ def test_table_over_couplings_holds_the_stored_numbers(written, analysis):
             if np.isnan(expected[0]):
                 assert cell.strip() == "–"
             else:
-                np.testing.assert_allclose(numbers(cell), expected, atol=rounding * 1.001)
+                known = [value for value in expected if np.isfinite(value)]  # a theory of the data has no interval
+                np.testing.assert_allclose(numbers(cell), known, atol=rounding * 1.001)
     assert rows[9][8].strip() == "–"  # the exact denoiser decides nothing at g = 1
     assert rows[1][9].strip() == "–"  # the untrained network was not run there
 

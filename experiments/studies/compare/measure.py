@@ -76,8 +76,8 @@ class Instrument:
         )
 
     def network(self, model: DiT, couplings, pairs, labels, with_more: bool) -> dict[str, Any]:
-        """Measurements of a block of pairs on a network, see `NETWORK`, and the samples. What is measured in one pass and
-        what is kept by coefficient are NaN unless asked for: they cost time and space."""
+        """Measurements of a block of pairs on a network, see `NETWORK`, and the samples. What is measured in one pass,
+        and what is kept by coefficient, are NaN unless asked for: they cost time and space."""
         couplings = jnp.asarray(couplings, jnp.float32)
         found = dict(self._network_run(model, couplings, pairs, labels))
         states = found.pop("states")
