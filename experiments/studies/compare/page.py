@@ -15,7 +15,7 @@ from experiments.frame.settings import SAMPLER_NAMES
 from experiments.studies.compare.claims import claims
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.settings import CompareConfig
-from experiments.studies.compare.theory import EXACT, RECURSIONS, exact_of, recursion_of
+from experiments.studies.compare.theory import EXACT, RECURSIONS, exact_of, ideal_gain, recursion_of
 
 
 def page(measured: Measured[CompareConfig], analysis: xr.Dataset) -> Page:
@@ -273,6 +273,8 @@ def excess_table(analysis: xr.Dataset, theory: str) -> Table:
         "In nats; 0 would be agreement, below 0 the network commits earlier. The last column is the difference of two "
         "of the others."
     )
+    if theory in EXACT and (ideal_gain(analysis.coupling.values) < 0).any():
+        note += " Beyond g = 1 the exact denoiser's gain is below 0, and it decides all in its last step."
     return Table(
         f"τ of the network less that by {theory}", ["g", *(f"τ, {name}" for name in names), "gap Γ"], rows, note
     )
