@@ -149,7 +149,7 @@ def test_a_known_covariance_is_the_theory(finished):
     variance = groups["wiener"].variance.values
     data = xr.Dataset({"variance": ("component", variance), "share": (("component", "band"), np.eye(7))})
     found = estimated(groups, data)
-    assert list(found.theory.values) == ["regression gain", "data covariance"]
+    assert list(found.theory.values) == ["regression gain", "energy gain", "data covariance"]
     for name in ("tau", "gap"):
         exact, known = (found[name].sel(source=source).values for source in ("data covariance", "wiener theory"))
         np.testing.assert_allclose(exact, known, rtol=1e-9)

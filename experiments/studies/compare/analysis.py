@@ -30,6 +30,7 @@ from experiments.frame.steps import WINDOW_START
 from experiments.frame.streams import numpy_stream
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import (
+    Gains,
     band_statistics,
     energy_gains,
     ideal_gain,
@@ -153,23 +154,30 @@ def estimates(
 
     gain_pairs = int(np.isfinite(network.one_pass_energy.isel(coupling=0, step=0, band=0)).sum())
 
+    def measured(gains: Gains) -> tuple[np.ndarray, np.ndarray]:
+        return measured_statistics(gains, share, clock, eta)
+
     def pairs_first(name: str) -> np.ndarray:
         values = network[name].values
         return values[:gain_pairs] if values.ndim == 3 else np.moveaxis(values[:, :gain_pairs], 1, 0)
 
-    one_pass = pairs_first("one_pass_energy")
-    if "mode_product" in network:
-        recursion, gains = "regression gain", regression_gains
-        values = tuple(pairs_first(f"mode_{name}") for name in ("energy", "product", "state"))
+    one_pass, recursions = pairs_first("one_pass_energy"), ["energy gain"]
+    left = one_pass.mean(0, dtype=np.float64)
+    per_pass = {"gain": np.sqrt(left / left[:1])}
+    share, values = np.eye(mean.shape[-1]), (one_pass, pairs_first("state_energy"))
+    if "mode_product" in network:  # not in runs of older versions
         share = band_share(network.mode_band.values, network.mode_count.values)
-    else:  # runs of older versions
-        recursion, gains, values = "energy gain", energy_gains, (one_pass, pairs_first("state_energy"))
-        share = np.eye(mean.shape[-1])
-    add(recursion, lambda *means: measured_statistics(gains(*means), share, clock, eta), couplings, values)
+        values = (pairs_first("mode_energy"), pairs_first("mode_state"))
+        known = (values[0], pairs_first("mode_product"), values[1])
+        add("regression gain", lambda *means: measured(regression_gains(*means)), couplings, known)
+        recursions = ["regression gain", *recursions]
+        energy_of, product, state = (v.mean(0, dtype=np.float64) for v in known)
+        per_pass["residual"] = (regression_gains(energy_of, product, state).residual * state) @ share / left
+    add("energy gain", lambda *means: measured(energy_gains(*means)), couplings, values)
     if data is not None:
-        rho, known = ideal_gain(couplings), (data.variance.values, data.share.values)
-        exact = "data covariance"
-        add(exact, lambda: exact_statistics(rho, *known, clock, eta), couplings)
+        exact, rho = "data covariance", ideal_gain(couplings)
+        principal = (data.variance.values, data.share.values)
+        add(exact, lambda: exact_statistics(rho, *principal, clock, eta), couplings)
     else:
         exact = "sample variance"
         ends = energy[0, :, -1]
@@ -179,11 +187,6 @@ def estimates(
     filtered = band_statistics(wiener.coupling.values, wiener.variance.values, clock, eta)
     add("wiener theory", lambda: filtered, wiener.coupling.values)
     dataset = _dataset(clock, network, sources, draws, grids)
-    left = one_pass.mean(0, dtype=np.float64)
-    per_pass = {"gain": np.sqrt(left / left[:1])}
-    if recursion == "regression gain":
-        means = [v.mean(0, dtype=np.float64) for v in values]
-        per_pass["residual"] = (regression_gains(*means).residual * means[2]) @ share / left
     for name, found in per_pass.items():
         dataset[name] = (("source", "coupling", "step", "band"), _full(dataset, "network", found, left.shape[1:]))
     end = mean[0, -1]
@@ -216,7 +219,7 @@ def estimates(
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
     _add_claimed(dataset, sources, draws, grids)
     beside = bootstrap(levels, values, joined_draws(seed, gain_pairs, network.sizes["pair"]), 1)[1]
-    _add_excess(dataset, sources, draws, {recursion: beside, exact: draws["network"]})
+    _add_excess(dataset, sources, draws, {**dict.fromkeys(recursions, beside), exact: draws["network"]})
     return dataset.assign_attrs(
         low_band=LOW,
         high_band=dataset.sizes["band"] + HIGH,

@@ -29,12 +29,12 @@ from experiments.frame.drawing import (
 )
 from experiments.studies.compare.theory import exact_of, recursion_of
 
-_MEASURED_GAIN = {"color": "#D55E00", "linestyle": "--", "label": "recursion, measured gain"}
+_MEASURED_GAIN = {"color": "#D55E00", "linestyle": "--", "label": "recursion, regression gain"}
 _EXACT = {"color": INK, "linestyle": ":"}
-SOURCES: dict[str, dict[str, Any]] = {  # a run has one of each two theories
+SOURCES: dict[str, dict[str, Any]] = {
     "network": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "network"},
     "regression gain": _MEASURED_GAIN,
-    "energy gain": {**_MEASURED_GAIN, "label": "recursion, gain by energies"},
+    "energy gain": {"color": "#CC79A7", "linestyle": "-.", "label": "recursion, energy gain"},
     "data covariance": {**_EXACT, "label": "theory, data covariance"},
     "sample variance": {**_EXACT, "label": "theory, own samples"},
     "untrained": {"color": QUIET, "linestyle": "-", "marker": "s", "label": "untrained network"},
@@ -53,14 +53,8 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     shown = [name for name in SOURCES if name in analysis.source and _any(analysis.gap.sel(source=name))]
     for name in reversed(shown):
         at = analysis.sel(source=name)
-        _curve(
-            ax,
-            at.gap,
-            at.gap_interval,
-            band=name != "untrained",
-            whiskers=name not in theories(analysis),
-            **SOURCES[name],
-        )
+        style = {**SOURCES[name], "band": name != "untrained", "whiskers": name in ("network", "untrained")}
+        _curve(ax, at.gap, at.gap_interval, **style)
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     coupling_axis(ax, analysis.coupling.values)
     ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
@@ -103,7 +97,7 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
     top = np.nanmax(q.sel(source=["network", recursion]).isel(coupling=chosen, step=inside).values)
     left.set_ylim(0, min(1.08 * float(top), 2.0))  # outside the window an epsilon-network's error has no bounds
     left.set_ylabel("relative energy  $Q$  of the difference")
-    band_legend(figure, left, "solid: network,  dashed: recursion, measured gain")
+    band_legend(figure, left, f"solid: network,  dashed: recursion, {recursion}")
     return figure
 
 

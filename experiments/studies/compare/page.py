@@ -47,7 +47,7 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
         "of its trajectories do to that, and does the solvable theory say the same?",
         answer=f"Uncoupled, the highest band commits {first} nats after the lowest, by an exact denoiser made for "
         f"{EXACT[exact]} {uncoupled}. At {strongest} the gap is {last} nats, and {by_gain} by the recursion under the "
-        "network's measured gain. Differences in single bands can cancel in a gap; the tables have them.",
+        f"{recursion} of the network. Differences in single bands can cancel in a gap; the tables have them.",
         claims=found,
         tables=[
             coupling_table(analysis),
@@ -94,12 +94,13 @@ _ALONG = (
     "How much coupling shrinks a difference in one pass is measured with nothing fitted: the gain is the part of the "
     "denoised difference that lies along the difference of the states, and the rest enters as noise that is new at "
     "every step (docs/theory.md, section 7.7). Uncoupled, the energies are then the network's own by construction, and "
-    "what is left of a level says that the rest is not new at every step."
+    "what is left of a level says that the rest is not new at every step. The energy gain is the other extreme: it "
+    "counts the rest as if it lay along the states."
 )
 _BY_ENERGY = (
     "How much coupling shrinks a difference in one pass is measured with nothing fitted, as roots of ratios of "
-    "energies. This run is of an older version, which stored no inner products: errors count as signal, and the levels "
-    "are late by as much as the errors are large."
+    "energies. This run is of an older version, which stored no inner products: errors count as signal, and the unlike "
+    "colours of a band as one mode."
 )
 
 
@@ -123,25 +124,26 @@ def _theories(analysis: xr.Dataset) -> str:
 
 def captions(analysis: xr.Dataset, preview: str) -> dict[str, str]:
     """Captions of the figures, by name; `preview`: see `section`."""
-    exact, recursion = (f"{text}" for text in (EXACT[exact_of(analysis)], RECURSIONS[recursion_of(analysis)]))
+    exact = EXACT[exact_of(analysis)]
+    recursions = "; ".join(f"{name}: {text}" for name, text in RECURSIONS.items() if name in analysis.source)
     shown = "" if preview == "pixels" else f" Shown: {preview}."
     return {
         **CAPTIONS,
-        "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Orange: the "
-        f"recursion under the network's measured one-pass gain ({recursion}), nothing fitted. Dotted: an exact "
-        f"denoiser made for {exact}; at g = 1 nothing individual is left in it, and beyond, all is decided in the last "
-        "step. Grey: the untrained network.",
+        "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Broken lines: "
+        f"recursions under the network's one-pass gain, nothing fitted, {recursions}. Dotted: an exact denoiser made "
+        f"for {exact}; at g = 1 nothing individual is left in it, and beyond, all is decided in the last step. Grey: "
+        "the untrained network.",
         "pictures": CAPTIONS["pictures"] + shown,
     }
 
 
 CAPTIONS = {
     "commitment": "When each band commits. Points: the network with its intervals; open points rest on too little. "
-    "Lines: the recursion under the measured gain (dark), and the exact denoiser (light).",
+    "Lines: the recursion under the gain measured in one pass (dark), and the exact denoiser (light).",
     "decided": "How much of each band the replicas still decide individually, against the coupling.",
     "relative_energy": "The energy of the replicas' difference along the trajectory, relative to the end of the "
-    "uncoupled run. Solid: network. Dashed: recursion under the measured gain. Shaded: before the window of the "
-    "estimator.",
+    "uncoupled run. Solid: network. Dashed: recursion under the gain measured in one pass. Shaded: before the window "
+    "of the estimator.",
     "gain": "What one pass through the network leaves of a difference between the replicas, band by band. In the ideal "
     "model all curves lie on the dotted line.",
     "pictures": "Replicas A and B of several pairs, without coupling and with the strongest, from the same noise.",

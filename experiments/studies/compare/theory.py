@@ -17,8 +17,8 @@ EXACT = {  # exact denoisers: the variances that they are made for
     "sample variance": "one variance per band, from the network's own uncoupled samples",
 }
 RECURSIONS = {  # recursions under a gain measured in one pass: how the gain is taken
-    "regression gain": "the part of the denoised difference that lies along that of the states",
-    "energy gain": "roots of ratios of energies, errors included",
+    "regression gain": "what of the denoised difference lies along that of the states; the rest is new at every step",
+    "energy gain": "roots of ratios of energies, as if all of the denoised difference lay along that of the states",
 }
 
 
@@ -28,7 +28,7 @@ def exact_of(analysis: xr.Dataset) -> str:
 
 
 def recursion_of(analysis: xr.Dataset) -> str:
-    """Which of `RECURSIONS` a run has."""
+    """The first of `RECURSIONS` that a run has; those of older versions have the second alone."""
     return next(name for name in RECURSIONS if name in analysis.source.values)
 
 
@@ -66,8 +66,7 @@ def regression_gains(energy: np.ndarray, product: np.ndarray, state: np.ndarray)
 
 
 def energy_gains(energy: np.ndarray, state: np.ndarray) -> Gains:
-    """Root ratios of energies in place of the gain, and no residual, where no inner products are stored; see
-    `regression_gains`."""
+    """Root ratios of energies in place of the gain, and no residual: all counts as signal; see `regression_gains`."""
     state = state[..., None, :, :]
     return Gains(np.sqrt(energy / state), 0.0, state[..., 0, :])
 
