@@ -27,7 +27,7 @@ from experiments.frame.drawing import (
     end_labels,
     new_figure,
 )
-from experiments.studies.compare.theory import exact_of, recursion_of
+from experiments.studies.compare.theory import EXACT, exact_of, ideal_gain, recursion_of
 
 _MEASURED_GAIN = {"color": "#D55E00", "linestyle": "--", "label": "recursion, regression gain"}
 _EXACT = {"color": INK, "linestyle": ":"}
@@ -52,12 +52,12 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     figure, ax = new_figure(7.2, 4.3)
     shown = [name for name in SOURCES if name in analysis.source and _any(analysis.gap.sel(source=name))]
     for name in reversed(shown):
-        at = analysis.sel(source=name)
+        at = _sensible(analysis, name)
         style = {**SOURCES[name], "band": name != "untrained", "whiskers": name in ("network", "untrained")}
         _curve(ax, at.gap, at.gap_interval, **style)
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     coupling_axis(ax, analysis.coupling.values)
-    ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
+    ends = [float(_sensible(analysis, name).gap.dropna("coupling")[-1]) for name in shown]
     end_labels(ax, ends, [(SOURCES[name]["label"], SOURCES[name]["color"]) for name in shown])
     ax.set_ylabel(GAP_LABEL)
     ax.set_title("Synchronization gap against coupling, with 95 % intervals")
@@ -242,6 +242,13 @@ FIGURES: dict[str, tuple[str, Callable[[xr.Dataset], Figure]]] = {  # name: (sto
 }
 
 
+def _sensible(analysis: xr.Dataset, name: str) -> xr.Dataset:
+    """A source whose levels are drawn: an exact denoiser's where its gain is above 0, for beyond it decides all in its
+    last step."""
+    at = analysis.sel(source=name)
+    return at.where(analysis.coupling.copy(data=ideal_gain(analysis.coupling.values)) > 0) if name in EXACT else at
+
+
 def _any(values: xr.DataArray) -> bool:
     return bool(np.isfinite(values.values).any())
 
@@ -276,7 +283,8 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
         at = analysis.isel(band=band)
         for name, color in zip(theories(analysis), (INK, QUIET), strict=True):
             style = {**SOURCES[name], "color": color, "linewidth": 1.2}
-            _curve(ax, at[variable].sel(source=name), at[f"{variable}_interval"].sel(source=name), **style)
+            theory = _sensible(at, name) if variable == "tau" else at.sel(source=name)
+            _curve(ax, theory[variable], theory[f"{variable}_interval"], **style)
         style = {**SOURCES["network"], "color": band_colors(analysis)[band]}
         network, interval = at[variable].sel(source="network"), at[f"{variable}_interval"].sel(source="network")
         _curve(ax, network, interval, whiskers=True, **style)
@@ -290,6 +298,9 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
         coupling_axis(ax, analysis.coupling.values, name=lowest, room=0.19)
     for ax in flat[bands:]:
         ax.set_visible(False)
+    drawn = np.concatenate([line.get_ydata() for ax in flat[:bands] for line in ax.get_lines()])
+    low, high = np.nanmin(drawn), np.nanmax(drawn)  # intervals of weak points may reach out of the panel
+    flat[0].set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     figure.supylabel(label, fontsize=9)
     handles, labels = flat[0].get_legend_handles_labels()
     if bool(analysis.weak.sel(source="network").any()):

@@ -131,8 +131,7 @@ def captions(analysis: xr.Dataset, preview: str) -> dict[str, str]:
         **CAPTIONS,
         "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Broken lines: "
         f"recursions under the network's one-pass gain, nothing fitted, {recursions}. Dotted: an exact denoiser made "
-        f"for {exact}; at g = 1 nothing individual is left in it, and beyond, all is decided in the last step. Grey: "
-        "the untrained network.",
+        f"for {exact}; at g = 1 nothing individual is left in it. Grey: the untrained network.",
         "pictures": CAPTIONS["pictures"] + shown,
     }
 
