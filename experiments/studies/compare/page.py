@@ -45,8 +45,8 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
         title=f"Synchronization gap of {attrs['model']}",
         question="When does a diffusion transformer decide each spatial frequency of an image, what does coupling two "
         "of its trajectories do to that, and does the solvable theory say the same?",
-        answer=f"Uncoupled, the highest band commits {first} nats after the lowest, by an exact denoiser made for "
-        f"{EXACT[exact]} {uncoupled}. At {strongest} the gap is {last} nats, and {by_gain} by the recursion under the "
+        answer=f"Uncoupled, the highest band commits {first} nats after the lowest. An exact denoiser made for "
+        f"{EXACT[exact]} has {uncoupled}. At {strongest} the gap is {last} nats, and {by_gain} by the recursion under the "
         f"{recursion} of the network. Differences in single bands can cancel in a gap; the tables have them.",
         claims=found,
         tables=[
@@ -87,8 +87,8 @@ METHODS = [
     "something is decided, they differ. Sorted by spatial frequency, this difference shows which parts of an image "
     "are settled early and which late.",
     "Then let the replicas see each other: in every attention layer each one also attends to the other's tokens, with "
-    "weight g. At g = 0 they are strangers, at g = 1 the other's tokens count as much as one's own. What attention "
-    "decides, coupled replicas decide together, and their difference in it fades.",
+    "weight g. At g = 0 they are strangers, at g = 1 the other's tokens count as much as one's own. What that does "
+    "to their difference is measured band by band: it may fade in some bands and grow in others.",
 ]
 _ALONG = (
     "How much coupling shrinks a difference in one pass is measured with nothing fitted: the gain is the part of the "
