@@ -46,8 +46,8 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
         question="When does a diffusion transformer decide each spatial frequency of an image, what does coupling two "
         "of its trajectories do to that, and does the solvable theory say the same?",
         answer=f"Uncoupled, the highest band commits {first} nats after the lowest. An exact denoiser made for "
-        f"{EXACT[exact]} has {uncoupled}. At {strongest} the gap is {last} nats, and {by_gain} by the recursion under the "
-        f"{recursion} of the network. Differences in single bands can cancel in a gap; the tables have them.",
+        f"{EXACT[exact]} has {uncoupled}. At {strongest} the gap is {last} nats, and {by_gain} by the recursion under "
+        f"the {recursion} of the network. Differences in single bands can cancel in a gap; the tables have them.",
         claims=found,
         tables=[
             coupling_table(analysis),
