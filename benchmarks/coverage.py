@@ -14,9 +14,9 @@ from scipy import stats
 from dit_jax.checkpoint import shipped_model
 from dit_jax.covariance import load_covariance
 from experiments.frame.estimator import HIGH, LOW
+from experiments.frame.exact import exact_statistics
 from experiments.frame.gaussian import ddim_factors, wiener_gains
 from experiments.frame.steps import WINDOW_START
-from experiments.studies.spectrum.analysis import theory_statistics
 from ou_theory.bootstrap import resample
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
     variance = np.maximum(np.linalg.eigvalsh(data.coefficient), 0).reshape(-1)  # three colours of every coefficient
     share = (bands.index.reshape(-1, 1) == np.arange(len(bands))).repeat(3, 0).astype(float)
     ell, sigma = clock.log_snr, clock.sigma
-    energy, inner = theory_statistics(variance, share, clock)
+    energy, inner = (v[0] for v in exact_statistics(np.ones(1), variance, share, clock))
     truth = float(gaps(energy, inner, ell))
     gains, steps = wiener_gains(variance, clock), ddim_factors(variance, clock)
     highest = (variance @ share / share.sum(0))[HIGH]

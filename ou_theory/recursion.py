@@ -56,23 +56,57 @@ def recursion_energy(gain: jax.Array, sigma: jax.Array, start_variance: jax.Arra
     Returns:
       ``G^2 Var(y)``, (..., K, B).
     """
+    return recursion_statistics(gain, sigma, start_variance, eta)[0]
+
+
+def recursion_statistics(
+    gain: jax.Array,
+    sigma: jax.Array,
+    start_variance: jax.Array,
+    eta: float = 0.0,
+    residual: ArrayLike = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Energy of the denoised mode at every step, and its inner product with its end, of a denoiser that may leave a
+    residual (theory, eqs. 7.9 to 7.11): ``D = G y + r``, with r uncorrelated with the state and from step to step.
+
+    Args:
+      residual: (..., K, B) or what broadcasts: variance of r over that of the state; 0 for a linear denoiser.
+      gain, sigma, start_variance, eta: see `recursion_energy`.
+
+    Returns:
+      ``E[D_k^2]`` and ``E[D_k D_{K-1}]``, (..., K, B) each.
+    """
     gain, sigma = jnp.asarray(gain), jnp.asarray(sigma)
     ratio = sigma[1:] / sigma[:-1]
     fresh = eta**2 * (1 - ratio**2)  # share of the next level's variance that is drawn anew
-    keep = jnp.append(ratio * jnp.sqrt(1 - fresh), 0.0)  # the last step goes to the clean end
-    noise = jnp.append(sigma[1:] ** 2 * fresh, 0.0)
+    keep = jnp.append(ratio * jnp.sqrt(1 - fresh), 0.0).astype(gain.dtype)  # the last step goes to the clean end
+    noise = jnp.append(sigma[1:] ** 2 * fresh, 0.0).astype(gain.dtype)
 
     gains = jnp.moveaxis(gain, -2, 0)
-    start = jnp.broadcast_to(start_variance, gains.shape[1:]).astype(gains.dtype)
-    return jnp.moveaxis(_energies(gains, start, keep.astype(gains.dtype), noise.astype(gains.dtype)), 0, -2)
+    rest = jnp.moveaxis(jnp.broadcast_to(jnp.asarray(residual, gain.dtype), gain.shape), -2, 0)
+    start = jnp.broadcast_to(start_variance, gains.shape[1:]).astype(gain.dtype)
+    energy, inner = _statistics(gains, rest, start, keep, noise)
+    return jnp.moveaxis(energy, 0, -2), jnp.moveaxis(inner, 0, -2)
 
 
 @jax.jit  # a loop outside of a compiled function is compiled again at every call, and none of its programs is let go
-def _energies(gains: jax.Array, start: jax.Array, keep: jax.Array, noise: jax.Array) -> jax.Array:
-    """The loop of `recursion_energy` over steps, its first axis."""
+def _statistics(
+    gains: jax.Array, rest: jax.Array, start: jax.Array, keep: jax.Array, noise: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loops of `recursion_statistics` over steps, the first axis: forwards for energies, and backwards for what of
+    a state is in the last denoised."""
 
-    def step(variance, inputs):
-        gain, keep, noise = inputs
-        return (gain + (1 - gain) * keep) ** 2 * variance + noise, gain**2 * variance
+    def forwards(variance, inputs):
+        gain, rest, keep, noise = inputs
+        after = ((gain + (1 - gain) * keep) ** 2 + (1 - keep) ** 2 * rest) * variance + noise
+        return after, (gain**2 * variance + rest * variance, variance)
 
-    return jax.lax.scan(step, start, (gains, keep, noise))[1]
+    def backwards(onward, inputs):  # `onward`: what of the next state reaches the end
+        gain, rest, keep, variance = inputs
+        factor = gain + (1 - gain) * keep
+        return factor * onward, onward * (gain * factor + (1 - keep) * rest) * variance
+
+    energy, variances = jax.lax.scan(forwards, start, (gains, rest, keep, noise))[1]
+    before_end = (gains[:-1], rest[:-1], keep[:-1], variances[:-1])
+    inner = jax.lax.scan(backwards, gains[-1], before_end, reverse=True)[1]
+    return energy, jnp.concatenate([inner, energy[-1:]])

@@ -106,11 +106,6 @@ class Bench(Measured[C]):
             }
         super().__init__(RunFolder.create(out, settings, resume=resume, command=command, extra=extra), config)
 
-    @property
-    def kind(self) -> str:
-        """The name of the study, under the name that the manifest has for it."""
-        return self.study
-
     @cached_property
     def network(self) -> DiT:
         """The network under study, on the devices."""

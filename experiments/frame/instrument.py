@@ -14,6 +14,7 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.diffusion import Denoiser, DenoiserOutput, Sampler
 from dit_jax.inside import PER_REPLICA
 from dit_jax.replicas import CoupledDenoiser, run_pairs
+from experiments.frame.eigenmodes import Eigenmodes
 from ou_theory.attention import GateKind, block_weights
 from ou_theory.clock import Clock
 from ou_theory.gain_model import wiener_gain
@@ -133,26 +134,40 @@ def trajectories(
 def one_pass(
     coupled: CoupledDenoiser,
     clock: Clock,
-    bands: Bands,
+    modes: Eigenmodes,
     couplings: jax.Array,
     states: jax.Array,
     labels: jax.Array,
-) -> jax.Array:
-    """Difference energy after one denoising of the same inputs under every coupling: (C, P, K, B).
+) -> dict[str, jax.Array]:
+    """What one denoising of the same inputs makes of their difference under every coupling.
 
     Args:
+      modes: M groups over which is averaged.
       couplings: (C,).
       states: (K, 2, P, H, W, channels) as `trajectories` returns them.
       labels: (P,).
+
+    Returns:
+      energy (C, P, K, M): mean square of the denoised difference.
+      product (C, P, K, M): its inner product with the difference of the inputs in the rescaled frame.
+      state (P, K, M): mean square of that difference of the inputs.
     """
     count, size = couplings.shape[0], labels.shape[0]
+    scale = jnp.asarray(clock.alpha_bar**-0.5, jnp.float32)
     denoise = coupled(jnp.tile(symmetric_gate(couplings), (size, 1, 1)))  # the order of `run_pairs`
 
     def at_step(inputs):
         step, x = inputs
         denoised = denoise(jnp.repeat(x, count, 1), step, jnp.repeat(labels, count)).denoised
-        difference = pair_modes(denoised.reshape(2, size, count, *x.shape[2:]))[1]
-        return band_mean(jnp.square(difference), bands).swapaxes(0, 1)
+        difference = modes.coefficients(pair_modes(denoised.reshape(2, size, count, *x.shape[2:]))[1])
+        state = modes.coefficients(pair_modes(x)[1]) * scale[step]
+        energy, product = (modes.mean(each) for each in (jnp.square(difference), difference * state[:, None]))
+        return energy, product, modes.mean(jnp.square(state))
 
-    energy = jax.lax.map(at_step, (jnp.arange(len(clock)), states))
-    return jnp.moveaxis(energy, 0, 2)
+    energy, product, state = jax.lax.map(at_step, (jnp.arange(len(clock)), states))
+    to_grid = (2, 1, 0, 3)
+    return {
+        "energy": energy.transpose(to_grid),
+        "product": product.transpose(to_grid),
+        "state": state.swapaxes(0, 1),
+    }

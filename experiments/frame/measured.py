@@ -116,6 +116,10 @@ COORDINATES: Definitions = {
     "other": ("the other channel of a product", "1"),
     "replica": ("replica of the pair", "1"),
     "part": ("part of a whole", "1"),
+    "mode": ("group of modes of one band and of like variance in the data", "1"),
+    "mode_band": ("band of the group", "1"),
+    "mode_count": ("modes in the group", "1"),
+    "component": ("principal component of the data", "1"),
     "label_name": ("name of the pair's class", "1"),
 }
 

@@ -25,7 +25,7 @@ VARIANCE = np.array([30.0, 8.0, 1.5, 0.5, 0.2, 0.09, 0.05])
 RADIUS = np.array([0.0, 0.11, 0.33, 0.55, 0.77, 0.99, 1.21])
 ELL = np.linspace(-9.5, 7.5, 50)
 START = -6.0
-SOURCES = ["network", "measured gain", "ideal gain", "untrained", "wiener", "wiener theory"]
+SOURCES = ["network", "regression gain", "data covariance", "untrained", "wiener", "wiener theory"]
 LOW, HIGH = 1, 6
 SETTINGS = {
     "weights": "photos16-v",
@@ -78,8 +78,8 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
     gain = 1 - (1 - share) * (1 - ideal) * (0.85 + 0.15 * np.tanh(ELL / 3)[:, None])
     q = {
         "network": relative_energy(gain * wiener * 0.98) + 0.03 * np.exp(-(ELL + 9.5) / 2)[:, None],
-        "measured gain": relative_energy(gain * wiener),
-        "ideal gain": relative_energy(ideal * wiener),
+        "regression gain": relative_energy(gain * wiener),
+        "data covariance": relative_energy(ideal * wiener),
         "untrained": relative_energy((0.9 + 0 * wiener[None]) * np.ones((3, 1, 1))),
         "wiener": relative_energy(ideal * wiener) * (1 + 1e-3 * rng.standard_normal((10, 1, 7))),
         "wiener theory": relative_energy(ideal * wiener),
@@ -106,9 +106,17 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
         if spread is not None:
             half = spread * (0.5 + rng.random(table.shape))
             interval = np.stack([table - half, table + half], -1)
-            interval[SOURCES.index("wiener theory")] = np.nan
+            interval[[SOURCES.index(name) for name in ("data covariance", "wiener theory")]] = np.nan
             data[f"{name}_interval"] = (("source", "coupling", *dims, "bound"), interval)
     data["gain"] = (("source", "coupling", "step", "band"), filled({"network": gain}, (50, 7)))
+    data["residual"] = (data["gain"][0], filled({"network": 0.1 * gain}, (50, 7)))
+    theories = ["regression gain", "data covariance"]
+    for name, dims in {"tau": ("band",), "gap": ()}.items():
+        rows = data[name][1]
+        excess = np.stack([rows[0] - rows[SOURCES.index(theory)] for theory in theories])
+        data[f"{name}_excess"] = (("theory", "coupling", *dims), excess)
+        bounds = excess[..., None] + np.array([-0.15, 0.25])
+        data[f"{name}_excess_interval"] = (("theory", "coupling", *dims, "bound"), bounds)
     floor, level = np.full((len(SOURCES), 10, 7), np.nan), np.full((len(SOURCES), 7), np.nan)
     floor[0], floor[3, FEW] = [0.001, 0.002, 0.004, 0.008, 0.02, 0.06, 0.13], 0.4
     level[0] = -np.log(VARIANCE) + 0.05
@@ -124,6 +132,7 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
         data,
         coords={
             "source": SOURCES,
+            "theory": theories,
             "coupling": COUPLINGS,
             "bound": ["low", "high"],
             "estimator": list(ESTIMATORS),
@@ -138,13 +147,13 @@ def synthetic_analysis(seed=0) -> xr.Dataset:
         | {"untrained_pairs": 16, "draws": 1000, "floor_limit": 0.1, "model": "photos16-v", "prediction": "v"}
         | {"sampler": "ddim", "gate_kind": "joint", "guidance": 1.0, "seed": 0},
     )
-    claimed = SOURCES[:5]
-    rows = {"remains": [[0.48, 0.3, 0.66]] + [[1.0, 0.9, 1.1]] * 4, "order": [[1.0, 0.8, 1.0]] * 3 + [[0.87, 0.6, 1.0]]}
+    claimed = [name for name in SOURCES[:5] if name != "data covariance"]
+    rows = {"remains": [[0.48, 0.3, 0.66]] + [[1.0, 0.9, 1.1]] * 3, "order": [[1.0, 0.8, 1.0]] * 2 + [[0.87, 0.6, 1.0]]}
     rows["order"] += [[1.0, 1.0, 1.0]]
     for name, values in rows.items():
         dataset[name] = ("claimed", np.array(values)[:, 0])
         dataset[f"{name}_interval"] = (("claimed", "bound"), np.array(values)[:, 1:])
-    dataset["in_order"], dataset["strongest"] = ("claimed", np.ones(5)), ("claimed", np.full(5, COUPLINGS[-1]))
+    dataset["in_order"], dataset["strongest"] = ("claimed", np.ones(4)), ("claimed", np.full(4, COUPLINGS[-1]))
     dataset["shuffled_order"] = ("shuffle", np.linspace(-0.8, 0.7, 99))
     dataset["order_p"] = 0.01
     dataset = dataset.assign_coords(claimed=claimed)

@@ -18,10 +18,13 @@ from dit_jax.model import DiT
 from dit_jax.replicas import run_pairs
 from experiments import cli
 from experiments.frame.bench import Bench
+from experiments.frame.draws import pair_draws
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
+from experiments.studies.compare.analysis import estimates, joined_draws
 from experiments.studies.compare.measure import Instrument
+from experiments.studies.compare.page import section
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.study import STUDY
 from ou_theory.clock import make_clock
@@ -30,6 +33,7 @@ from ou_theory.modes import radial_bands
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3, prediction="v")
 DATA = {"mean": [0.0, 0.1, -0.1], "std": 0.5, "class_names": ["ant", "bee", "cow"]}
 FAST = {"couplings": (0.0, 0.3, 1.0), "pairs": 6, "steps": "8", "block": 2, "gain_pairs": 4, "untrained_pairs": 2}
+ATTRS = {"model": "tiny", "prediction": "v", "sampler": "ddim", "gate_kind": "joint", "guidance": 1.0, "seed": 0}
 GROUPS = ("network", "untrained", "wiener", "pictures", "analysis")
 
 pytestmark = pytest.mark.slow
@@ -58,11 +62,12 @@ def arguments(weights, out, *more):
 def test_the_folder_holds_what_was_measured(finished):
     run = RunFolder.open(finished)
     network = run.load("network")
-    sizes = {"coupling": 3, "pair": 6, "step": 8, "band": 7, "parity": 2, "row": 8, "column": 8}
+    sizes = {"coupling": 3, "pair": 6, "step": 8, "band": 7, "parity": 2, "row": 8, "column": 8, "mode": 7}
     assert dict(network.sizes) == sizes
     for name in ("energy", "projection", "state_energy"):
         assert np.isfinite(network[name]).all(), name
-    for name in ("one_pass_energy", "coefficient_energy", "coefficient_projection"):
+    of_some = ["one_pass_energy", *(f"mode_{name}" for name in ("energy", "product", "state"))]
+    for name in (*of_some, "coefficient_energy", "coefficient_projection"):
         measured = np.isfinite(network[name]).all([dim for dim in network[name].dims if dim != "pair"]).values
         np.testing.assert_array_equal(measured, [True, True, True, True, False, False], err_msg=name)
     assert list(network.label.values) == [0, 1, 2, 0, 1, 2]
@@ -121,6 +126,57 @@ def test_the_wiener_denoiser_agrees_with_its_recursion(finished):
     for name in ("tau", "decided", "gap"):
         found, exact = (analysis[name].sel(source=s).values for s in ("wiener", "wiener theory"))
         np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
+def groups_of(finished) -> dict:
+    run = RunFolder.open(finished)
+    return {name: run.load(name) for name in ("network", "untrained", "wiener")}
+
+
+def estimated(groups, data=None):
+    with jax.enable_x64(True):
+        return estimates(make_clock("8"), radial_bands(8, 8, 6), **groups, data=data, eta=0.0, seed=0)
+
+
+def test_the_recursion_has_the_uncoupled_energies_of_any_network(finished):
+    """An identity between averages over the pairs that the gain is measured on."""
+    network = RunFolder.open(finished).load("network").isel(pair=slice(4))
+    recursion = RunFolder.open(finished).load("analysis").relative_energy.sel(source="regression gain", coupling=0)
+    energy = network.energy.sel(parity="difference", coupling=0).astype(float).mean("pair").values
+    np.testing.assert_allclose(recursion, energy / energy[-1], rtol=2e-3)
+
+
+def test_a_known_covariance_is_the_theory(finished):
+    """That of independent coefficients of the network's own variances is the theory of the Wiener control."""
+    groups = groups_of(finished)
+    variance = groups["wiener"].variance.values
+    data = xr.Dataset({"variance": ("component", variance), "share": (("component", "band"), np.eye(7))})
+    found = estimated(groups, data)
+    assert list(found.theory.values) == ["regression gain", "energy gain", "data covariance"]
+    for name in ("tau", "gap"):
+        exact, known = (found[name].sel(source=source).values for source in ("data covariance", "wiener theory"))
+        np.testing.assert_allclose(exact, known, rtol=1e-9)
+        apart = (found[name].sel(source="network") - exact).values
+        np.testing.assert_allclose(found[f"{name}_excess"].sel(theory="data covariance"), apart, rtol=1e-9)
+
+
+def test_runs_of_older_versions_have_theories_that_say_what_they_are(finished):
+    groups = groups_of(finished)
+    names = [name for name in groups["network"].variables if str(name).startswith("mode")]
+    found = estimated({**groups, "network": groups["network"].drop_vars(names)})
+    assert list(found.theory.values) == ["energy gain", "sample variance"]
+    text = " ".join(section({}, found.assign_attrs(ATTRS)).methods)
+    assert "older version" in text
+    assert "from the network's own uncoupled samples" in text
+    assert np.isfinite(found.tau_excess.isel(coupling=0)).all()
+
+
+def test_draws_of_all_pairs_hold_those_of_the_first():
+    weights = joined_draws(0, 4, 10)
+    np.testing.assert_allclose(weights[:, :4], pair_draws(0, 4) * 0.4)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    assert weights[:, 4:].std() > 0
+    np.testing.assert_allclose(joined_draws(0, 4, 4), pair_draws(0, 4))
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, weights, tmp_path, monkeypatch):

@@ -48,13 +48,14 @@ def plain(figure):
 def test_headline_shows_the_stored_gaps(analysis):
     ax = plain(figures.figure_gap(analysis)).axes[0]
     shown = curves(ax)
-    for source, style in figures.SOURCES.items():
+    for source in ("network", *figures.theories(analysis), "untrained"):
+        style = figures.SOURCES[source]
         stored = analysis.gap.sel(source=source).dropna("coupling")
         np.testing.assert_array_equal(shown[style["label"]], stored)
         assert style["label"] in texts(ax)
         (line,) = [line for line in ax.get_lines() if line.get_label() == style["label"]]
         assert (line.get_linestyle() == "-") == (source in ("network", "untrained"))  # what was measured is solid
-    assert len(shown["recursion, ideal gain"]) == 9  # nothing is decided at g = 1 under the ideal gain
+    assert len(shown["theory, data covariance"]) == 9  # nothing is decided at g = 1 under the exact denoiser
     np.testing.assert_array_equal(whiskers(ax)[-1], analysis.gap_interval.sel(source="network"))
 
 
@@ -109,7 +110,7 @@ def test_every_band_has_its_panel(analysis, draw, variable):
     for band, ax in enumerate(panels):
         at = analysis[variable].isel(band=band)
         shown = curves(ax)
-        for source in ("network", "measured gain", "ideal gain"):
+        for source in ("network", "regression gain", "data covariance"):
             np.testing.assert_array_equal(
                 shown[figures.SOURCES[source]["label"]], at.sel(source=source).dropna("coupling")
             )
@@ -140,7 +141,7 @@ def test_energies_at_the_first_the_middle_and_the_last_coupling(analysis):
     assert [ax.get_title("left") or ax.get_title() for ax in figure.axes] == ["$g$ = 0", "$g$ = 0.2", "$g$ = 1"]
     for coupling, ax in zip((0, 5, 9), figure.axes, strict=True):
         at = analysis.relative_energy.isel(coupling=coupling)
-        for source, style in (("network", "-"), ("measured gain", "--")):
+        for source, style in (("network", "-"), ("regression gain", "--")):
             drawn = [line.get_ydata() for line in ax.get_lines() if line.get_linestyle() == style]
             np.testing.assert_array_equal(np.stack(drawn, -1), at.sel(source=source))
 

@@ -9,11 +9,15 @@ import pytest
 import xarray as xr
 
 from dit_jax.attention import GATE_KINDS
+from dit_jax.covariance import DataCovariance
+from dit_jax.diffusion import DenoiserOutput
+from experiments.frame.eigenmodes import eigenmodes
 from experiments.frame.estimator import commitment_of, order
 from experiments.frame.gates import COMMON, OWN, RHO, told
 from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_bands, trajectories
 from experiments.frame.settings import GateKind
-from experiments.studies.compare.analysis import ideal_statistics, shuffled_orders
+from experiments.studies.compare.analysis import shuffled_orders
+from experiments.studies.compare.theory import band_statistics, energy_gains, measured_statistics, regression_gains
 from ou_theory import attention
 from ou_theory.attention import coupling_at, rho
 from ou_theory.clock import make_clock
@@ -54,7 +58,7 @@ def relative(energy):
 
 
 def theory(eta):
-    energy = np.asarray(ideal_statistics(COUPLINGS, VARIANCE, CLOCK, eta)[0])
+    energy = np.asarray(band_statistics(COUPLINGS, VARIANCE, CLOCK, eta)[0])
     return energy / energy[0, -1]
 
 
@@ -83,7 +87,7 @@ def test_the_ideal_model_of_every_kind_has_its_gains(kind):
         assert (found[1:, -1, :, 0] > 1.2 * joint[1:, -1, :, 0]).all()
     couplings = np.array([0, 0.3, 0.9], np.float32)
     measured = energies(kind, couplings)[..., 1]
-    exact = np.asarray(ideal_statistics(couplings, VARIANCE, CLOCK, 0.0, kind)[0])
+    exact = np.asarray(band_statistics(couplings, VARIANCE, CLOCK, 0.0, kind)[0])
     np.testing.assert_allclose(measured / measured[0, -1], exact / exact[0, -1], atol=5e-5)
 
 
@@ -118,7 +122,7 @@ def test_theory_has_the_instrument_s_inner_products(subject, sampler):
     shape, options = (SIZE, SIZE, CHANNELS), {"seed": 0, "sampler": sampler}
     run = jax.jit(lambda pairs: trajectories(subject, CLOCK, BANDS, couplings, pairs, labels, shape, **options))
     found = np.asarray(run(jnp.arange(400))["projection"], np.float64).mean(1)
-    energy, inner = (np.asarray(v) for v in ideal_statistics(couplings, VARIANCE, CLOCK, float(sampler == "ancestral")))
+    energy, inner = (np.asarray(v) for v in band_statistics(couplings, VARIANCE, CLOCK, float(sampler == "ancestral")))
     samples = 400 * CHANNELS * np.asarray(BANDS.count)
     error = np.sqrt(2 * energy * energy[:, -1:] / samples)
     assert np.all(np.abs(found - inner) < 5 * error + 1e-6 * energy[:, -1:])
@@ -156,16 +160,92 @@ def test_the_common_mode_does_not_feel_the_coupling(ddim):
     np.testing.assert_allclose(common, np.broadcast_to(common[:1], common.shape), rtol=2e-4, atol=1e-6)
 
 
-def test_one_pass_gains_are_rho_and_wiener(subject, ddim):
-    labels = jnp.zeros(PAIRS, jnp.int32)
-    energy = jax.jit(lambda g, states: one_pass(subject, CLOCK, BANDS, g, states, labels))(
-        jnp.asarray(COUPLINGS), ddim["states"]
+def in_one_pass(subject, modes, states):
+    """Means over pairs of what `one_pass` finds."""
+    labels = jnp.zeros(states.shape[2], jnp.int32)
+    found = jax.jit(lambda g, states: one_pass(subject, CLOCK, modes, g, states, labels))(
+        jnp.asarray(COUPLINGS), states
     )
-    energy = np.asarray(energy, np.float64).mean(1)
-    expected = np.asarray(rho(COUPLINGS))[:, None, None]
-    np.testing.assert_allclose(np.sqrt(energy / energy[0]), np.broadcast_to(expected, energy.shape), atol=2e-5)
-    band_gain = np.sqrt(energy[0] / np.asarray(ddim["state_energy"]).mean(0))
-    np.testing.assert_allclose(band_gain, wiener_gain(VARIANCE, CLOCK.sigma[:, None] ** 2), rtol=2e-4)
+    energy, product, state = (np.asarray(found[name], np.float64) for name in ("energy", "product", "state"))
+    return energy.mean(1), product.mean(1), state.mean(0)
+
+
+def test_one_pass_gains_are_rho_and_wiener(subject, ddim):
+    """By regression and by energies alike: a linear denoiser without error leaves no residual."""
+    energy, product, state = in_one_pass(subject, eigenmodes(BANDS, CHANNELS, None), ddim["states"])
+    np.testing.assert_allclose(energy[0], np.asarray(ddim["energy"][0, ..., 1], np.float64).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(state, np.asarray(ddim["state_energy"], np.float64).mean(0), rtol=1e-4)
+    expected = np.asarray(rho(COUPLINGS))[:, None, None] * wiener_gain(VARIANCE, CLOCK.sigma[:, None] ** 2)
+    along, residual, _ = regression_gains(energy, product, state)
+    by_energy = energy_gains(energy, state).gain
+    np.testing.assert_allclose(along, expected, rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(by_energy, expected, rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(residual, 0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def unlike():
+    """Data of two channels that are mixed from two of very unlike variance: what is found of their exact denoiser."""
+    turn = np.array([[0.8, -0.6], [0.6, 0.8]])  # the channels of the data are these mixtures of independent ones
+    variances = VARIANCE[BANDS.index][..., None] * np.array([1.8, 0.2])
+    coefficient = np.einsum("cd,hwd,ed->hwce", turn, variances, turn)
+    covariance = DataCovariance(variances.reshape(-1), np.empty(0), coefficient, {})
+
+    @jax.jit
+    def run(pairs):
+        """Trajectories of the independent channels, whose sampler is the same; then their mixtures."""
+        filtered = coupled_wiener(jnp.asarray(variances, jnp.float32), CLOCK)
+        labels, shape = jnp.zeros(PAIRS, jnp.int32), (SIZE, SIZE, CHANNELS)
+        return trajectories(
+            filtered, CLOCK, BANDS, jnp.asarray(COUPLINGS), pairs, labels, shape, seed=0, sampler="ddim"
+        )
+
+    def mixed(gate):
+        denoise = coupled_wiener(jnp.asarray(variances, jnp.float32), CLOCK)(gate)
+
+        def turned(x, step, labels):
+            return DenoiserOutput(denoise(x @ jnp.asarray(turn), step, labels).denoised @ jnp.asarray(turn.T))
+
+        return turned
+
+    found = run(jnp.arange(PAIRS))
+    return found, mixed, covariance, found["states"] @ jnp.asarray(turn.T, jnp.float32)
+
+
+def test_groups_of_modes_tell_colours_of_one_band_apart(unlike):
+    """Levels of the recursion are those of the trajectories under groups by variance, and are late under whole bands,
+    whose residual is the same mixture of modes at every step and not new."""
+    found, mixed, covariance, states = unlike
+    stored = (np.asarray(found["energy"], np.float64)[..., 1].mean(1), np.asarray(found["projection"], np.float64))
+    late = {}
+    with jax.enable_x64(True):
+        network = commitment_of(stored[0], CLOCK.log_snr, inner=stored[1].mean(1))
+    for name, known in (("groups", covariance), ("bands", None)):
+        modes = eigenmodes(BANDS, CHANNELS, known)
+        gains = regression_gains(*in_one_pass(mixed, modes, states))
+        with jax.enable_x64(True):
+            energy, inner = measured_statistics(gains, modes.share(), CLOCK, 0.0)
+            found_of = commitment_of(energy, CLOCK.log_snr, inner=inner)
+        relative_energy = energy[0] / energy[0, -1]
+        expected = stored[0][0] / stored[0][0, -1]
+        np.testing.assert_allclose(relative_energy, expected, rtol=1e-3, atol=1e-5)  # uncoupled energies: an identity
+        late[name] = (found_of.tau - network.tau)[:3]  # at the last coupling nothing is left
+    np.testing.assert_allclose(late["groups"], 0, atol=0.03)
+    assert late["bands"].min() > 0.2
+
+
+def test_error_enters_the_gain_by_energies_and_not_that_by_regression():
+    """A denoiser with an error whose energy is as large as the signal's, apart from it in the residual."""
+    rng, gain = np.random.default_rng(0), np.array([0.1, 0.6])
+    state = rng.standard_normal((100_000, 2))
+    error = gain * rng.standard_normal(state.shape)
+    denoised = gain * state + error
+    energy, inner, of_state = (np.mean(v, 0)[None] for v in (denoised**2, denoised * state, state**2))
+    along, residual, _ = regression_gains(energy[None], inner[None], of_state)
+    np.testing.assert_allclose(along[0, 0], gain, rtol=0.02)
+    np.testing.assert_allclose(np.asarray(residual)[0, 0], gain**2, rtol=0.03)
+    by_energy = energy_gains(energy[None], of_state).gain
+    np.testing.assert_allclose(by_energy[0, 0], np.sqrt(2) * gain, rtol=0.02)
 
 
 def test_projection_on_the_outcome_is_the_root_of_q(ddim):

@@ -17,6 +17,7 @@ from dit_jax.diffusion import network_denoiser
 from experiments.frame import subject
 from experiments.frame.bench import Bench as StudyBench
 from experiments.frame.draws import pair_draws
+from experiments.frame.eigenmodes import eigenmodes
 from experiments.frame.instrument import one_pass
 from experiments.frame.steps import spaced_steps
 from experiments.frame.store import RunFolder
@@ -246,15 +247,16 @@ def test_the_denoised_difference_is_that_of_the_main_instrument(bench, blended):
     """Another way to the same number: `experiments.frame.instrument.one_pass` on the same states."""
     clock, steps = bench.study.clock, bench.instrument.steps
     every = jnp.zeros((len(clock), *bench.states.shape[1:])).at[steps].set(bench.states)
+    modes = eigenmodes(bench.study.bands, bench.states.shape[-1], None)  # the bands
     known = jax.jit(
         lambda model, states: one_pass(
             lambda gate: network_denoiser(model, clock, gate, kind="blend"),
             clock,
-            bench.study.bands,
+            modes,
             jnp.asarray(COUPLINGS),
             states,
             bench.labels,
-        )
+        )["energy"]
     )(bench.model, every)
     np.testing.assert_allclose(blended["denoised"], np.swapaxes(known, 0, 1)[:, :, steps], rtol=1e-4)
 

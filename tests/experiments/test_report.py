@@ -81,7 +81,7 @@ def test_table_over_couplings_holds_the_stored_numbers(written, analysis):
     rows = written[1].tables["run-table-1"][1:]
     assert len(rows) == 10
     network, recursion, ideal, blank = (
-        analysis.sel(source=source) for source in ("network", "measured gain", "ideal gain", "untrained")
+        analysis.sel(source=source) for source in ("network", "regression gain", "data covariance", "untrained")
     )
     columns = [
         (network.tau[:, 1], network.tau_interval[:, 1], 0.005),
@@ -101,8 +101,9 @@ def test_table_over_couplings_holds_the_stored_numbers(written, analysis):
             if np.isnan(expected[0]):
                 assert cell.strip() == "–"
             else:
-                np.testing.assert_allclose(numbers(cell), expected, atol=rounding * 1.001)
-    assert rows[9][8].strip() == "–"  # the ideal model decides nothing at g = 1
+                known = [value for value in expected if np.isfinite(value)]  # a theory of the data has no interval
+                np.testing.assert_allclose(numbers(cell), known, atol=rounding * 1.001)
+    assert rows[9][8].strip() == "–"  # the exact denoiser decides nothing at g = 1
     assert rows[1][9].strip() == "–"  # the untrained network was not run there
 
 
@@ -121,8 +122,26 @@ def test_table_over_bands_holds_the_stored_numbers(written, analysis):
         assert int(row[1]) == int(analysis["count"][band])
         np.testing.assert_allclose(numbers(row[2]), [network.tau, *network.tau_interval.values], atol=0.00501)
         np.testing.assert_allclose(numbers(row[3]), [network.tau_steps], atol=0.0501)
-        np.testing.assert_allclose(numbers(row[5]), [network.projection_level], atol=0.00501)
-        np.testing.assert_allclose(numbers(row[6]), [network.floor], atol=0.000501)
+        for column, theory in ((4, "data covariance"), (6, "regression gain")):
+            known = at.isel(band=band).sel(source=theory)
+            assert numbers(row[column])[0] == pytest.approx(known.tau.item(), abs=0.00501)
+            apart = at.isel(band=band).sel(theory=theory)
+            stated = [apart.tau_excess, *apart.tau_excess_interval.values]
+            np.testing.assert_allclose(numbers(row[column + 1]), stated, atol=0.00501)
+        np.testing.assert_allclose(numbers(row[8]), [network.projection_level], atol=0.00501)
+        np.testing.assert_allclose(numbers(row[9]), [network.floor], atol=0.000501)
+
+
+def test_tables_of_what_theory_leaves_hold_the_stored_numbers(written, analysis):
+    for table, theory in ((5, "regression gain"), (6, "data covariance")):
+        excess = analysis.sel(theory=theory)
+        for c, row in enumerate(written[1].tables[f"run-table-{table}"][1:]):
+            expected = [*excess.tau_excess.values[c], excess.gap_excess.values[c]]
+            for cell, value in zip(row[1:], expected, strict=True):
+                if np.isnan(value):
+                    assert cell.strip() == "–"
+                else:
+                    assert numbers(cell)[0] == pytest.approx(value, abs=0.00501)
 
 
 def test_tables_over_estimators_and_energies_hold_the_stored_numbers(written, analysis):

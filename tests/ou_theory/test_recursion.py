@@ -11,7 +11,7 @@ from ou_theory.attention import rho as rho_of
 from ou_theory.clock import make_clock
 from ou_theory.estimator import commitment, gap, relative_energy
 from ou_theory.gain_model import q_ode, q_sde, q_uncoupled, wiener_gain
-from ou_theory.recursion import recursion_energy
+from ou_theory.recursion import recursion_energy, recursion_statistics
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 COUPLINGS = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1])
@@ -69,6 +69,28 @@ def test_simulated_pairs_have_these_energies():
         y = ratio * y + (1 - ratio) * denoised + after * np.sqrt(1 - ratio) * rng.standard_normal(y.size)
     got = recursion_energy(gain[:, None], clock.sigma, np.array([2.0 + clock.sigma[0] ** 2]), 1.0)
     np.testing.assert_allclose(got[:, 0], simulated, rtol=5 * np.sqrt(2 / 40_000))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_simulated_pairs_have_these_statistics_with_a_residual(eta):
+    """A denoiser whose error is new at every step and grows with the state, by simulation."""
+    clock, rng, count = make_clock(20), np.random.default_rng(0), 100_000
+    gain, residual = 0.8 * 2.0 / (2.0 + clock.sigma**2), 0.1 / (1 + clock.sigma)
+    y, denoised = rng.standard_normal(count) * np.sqrt(2.0 + clock.sigma[0] ** 2), []
+    for k, s in enumerate(clock.sigma):
+        denoised.append(gain[k] * y + np.sqrt(residual[k]) * y.std() * rng.standard_normal(count))
+        after = clock.sigma[k + 1] if k + 1 < len(clock) else 0.0
+        noise = eta * after * np.sqrt(1 - (after / s) ** 2)
+        keep = np.sqrt(after**2 - noise**2) / s
+        y = keep * y + (1 - keep) * denoised[-1] + noise * rng.standard_normal(count)
+    start = np.array([2.0 + clock.sigma[0] ** 2])
+    energy, inner = (
+        np.asarray(v)[:, 0] for v in recursion_statistics(gain[:, None], clock.sigma, start, eta, residual[:, None])
+    )
+    error = np.sqrt(2 / count) * np.sqrt(energy * energy[-1])
+    np.testing.assert_allclose([d.var() for d in denoised], energy, rtol=5 * np.sqrt(2 / count) + 0.005)
+    np.testing.assert_array_less(np.abs([np.mean(d * denoised[-1]) for d in denoised] - inner), 6 * error)
+    assert np.all(inner[:-1] ** 2 < 0.95 * energy[:-1] * energy[-1])  # the residual is not along the outcome
 
 
 def ladder_error(num, eta, closed):

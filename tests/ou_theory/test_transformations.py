@@ -164,6 +164,9 @@ EXAMPLES = {
     "recursion.recursion_energy": at(
         spread_out(5, 2, low=0.2, high=0.9), np.array([9.0, 4.0, 2.0, 0.8, 0.3]), np.array([70.0, 85.0]), 0.6
     ),
+    "recursion.recursion_statistics": at(
+        spread_out(5, 2, low=0.2, high=0.9), np.array([9.0, 4.0, 2.0, 0.8, 0.3]), np.array([70.0, 85.0]), 0.6, 0.2
+    ),
     "replica_speciation.replica_kappas": at(PAIR, 1.0, 0.3, 0.5, 0.7),
     "replica_speciation.aligned_weight": at(Modes(2.0, 1.2), 0.2),
     "replica_speciation.replica_curvatures": at(PAIR, 1.0, 0.3, 0.5, 0.7),

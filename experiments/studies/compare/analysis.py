@@ -6,15 +6,14 @@ a source.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
 from experiments.frame.draws import DRAWS, Drawn, bootstrap, in_chunks, pair_draws
+from experiments.frame.eigenmodes import band_share
 from experiments.frame.estimator import (
     ESTIMATORS,
     FLOOR_LIMIT,
@@ -25,17 +24,24 @@ from experiments.frame.estimator import (
     companions,
     order,
 )
+from experiments.frame.exact import exact_statistics
 from experiments.frame.measured import Definitions, Measured
 from experiments.frame.steps import WINDOW_START
 from experiments.frame.streams import numpy_stream
 from experiments.studies.compare.settings import CompareConfig
+from experiments.studies.compare.theory import (
+    Gains,
+    band_statistics,
+    energy_gains,
+    ideal_gain,
+    measured_statistics,
+    regression_gains,
+)
 from ou_theory import estimator as oc
-from ou_theory.attention import GateKind, rho
+from ou_theory.attention import GateKind
 from ou_theory.bootstrap import basic_interval
 from ou_theory.clock import Clock
-from ou_theory.gain_model import wiener_gain
 from ou_theory.modes import Bands
-from ou_theory.recursion import recursion_energy
 
 SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
 SHUFFLES = 999  # times
@@ -64,6 +70,12 @@ DEFINITIONS: Definitions = {
     "gap_by": ("synchronization gap of the network by other estimators, too", "nat"),
     "gap_by_interval": ("its 95 % interval", "nat"),
     "gain": ("one-pass gain rho: what one denoising leaves of a difference, relative to no coupling", "1"),
+    "residual": ("share of the denoised difference's energy that does not lie along the difference of the states", "1"),
+    "tau_excess": ("commitment level of the network less that of a theory", "nat"),
+    "tau_excess_interval": ("its 95 % interval", "nat"),
+    "gap_excess": ("synchronization gap of the network less that of a theory", "nat"),
+    "gap_excess_interval": ("its 95 % interval", "nat"),
+    "theory": ("source that the network is compared with", "1"),
     "floor": ("noise floor: error energy where the window opens, in units of the band's uncoupled end", "1"),
     "projection_level": ("log-SNR at which the predicted difference has half of its energy along the final one", "nat"),
     "strongest": ("strongest coupling at which both bands of the gap decide more than their error", "1"),
@@ -78,54 +90,20 @@ DEFINITIONS: Definitions = {
 }
 
 
-def theory_statistics(
-    rho_gain: ArrayLike, band_gain: ArrayLike, clock: Clock, eta: float
-) -> tuple[jax.Array, jax.Array]:
-    """Exact energies of the denoised difference under per-step gains ``rho * W``, and its inner products with its end,
-    (..., C, K, B) each. The two say different things where a gain below 0 turns the difference round."""
-    return _recursion(rho_gain, band_gain, clock.sigma, 1 / clock.alpha_bar[0], eta)
-
-
-@partial(jax.jit, static_argnames="eta")
-def _recursion(rho_gain, band_gain, sigma, start, eta: float) -> tuple[jax.Array, jax.Array]:
-    gain = jnp.asarray(rho_gain) * jnp.asarray(band_gain)
-    energy = recursion_energy(gain, sigma, jnp.full(gain.shape[:-2] + gain.shape[-1:], start), eta=eta)
-    ratio = sigma[1:] / sigma[:-1]
-    keep = ratio * jnp.sqrt(1 - eta**2 * (1 - ratio**2))
-    factor = gain[..., :-1, :] + (1 - gain[..., :-1, :]) * keep[:, None]  # of the state, step by step
-    onward = jnp.concatenate([jnp.cumprod(factor[..., ::-1, :], -2)[..., ::-1, :], jnp.ones_like(gain[..., :1, :])], -2)
-    state = jnp.where(gain == 0, 0, energy / jnp.where(gain == 0, 1, gain))  # gain times the variance of the state
-    return energy, state * onward * gain[..., -1:, :]
-
-
-def ideal_statistics(
-    couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float, kind: GateKind = "joint"
-) -> tuple[jax.Array, jax.Array]:
-    """`theory_statistics` of the ideal model: Wiener gains of band variances (..., B), and the gain `rho` of the gate.
-    Networks run at couplings of single precision, and so does this."""
-    band_gain = wiener_gain(jnp.asarray(variance)[..., None, None, :], jnp.asarray(clock.sigma**2)[:, None])
-    ideal = np.asarray(rho(jnp.asarray(couplings, jnp.float32), kind))
-    return theory_statistics(ideal[:, None, None], band_gain, clock, eta)
-
-
-def measured_gains(one_pass: np.ndarray, uncoupled: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The one-pass gain rho (..., C, K, B) and the uncoupled gain W (..., 1, K, B) from mean energies.
-
-    Args:
-      one_pass: (..., C, K, B) difference energies after one denoising of the same inputs.
-      uncoupled: (..., K, B) the same at coupling 0.
-      state: (..., K, B) difference energies of those inputs in the rescaled frame.
-    """
-    uncoupled = uncoupled[..., None, :, :]
-    return np.sqrt(one_pass / uncoupled), np.sqrt(uncoupled / state[..., None, :, :])
-
-
 def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
-    """Everything that figures, page and claims need, from the groups ``network``, ``untrained`` and ``wiener``."""
+    """Everything that figures, page and claims need, from the groups ``network``, ``untrained`` and ``wiener``, and
+    ``data`` where the run has it."""
     config, groups = measured.config, measured.sources("network", "untrained", "wiener")
+    data = measured.load("data") if measured.run.holds("data") else None
     with jax.enable_x64(True):
         found = estimates(
-            measured.clock, measured.bands, **groups, eta=config.eta, seed=config.seed, kind=config.gate_kind
+            measured.clock,
+            measured.bands,
+            **groups,
+            data=data,
+            eta=config.eta,
+            seed=config.seed,
+            kind=config.gate_kind,
         )
     return found.assign_attrs(
         model=measured.subject_name,
@@ -144,6 +122,7 @@ def estimates(
     untrained: xr.Dataset,
     wiener: xr.Dataset,
     *,
+    data: xr.Dataset | None,
     eta: float,
     seed: int,
     kind: GateKind = "joint",
@@ -151,6 +130,7 @@ def estimates(
     """The analysis in double precision, see `analyse`.
 
     Args:
+      data: principal components of the training data, see `exact.covariance_group`.
       eta: stochasticity of the recursion: 0 for DDIM, 1 for the ancestral sampler.
       seed: of the resampling.
       kind: of the gate, whose gain the ideal model has.
@@ -166,14 +146,13 @@ def estimates(
         found = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
         return {"tau": found.tau, "decided": found.decided, "gap": found.gap}
 
-    def add(name: str, statistics: Callable[..., tuple[ArrayLike, ArrayLike]], grid: np.ndarray, values=(), axis=0):
+    def add(name: str, statistics: Callable[..., tuple[ArrayLike, ArrayLike]], grid: np.ndarray, values=()):
         """A recursion: how its energies and inner products follow from means of what is resampled, if anything is."""
-        energy, inner = statistics(*(np.asarray(v, np.float64).mean(axis) for v in values))
+        energy, inner = statistics(*(np.asarray(v, np.float64).mean(0) for v in values))
         sources[name], grids[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic), grid
         if values:
-            weights = pair_draws(seed, values[0].shape[axis])
-            size = np.size(energy)
-            draws[name] = bootstrap(lambda *m: levels(*statistics(*m)), values, weights, axis, numbers=size)[1]
+            weights = pair_draws(seed, len(values[0]))  # of its own: a draw of all pairs might hold none of these
+            draws[name] = bootstrap(lambda *m: levels(*statistics(*m)), values, weights, numbers=np.size(energy))[1]
 
     def run(name: str, group: xr.Dataset):
         """What was run: the part of its energies that lies along its outcomes."""
@@ -186,32 +165,48 @@ def estimates(
     run("network", network)
 
     gain_pairs = int(np.isfinite(network.one_pass_energy.isel(coupling=0, step=0, band=0)).sum())
-    one_pass = network.one_pass_energy.values[:, :gain_pairs]
-    state = network.state_energy.values[:gain_pairs]
-    gain, _ = measured_gains(one_pass.mean(1), one_pass[0].mean(0), state.mean(0))
-    add(
-        "measured gain",
-        lambda *means: theory_statistics(*measured_gains(*means), clock, eta),
-        couplings,
-        (np.moveaxis(one_pass, 1, 0), one_pass[0], state),  # a draw of all pairs might hold none of these
-    )
-    ideal = partial(ideal_statistics, couplings, clock=clock, eta=eta, kind=kind)
-    add("ideal gain", lambda ends: ideal(ends[..., 0, :]), couplings, (energy[:1, :, -1],), axis=1)
+
+    def measured(gains: Gains) -> tuple[np.ndarray, np.ndarray]:
+        return measured_statistics(gains, share, clock, eta)
+
+    def pairs_first(name: str) -> np.ndarray:
+        values = network[name].values
+        return values[:gain_pairs] if values.ndim == 3 else np.moveaxis(values[:, :gain_pairs], 1, 0)
+
+    one_pass, recursions = pairs_first("one_pass_energy"), ["energy gain"]
+    left = one_pass.mean(0, dtype=np.float64)
+    per_pass = {"gain": np.sqrt(left / left[:1])}
+    share, values = np.eye(mean.shape[-1]), (one_pass, pairs_first("state_energy"))
+    if "mode_product" in network:  # not in runs of older versions
+        share = band_share(network.mode_band.values, network.mode_count.values)
+        values = (pairs_first("mode_energy"), pairs_first("mode_state"))
+        known = (values[0], pairs_first("mode_product"), values[1])
+        add("regression gain", lambda *means: measured(regression_gains(*means)), couplings, known)
+        recursions = ["regression gain", *recursions]
+        energy_of, product, state = (v.mean(0, dtype=np.float64) for v in known)
+        per_pass["residual"] = (regression_gains(energy_of, product, state).residual * state) @ share / left
+    add("energy gain", lambda *means: measured(energy_gains(*means)), couplings, values)
+    if data is not None:
+        exact, rho = "data covariance", ideal_gain(couplings, kind)
+        principal = (data.variance.values, data.share.values)
+        add(exact, lambda: exact_statistics(rho, *principal, clock, eta), couplings)
+    else:
+        exact = "sample variance"
+        ends = energy[0, :, -1]
+        add(exact, lambda variance: band_statistics(couplings, variance, clock, eta, kind), couplings, (ends,))
     run("untrained", untrained)
     run("wiener", wiener)
-    exact = ideal_statistics(wiener.coupling.values, wiener.variance.values, clock, eta, kind)
-    add("wiener theory", lambda: exact, wiener.coupling.values)
+    filtered = band_statistics(wiener.coupling.values, wiener.variance.values, clock, eta, kind)
+    add("wiener theory", lambda: filtered, wiener.coupling.values)
     dataset = _dataset(clock, network, sources, draws, grids)
-    dataset["gain"] = (
-        ("source", "coupling", "step", "band"),
-        _full(dataset, "network", gain, (len(ell), mean.shape[-1])),
-    )
+    for name, found in per_pass.items():
+        dataset[name] = (("source", "coupling", "step", "band"), _full(dataset, "network", found, left.shape[1:]))
     end = mean[0, -1]
-    share = oc.aligned_share(
+    turned = oc.aligned_share(
         oc.projection(network.projection.values[0].mean(0, dtype=np.float64), end), stochastic=stochastic
     )
     level = np.full((dataset.sizes["source"], dataset.sizes["band"]), np.nan)
-    level[0] = np.asarray(oc.crossing(share, ell, 0.5))
+    level[0] = np.asarray(oc.crossing(turned, ell, 0.5))
     dataset["projection_level"] = (("source", "band"), level)
 
     values, weights = (energy, network.projection.values), pair_draws(seed, network.sizes["pair"])
@@ -237,6 +232,8 @@ def estimates(
     dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
     _add_claimed(dataset, sources, draws, grids)
+    beside = bootstrap(levels, values, joined_draws(seed, gain_pairs, network.sizes["pair"]), 1)[1]
+    _add_excess(dataset, sources, draws, {**dict.fromkeys(recursions, beside), exact: draws["network"]})
     return dataset.assign_attrs(
         low_band=LOW,
         high_band=dataset.sizes["band"] + HIGH,
@@ -268,6 +265,33 @@ def shuffled_orders(network: xr.Dataset, bands: Bands, ell: np.ndarray, seed: in
         energy, inner = (np.moveaxis(v[:, chosen] @ averaging, 0, 1)[:, None] for v in mean.values())
         found.append(order(commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]))
     return np.concatenate(found)
+
+
+def joined_draws(seed: int, first: int, pairs: int) -> np.ndarray:
+    """Bootstrap weights (draws, pairs) whose first columns are the draws that `first` pairs have of their own, and
+    whose others are drawn apart: what was measured on the first pairs alone goes with what was measured on all."""
+    weights, others = np.full((DRAWS, pairs), 1 / pairs), pairs - first
+    weights[:, :first] = pair_draws(seed, first) * first / pairs
+    if others > 1:  # another number of draws has other random numbers, also where both halves are of one size
+        weights[:, first:] = pair_draws(seed, others, DRAWS + 1)[1:] * others / pairs
+    return weights
+
+
+def _add_excess(
+    dataset: xr.Dataset, sources: dict[str, Estimates], draws: dict[str, Drawn], beside: dict[str, Drawn]
+) -> None:
+    """Adds what the network's levels and gaps have over those of theories, each with the network's draws that go with
+    the theory's."""
+    for name, dims in {"tau": ("coupling", "band"), "gap": ("coupling",)}.items():
+        point, interval = [], []
+        for theory, network in beside.items():
+            of_theory = getattr(sources[theory], name)
+            point.append(getattr(sources["network"], name) - of_theory)
+            drawn = network[name] - (draws[theory][name] if theory in draws else of_theory)
+            interval.append(np.stack(basic_interval(point[-1], drawn), -1))
+        dataset[f"{name}_excess"] = (("theory", *dims), np.stack(point))
+        dataset[f"{name}_excess_interval"] = (("theory", *dims, "bound"), np.stack(interval))
+    dataset.coords["theory"] = list(beside)
 
 
 def _add_claimed(

@@ -6,6 +6,7 @@ import xarray as xr
 from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.verdict import Claim, Control, Verdict, above, within
 from experiments.studies.compare.analysis import SHUFFLED
+from experiments.studies.compare.theory import EXACT, exact_of, ideal_gain, recursion_of
 
 COLLAPSED = 0.5  # the gap has collapsed when less than this share of it is left
 
@@ -31,7 +32,9 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
     blank, blank_interval = _gap(analysis, "untrained")
     exact, _ = _gap(analysis, "wiener")
     theory = float(analysis.gap.sel(source="wiener theory").isel(coupling=0))
-    measured, measured_interval = _gap(analysis, "measured gain")
+    (recursion, recursion_interval), (known, known_interval) = (
+        _gap(analysis, source) for source in (recursion_of(analysis), exact_of(analysis))
+    )
     return Claim(
         1,
         "The synchronization gap is there without coupling",
@@ -58,11 +61,18 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
                 f"An exact denoiser of the same spectrum; its own theory says {theory:.2f}.",
             ),
             Control(
-                "theory with the measured gain",
-                measured,
-                measured_interval,
+                f"theory: {exact_of(analysis)}",
+                known,
+                known_interval if np.isfinite(known_interval).all() else None,
                 None,
-                "The exact recursion of the sampler under the network's one-pass gain, nothing fitted.",
+                f"An exact denoiser made for {EXACT[exact_of(analysis)]}.",
+            ),
+            Control(
+                f"theory: {recursion_of(analysis)}",
+                recursion,
+                recursion_interval,
+                None,
+                "The recursion of the sampler under the network's one-pass gain, nothing fitted.",
             ),
         ],
     )
@@ -97,12 +107,10 @@ def _gap_collapses(analysis: xr.Dataset) -> Claim:
         gaps = analysis.gap_by.sel(estimator=name)
         ratio = float(gaps.sel(coupling=strongest) / gaps[0])
         controls.append(Control(f"by {name}", ratio, None, None, f"The same ratio of {ESTIMATORS[name]}."))
-    for source, text in (
-        ("measured gain", "The exact recursion under the network's one-pass gain."),
-        ("ideal gain", "The ideal model, where coupling removes individuality but leaves the timing gap."),
-    ):
-        ratio, ratio_interval = _claimed(analysis, "remains", source)
-        controls.append(Control(f"theory: {source}", ratio, ratio_interval, None, text))
+    ratio, ratio_interval = _claimed(analysis, "remains", recursion_of(analysis))
+    text = "The same ratio by the recursion under the network's one-pass gain."
+    controls.append(Control(f"theory: {recursion_of(analysis)}", ratio, ratio_interval, None, text))
+    controls += _exact_remains(analysis)
     return Claim(
         2,
         "The gap collapses under strong coupling",
@@ -116,6 +124,20 @@ def _gap_collapses(analysis: xr.Dataset) -> Claim:
         f"{100 * high:.1f} % in the highest.",
         controls,
     )
+
+
+def _exact_remains(analysis: xr.Dataset) -> list[Control]:
+    """What of the gap one gain for all bands leaves, at the strongest coupling at which that gain is above 0."""
+    gap = analysis.gap.sel(source=exact_of(analysis))
+    positive = analysis.coupling.values[ideal_gain(analysis.coupling.values) > 0]
+    if positive.size < 2:
+        return []
+    text = (
+        f"An exact denoiser whose difference is multiplied by one gain in all bands, at g = {positive[-1]:g}. Beyond "
+        "g = 1 that gain is below 0, and all is decided in the last step."
+    )
+    ratio = float(gap.sel(coupling=positive[-1]) / gap[0])
+    return [Control(f"theory: {exact_of(analysis)}", ratio, None, None, text)]
 
 
 def _depth() -> Claim:

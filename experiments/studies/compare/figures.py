@@ -28,28 +28,37 @@ from experiments.frame.drawing import (
     new_figure,
 )
 from experiments.frame.gates import RHO
-from ou_theory.attention import rho
+from experiments.studies.compare.theory import EXACT, exact_of, ideal_gain, recursion_of
 
+_MEASURED_GAIN = {"color": "#D55E00", "linestyle": "--", "label": "recursion, regression gain"}
+_EXACT = {"color": INK, "linestyle": ":"}
 SOURCES: dict[str, dict[str, Any]] = {
     "network": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "network"},
-    "measured gain": {"color": "#D55E00", "linestyle": "--", "label": "recursion, measured gain"},
-    "ideal gain": {"color": INK, "linestyle": ":", "label": "recursion, ideal gain"},
+    "regression gain": _MEASURED_GAIN,
+    "energy gain": {"color": "#CC79A7", "linestyle": "-.", "label": "recursion, energy gain"},
+    "data covariance": {**_EXACT, "label": "theory, data covariance"},
+    "sample variance": {**_EXACT, "label": "theory, own samples"},
     "untrained": {"color": QUIET, "linestyle": "-", "marker": "s", "label": "untrained network"},
 }
-THEORIES = ("measured gain", "ideal gain")
 DECIDED_LABEL = "decided fraction  $F$"
+
+
+def theories(analysis: xr.Dataset) -> tuple[str, str]:
+    """The recursion under the measured gain and the exact denoiser that a run has."""
+    return recursion_of(analysis), exact_of(analysis)
 
 
 def figure_gap(analysis: xr.Dataset) -> Figure:
     """The headline: synchronization gap against coupling, network over theory."""
     figure, ax = new_figure(7.2, 4.3)
-    shown = [name for name in SOURCES if _any(analysis.gap.sel(source=name))]
+    shown = [name for name in SOURCES if name in analysis.source and _any(analysis.gap.sel(source=name))]
     for name in reversed(shown):
-        at = analysis.sel(source=name)
-        _curve(ax, at.gap, at.gap_interval, band=name != "untrained", whiskers=name not in THEORIES, **SOURCES[name])
+        at = _sensible(analysis, name)
+        style = {**SOURCES[name], "band": name != "untrained", "whiskers": name in ("network", "untrained")}
+        _curve(ax, at.gap, at.gap_interval, **style)
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     coupling_axis(ax, analysis.coupling.values)
-    ends = [float(analysis.gap.sel(source=name).dropna("coupling")[-1]) for name in shown]
+    ends = [float(_sensible(analysis, name).gap.dropna("coupling")[-1]) for name in shown]
     end_labels(ax, ends, [(SOURCES[name]["label"], SOURCES[name]["color"]) for name in shown])
     ax.set_ylabel(GAP_LABEL)
     ax.set_title("Synchronization gap against coupling, with 95 % intervals")
@@ -74,7 +83,7 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
     chosen = _some_couplings(analysis)
     figure, axes = new_figure(7.2, 3.3, 1, len(chosen), sharey=True)
     left = figure.axes[0]
-    q = analysis.relative_energy
+    q, recursion = analysis.relative_energy, recursion_of(analysis)
     inside = (analysis.ell >= analysis.attrs["ell_start"]).values
     for ax, g in zip(np.atleast_1d(axes), chosen, strict=True):
         at = q.isel(coupling=g)
@@ -82,16 +91,14 @@ def figure_relative_energy(analysis: xr.Dataset) -> Figure:
             ax.plot(
                 analysis.ell, at.sel(source="network").isel(band=band), color=color, label=band_names(analysis)[band]
             )
-            ax.plot(
-                analysis.ell, at.sel(source="measured gain").isel(band=band), color=color, linestyle="--", linewidth=1
-            )
+            ax.plot(analysis.ell, at.sel(source=recursion).isel(band=band), color=color, linestyle="--", linewidth=1)
         ax.set_title(_coupling_name(analysis, g))
         ax.set_xlabel(LEVEL_LABEL)
         _window(ax, analysis)
-    top = np.nanmax(q.sel(source=["network", "measured gain"]).isel(coupling=chosen, step=inside).values)
+    top = np.nanmax(q.sel(source=["network", recursion]).isel(coupling=chosen, step=inside).values)
     left.set_ylim(0, min(1.08 * float(top), 2.0))  # outside the window an epsilon-network's error has no bounds
     left.set_ylabel("relative energy  $Q$  of the difference")
-    band_legend(figure, left, "solid: network,  dashed: recursion, measured gain")
+    band_legend(figure, left, f"solid: network,  dashed: recursion, {recursion}")
     return figure
 
 
@@ -104,7 +111,7 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
         gain = analysis.gain.sel(source="network").isel(coupling=g)
         for band, color in enumerate(band_colors(analysis)):
             ax.plot(analysis.ell, gain.isel(band=band), color=color, label=band_names(analysis)[band])
-        ideal = float(rho(analysis.coupling.values[g], kind))
+        ideal = float(ideal_gain(analysis.coupling.values[g], kind))
         formula = RHO[kind] if ideal >= 0 else f"|{RHO[kind]}|"
         ideal = abs(ideal)  # the measured gain is an amplitude
         ax.axhline(ideal, color=INK, linestyle=":", linewidth=1.4)
@@ -206,7 +213,7 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
             va=align,
             fontsize=8,
         )
-    ax.axhline(limit, color=SOURCES["measured gain"]["color"], linestyle="--", linewidth=1.2)
+    ax.axhline(limit, color=_MEASURED_GAIN["color"], linestyle="--", linewidth=1.2)
     ax.annotate(
         f"limit {limit:g}",
         (1, limit),
@@ -214,7 +221,7 @@ def figure_noise_floor(analysis: xr.Dataset) -> Figure:
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         va="center",
-        color=SOURCES["measured gain"]["color"],
+        color=_MEASURED_GAIN["color"],
         fontsize=8,
     )
     ax.set_ylim(min(0.0, 1.25 * np.nanmin(floor, initial=0.0)), 1.25 * np.nanmax(floor, initial=limit))
@@ -235,6 +242,15 @@ FIGURES: dict[str, tuple[str, Callable[[xr.Dataset], Figure]]] = {  # name: (sto
     "noise_floor": ("analysis", figure_noise_floor),
     "calibration": ("analysis", figure_calibration),
 }
+
+
+def _sensible(analysis: xr.Dataset, name: str) -> xr.Dataset:
+    """A source whose levels are drawn: an exact denoiser's where its gain is above 0, for beyond it decides all in its
+    last step."""
+    at, kind = analysis.sel(source=name), analysis.attrs.get("gate_kind", "joint")
+    if name not in EXACT:
+        return at
+    return at.where(analysis.coupling.copy(data=ideal_gain(analysis.coupling.values, kind)) > 0)
 
 
 def _any(values: xr.DataArray) -> bool:
@@ -269,9 +285,10 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
     flat = np.atleast_1d(axes).ravel()
     for band, ax in enumerate(flat[:bands]):
         at = analysis.isel(band=band)
-        for name in THEORIES:
-            style = {**SOURCES[name], "color": INK if name == "measured gain" else QUIET, "linewidth": 1.2}
-            _curve(ax, at[variable].sel(source=name), at[f"{variable}_interval"].sel(source=name), **style)
+        for name, color in zip(theories(analysis), (INK, QUIET), strict=True):
+            style = {**SOURCES[name], "color": color, "linewidth": 1.2}
+            theory = _sensible(at, name) if variable == "tau" else at.sel(source=name)
+            _curve(ax, theory[variable], theory[f"{variable}_interval"], **style)
         style = {**SOURCES["network"], "color": band_colors(analysis)[band]}
         network, interval = at[variable].sel(source="network"), at[f"{variable}_interval"].sel(source="network")
         _curve(ax, network, interval, whiskers=True, **style)
@@ -285,6 +302,9 @@ def _per_band(analysis: xr.Dataset, variable: str, label: str) -> Figure:
         coupling_axis(ax, analysis.coupling.values, name=lowest, room=0.19)
     for ax in flat[bands:]:
         ax.set_visible(False)
+    drawn = np.concatenate([line.get_ydata() for ax in flat[:bands] for line in ax.get_lines()])
+    low, high = np.nanmin(drawn), np.nanmax(drawn)  # intervals of weak points may reach out of the panel
+    flat[0].set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     figure.supylabel(label, fontsize=9)
     handles, labels = flat[0].get_legend_handles_labels()
     if bool(analysis.weak.sel(source="network").any()):

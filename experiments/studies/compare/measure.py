@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
+from dit_jax.covariance import load_covariance
 from dit_jax.images import to_pixels
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
-from experiments.frame.bench import Bench, Variables
+from experiments.frame.bench import Bench, Variables, one_of
+from experiments.frame.eigenmodes import eigenmodes
+from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import coupled_wiener, one_pass, trajectories
+from experiments.frame.subject import model_folder
 from experiments.studies.compare.settings import CompareConfig
 
 PICTURED_PAIRS = 6
@@ -31,13 +35,18 @@ TRAJECTORIES: Variables = {
     ),
 }
 _PLANE = ("pair", "step", "row", "column")
+_MODES = ("coupling", "pair", "step", "mode")
 NETWORK: Variables = {
     **TRAJECTORIES,
     "coefficient_energy": (_PLANE, "mean square over channels of the uncoupled denoised difference's coefficient"),
     "coefficient_projection": (_PLANE, "its inner product with the coefficient's end, mean over channels"),
     "one_pass_energy": (_GRID, f"{_PER} difference after one pass from the uncoupled state"),
+    "mode_energy": (_MODES, "mean square over the modes of a group of that difference"),
+    "mode_product": (_MODES, "its inner product with the state's difference, y = x / sqrt(ab), mean over the group"),
+    "mode_state": (("pair", "step", "mode"), "mean square over the modes of a group of the state's difference"),
 }
-UNTRAINED: Variables = {name: about for name, about in NETWORK.items() if "coefficient" not in name}
+UNTRAINED: Variables = {**TRAJECTORIES, "one_pass_energy": NETWORK["one_pass_energy"]}
+MORE = tuple(name for name in NETWORK if name not in TRAJECTORIES)  # of some pairs only, for time and space
 
 
 class Instrument:
@@ -46,9 +55,11 @@ class Instrument:
     def __init__(self, bench: Bench[CompareConfig]):
         self.bench, self.config = bench, bench.config
         kind = bench.config.gate_kind
+        self.covariance = load_covariance(model_folder(one_of(bench.config.weights)))
+        self.modes = eigenmodes(bench.bands, bench.model.in_channels, self.covariance)
         self._network_run = jax.jit(lambda model, *args: self._run(bench.coupled(model), *args))
         self._network_gain = jax.jit(
-            lambda model, *args: one_pass(bench.coupled(model), bench.clock, bench.bands, *args)
+            lambda model, *args: one_pass(bench.coupled(model), bench.clock, self.modes, *args)
         )
         self._wiener_run = jax.jit(
             lambda variance, *args: self._run(coupled_wiener(variance, bench.clock, kind), *args)
@@ -68,18 +79,20 @@ class Instrument:
         )
 
     def network(self, model: DiT, couplings, pairs, labels, with_more: bool) -> dict[str, Any]:
-        """Measurements of a block of pairs on a network, see `NETWORK`, and the samples. The one-pass energy and what
-        is kept by coefficient are NaN unless asked for: they cost time and space."""
+        """Measurements of a block of pairs on a network, see `NETWORK`, and the samples. What is measured in one pass,
+        and what is kept by coefficient, are NaN unless asked for: they cost time and space."""
         couplings = jnp.asarray(couplings, jnp.float32)
         found = dict(self._network_run(model, couplings, pairs, labels))
         states = found.pop("states")
-        energy = found["energy"][..., 1]
-        gains = jnp.full(energy.shape, jnp.nan)
-        if with_more:  # at zero coupling the trajectory itself is the one pass
-            gains = jnp.concatenate([energy[:1], self._network_gain(model, couplings[1:], states, labels)])
-        found["one_pass_energy"] = gains
-        if not with_more:
-            found |= {name: np.full(found[name].shape, np.nan, np.float32) for name in NETWORK if "coefficient" in name}
+        if with_more:
+            modes = self._network_gain(model, couplings, states, labels)
+            found |= {f"mode_{name}": value for name, value in modes.items()}
+            found["one_pass_energy"] = np.asarray(modes["energy"]) @ self.modes.share()
+        else:
+            grid, steps = found["energy"].shape[:3], len(self.bench.clock)
+            sizes = {"coupling": grid[0], "pair": grid[1], "step": steps, "mode": len(self.modes.band)}
+            sizes |= {"band": len(self.bench.bands)} | dict.fromkeys(("row", "column"), self.bench.model.input_size)
+            found |= {name: np.full([sizes[dim] for dim in NETWORK[name][0]], np.nan, np.float32) for name in MORE}
         return found
 
     def wiener(self, variance: np.ndarray, couplings, pairs, labels) -> dict[str, np.ndarray]:
@@ -90,7 +103,8 @@ class Instrument:
 
 
 def measure(bench: Bench[CompareConfig]) -> None:
-    """Fills the groups ``network``, ``pictures``, ``untrained`` and ``wiener``."""
+    """Fills the groups ``network``, ``pictures``, ``untrained`` and ``wiener``, and ``data`` if it is known what
+    covariance the network's training data have."""
     config, instrument = bench.config, Instrument(bench)
     grid = np.asarray(config.couplings)
     few = grid[np.unique([0, len(grid) // 2, len(grid) - 1])]
@@ -109,7 +123,13 @@ def measure(bench: Bench[CompareConfig]) -> None:
 
     size, parity = bench.model.input_size, ["common", "difference"]
     plane = {"row": np.arange(size), "column": np.arange(size)}
-    coords = {"coupling": grid, "parity": parity, **plane}
+    modes = instrument.modes
+    groups = {
+        "mode": np.arange(len(modes.band)),
+        "mode_band": ("mode", modes.band),
+        "mode_count": ("mode", modes.count),
+    }
+    coords = {"coupling": grid, "parity": parity, **plane, **groups}
     network = bench.measure("network", NETWORK, coords, config.pairs, on_network)
     if not bench.run.holds("pictures"):  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
@@ -118,6 +138,8 @@ def measure(bench: Bench[CompareConfig]) -> None:
     count = min(config.untrained_pairs, config.pairs)
     bench.measure("untrained", UNTRAINED, {"coupling": few, "parity": parity}, count, on_untrained)
     bench.whole("wiener", lambda: _wiener(instrument, network))
+    if (covariance := instrument.covariance) is not None:
+        bench.whole("data", lambda: covariance_group(covariance))
 
 
 def _wiener(instrument: Instrument, network: xr.Dataset) -> xr.Dataset:

@@ -16,6 +16,7 @@ from experiments.frame.settings import SAMPLER_NAMES, GateKind
 from experiments.studies.compare.claims import claims
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.settings import CompareConfig
+from experiments.studies.compare.theory import EXACT, RECURSIONS, exact_of, ideal_gain, recursion_of
 
 
 def page(measured: Measured[CompareConfig], analysis: xr.Dataset) -> Page:
@@ -37,18 +38,27 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
     low, high = (names[attrs[f"{end}_band"]] for end in ("low", "high"))
     network = analysis.sel(source="network")
     first, last = (_cell(network.isel(coupling=i), "gap") for i in (0, -1))
-    recursion = _cell(analysis.sel(source="measured gain").isel(coupling=-1), "gap")
+    recursion, exact = recursion_of(analysis), exact_of(analysis)
+    uncoupled = _cell(analysis.sel(source=exact).isel(coupling=0), "gap")
+    by_gain = _cell(analysis.sel(source=recursion).isel(coupling=-1), "gap")
     strongest = f"g = {float(analysis.coupling[-1]):.4g}"
     return Section(
         title=f"Synchronization gap of {attrs['model']}",
         question="When does a diffusion transformer decide each spatial frequency of an image, what does coupling two "
-        "of its trajectories do to that, and does the solvable theory predict it?",
-        answer=f"Uncoupled, the highest band commits {first} nats after the lowest; at {strongest} the gap is {last} "
-        f"nats, and {recursion} by the exact recursion under the network's measured gain.",
+        "of its trajectories do to that, and does the solvable theory say the same?",
+        answer=f"Uncoupled, the highest band commits {first} nats after the lowest. An exact denoiser made for "
+        f"{EXACT[exact]} has {uncoupled}. At {strongest} the gap is {last} nats, and {by_gain} by the recursion under "
+        f"the {recursion} of the network. Differences in single bands can cancel in a gap; the tables have them.",
         claims=found,
-        tables=[coupling_table(analysis), estimator_table(analysis), energy_table(analysis), band_table(analysis)],
-        captions=CAPTIONS | {"pictures": CAPTIONS["pictures"] + ("" if preview == "pixels" else f" Shown: {preview}.")},
-        methods=[_run(manifest, analysis), *methods(attrs["gate_kind"]), _controls(analysis)],
+        tables=[
+            coupling_table(analysis),
+            estimator_table(analysis),
+            energy_table(analysis),
+            band_table(analysis),
+            *(excess_table(analysis, theory) for theory in analysis.theory.values),
+        ],
+        captions=captions(analysis, preview),
+        methods=[_run(manifest, analysis), *methods(attrs["gate_kind"]), _theories(analysis), _controls(analysis)],
         limits=limits(analysis),
         definitions=definitions(low, high, attrs["draws"], attrs["gate_kind"]),
     )
@@ -73,13 +83,7 @@ def _run(manifest: Mapping[str, Any], analysis: xr.Dataset) -> str:
 
 def methods(kind: GateKind) -> list[str]:
     """How it was measured under a kind of gate, for readers who know attention."""
-    ideal = f"{RHO[kind]} in every band"
-    if COMMON[kind] != "1":
-        ideal += (
-            ", which is what values and keys pass on. What the replicas have in common the ideal model makes "
-            f"{COMMON[kind]} times too large, so that only its difference means anything"
-        )
-    return [text.format(coupled=told(kind), ideal=ideal) for text in METHODS]
+    return [text.format(coupled=told(kind)) for text in METHODS]
 
 
 METHODS = [
@@ -88,23 +92,67 @@ METHODS = [
     "step the clean image that each predicts. Where nothing is decided yet, both predict the same blur. Once "
     "something is decided, they differ. Sorted by spatial frequency, this difference shows which parts of an image "
     "are settled early and which late.",
-    "Then let the replicas see each other: in every attention layer {coupled} What attention "
-    "decides, coupled replicas decide together, and their difference in it fades.",
-    "The theory is a pair of coupled Ornstein–Uhlenbeck processes whose sampler can be solved exactly, step by step. "
-    "It needs to be told how much coupling shrinks a difference in one pass through the network. This is either "
-    "measured, with nothing fitted, or taken from the ideal model, {ideal}.",
+    "Then let the replicas see each other: in every attention layer {coupled} What that does to their difference is "
+    "measured band by band: it may fade in some bands and grow in others.",
 ]
+_ALONG = (
+    "How much coupling shrinks a difference in one pass is measured with nothing fitted: the gain is the part of the "
+    "denoised difference that lies along the difference of the states, and the rest enters as noise that is new at "
+    "every step (docs/theory.md, section 7.7). Uncoupled, the energies are then the network's own by construction, and "
+    "what is left of a level says that the rest is not new at every step. The energy gain is the other extreme: it "
+    "counts the rest as if it lay along the states."
+)
+_BY_ENERGY = (
+    "How much coupling shrinks a difference in one pass is measured with nothing fitted, as roots of ratios of "
+    "energies. This run is of an older version, which stored no inner products: errors count as signal, and the unlike "
+    "colours of a band as one mode."
+)
+
+
+def _theories(analysis: xr.Dataset) -> str:
+    gain = _ALONG if recursion_of(analysis) == "regression gain" else _BY_ENERGY
+    exact, kind = exact_of(analysis), analysis.attrs["gate_kind"]
+    ideal = RHO[kind]
+    if COMMON[kind] != "1":
+        ideal += (
+            f", which is what values and keys pass on (what the replicas have in common would be {COMMON[kind]} times "
+            "too large, so that only the difference means anything),"
+        )
+    warning = (
+        " The colours and coefficients of a band count as alike there, which they are not: single bands can be off by "
+        "more than a nat where the gap is not. It is known where the model's folder holds the covariance of its data; "
+        "syncgap covariance adds it."
+        if exact == "sample variance"
+        else ""
+    )
+    return (
+        "The theory is a pair of coupled Ornstein–Uhlenbeck processes whose sampler can be solved exactly, step by "
+        f"step. It stands here twice. First as an exact denoiser made for {EXACT[exact]}, whose difference is "
+        f"multiplied by {ideal} in every mode.{warning} Second as a recursion under the network's own gain. " + gain
+    )
+
+
+def captions(analysis: xr.Dataset, preview: str) -> dict[str, str]:
+    """Captions of the figures, by name; `preview`: see `section`."""
+    exact = EXACT[exact_of(analysis)]
+    recursions = "; ".join(f"{name}: {text}" for name, text in RECURSIONS.items() if name in analysis.source)
+    shown = "" if preview == "pixels" else f" Shown: {preview}."
+    return {
+        **CAPTIONS,
+        "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Broken lines: "
+        f"recursions under the network's one-pass gain, nothing fitted, {recursions}. Dotted: an exact denoiser made "
+        f"for {exact}; where its gain is 0 nothing individual is left in it. Grey: the untrained network.",
+        "pictures": CAPTIONS["pictures"] + shown,
+    }
+
+
 CAPTIONS = {
-    "gap": "The synchronization gap against the coupling. Blue: the network, with 95 % intervals. Orange: the exact "
-    "recursion under the network's measured one-pass gain, nothing fitted. Dotted: the recursion under the ideal "
-    "gain; where that is 0 nothing individual is left, and where it is negative all is decided in the last step. "
-    "Grey: the untrained network.",
     "commitment": "When each band commits. Points: the network with its intervals; open points rest on too little. "
-    "Lines: the recursion under the measured and the ideal gain.",
+    "Lines: the recursion under the gain measured in one pass (dark), and the exact denoiser (light).",
     "decided": "How much of each band the replicas still decide individually, against the coupling.",
     "relative_energy": "The energy of the replicas' difference along the trajectory, relative to the end of the "
-    "uncoupled run. Solid: network. Dashed: recursion under the measured gain. Shaded: before the window of the "
-    "estimator.",
+    "uncoupled run. Solid: network. Dashed: recursion under the gain measured in one pass. Shaded: before the window "
+    "of the estimator.",
     "gain": "What one pass through the network leaves of a difference between the replicas, band by band. In the ideal "
     "model all curves lie on the dotted line.",
     "pictures": "Replicas A and B of several pairs, without coupling and with the strongest, from the same noise.",
@@ -132,7 +180,8 @@ def definitions(low: str, high: str, draws: int, kind: GateKind) -> dict[str, st
         "commit first. In sampler steps the same difference is read off at the steps of this run, so it depends on "
         "their number.",
         "One-pass gain ρ": "How much one pass through the coupled network shrinks the difference of two given inputs, "
-        f"relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has {RHO[kind]}.",
+        f"relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has {RHO[kind]}. It is the "
+        "root of a ratio of energies, errors included; the recursion takes another gain (docs/theory.md, 7.7).",
         "Noise floor": "The part of the relative energy Q at the start of the window that is not aligned with the "
         "outcome. It is the network's error, and estimators that take all energy count it as an early decision.",
         "Interval": f"95 %, from resampling pairs {draws} times (basic bootstrap). One draw serves all bands, steps "
@@ -151,10 +200,11 @@ def coupling_table(analysis: xr.Dataset) -> Table:
         row += [_cell(at.isel(band=band), "tau") + ("†" if at.weak[band] else "") for band in ends]
         row += [_cell(at.isel(band=band), "decided", 3) for band in ends]
         row += [_cell(at, "gap"), _cell(at, "gap_steps", 1)]
-        row += [_cell(here.sel(source=source), "gap") for source in ("measured gain", "ideal gain", "untrained")]
+        others = (recursion_of(analysis), exact_of(analysis), "untrained")
+        row += [_cell(here.sel(source=source), "gap") for source in others]
         rows.append(row)
     head = ["g", "τ low, nats", "τ high, nats", "F low", "F high", "gap Γ, nats", "gap Γ, steps"]
-    head += ["gap, recursion, measured ρ, nats", "gap, recursion, ideal ρ, nats", "gap, untrained, nats"]
+    head += [f"gap, {recursion_of(analysis)}, nats", f"gap, {exact_of(analysis)}, nats", "gap, untrained, nats"]
     note = "95 % intervals in brackets; – where there is nothing to tell."
     if any("†" in cell for row in rows for cell in row):
         note += " † No more is decided there than the error where the window opens; the level is not known."
@@ -199,27 +249,46 @@ def _cell_by(analysis: xr.Dataset, name: str, coupling: int) -> str:
 
 
 def band_table(analysis: xr.Dataset) -> Table:
-    """Over bands, at zero coupling."""
+    """Over bands, at zero coupling: network, both theories, and how far they are apart."""
     network = analysis.sel(source="network").isel(coupling=0)
-    recursion = analysis.sel(source="measured gain").isel(coupling=0)
-    rows = [
-        [
-            name,
-            str(int(analysis["count"][band])),
-            _cell(network.isel(band=band), "tau"),
-            number(network.tau_steps[band].item(), 1),
-            _cell(recursion.isel(band=band), "tau"),
-            number(network.projection_level[band].item()),
-            number(network.floor[band].item(), 3),
-        ]
-        for band, name in enumerate(band_names(analysis))
-    ]
-    head = ["band", "coefficients per channel", "τ, nats", "τ, sampler step", "τ, recursion, measured ρ"]
+    theories = [exact_of(analysis), recursion_of(analysis)]
+    rows = []
+    for band, name in enumerate(band_names(analysis)):
+        at, here = network.isel(band=band), analysis.isel(coupling=0, band=band)
+        row = [name, str(int(analysis["count"][band])), _cell(at, "tau"), number(at.tau_steps.item(), 1)]
+        for theory in theories:
+            row += [_cell(here.sel(source=theory), "tau"), _cell(here.sel(theory=theory), "tau_excess")]
+        rows.append([*row, number(at.projection_level.item()), number(at.floor.item(), 3)])
+    head = ["band", "coefficients per channel", "τ, nats", "τ, sampler step"]
+    for theory in theories:
+        head += [f"τ, {theory}", "τ less that"]
     note = (
         "The projection level is a check on τ that the noise floor cannot move: where the predicted difference, "
         "projected on the final one, reaches √½ (½ under a stochastic sampler)."
     )
     return Table("Bands without coupling", [*head, "projection level, nats", "noise floor"], rows, note)
+
+
+def excess_table(analysis: xr.Dataset, theory: str) -> Table:
+    """Over couplings: by how much the network's levels and gap differ from those of a theory."""
+    excess, names = analysis.sel(theory=theory), band_names(analysis)
+    rows = [
+        [
+            f"{g:.4g}",
+            *(_cell(excess.isel(coupling=c, band=band), "tau_excess") for band in range(len(names))),
+            _cell(excess.isel(coupling=c), "gap_excess"),
+        ]
+        for c, g in enumerate(analysis.coupling.values)
+    ]
+    note = (
+        "In nats; 0 would be agreement, below 0 the network commits earlier. The last column is the difference of two "
+        "of the others."
+    )
+    if theory in EXACT and (ideal_gain(analysis.coupling.values) < 0).any():
+        note += " Beyond g = 1 the exact denoiser's gain is below 0, and it decides all in its last step."
+    return Table(
+        f"τ of the network less that by {theory}", ["g", *(f"τ, {name}" for name in names), "gap Γ"], rows, note
+    )
 
 
 def calibration(analysis: xr.Dataset) -> dict[str, str]:
@@ -266,8 +335,9 @@ def limits(analysis: xr.Dataset) -> list[str]:
         else "In every band and at every coupling more is decided than the error where the window opens.",
         f"A final image has between {number(float(images.min()))} and {number(float(images.max()))} times the energy "
         "of an uncoupled one, over bands and couplings. Far from 1 it is no image such as the network was trained on.",
-        "The theory takes the network as linear and every band as one Gaussian mode. Data that are not Gaussian "
-        "commit at that level or earlier. That the two agree is therefore a finding, not a matter of course.",
+        "The exact denoiser takes the data as Gaussian. Data that are not commit at that level or earlier. The "
+        "recursion takes a band as one linear mode and its residual as new at every step. Where either agrees with the "
+        "network, that is a finding, not a matter of course.",
         f"In sampler steps the gap depends on the number of steps ({attrs['steps']} here) and on their spacing; "
         "compare runs in nats.",
         "A gap without coupling follows the spectrum of the data in any denoiser that fits them. This study cannot "

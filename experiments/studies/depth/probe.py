@@ -147,7 +147,7 @@ class Probe:
         rows: dict[str, list[np.ndarray]] = {name: [] for name in ABOUT}
         names: list[str] = []
         for coupling in couplings:
-            found = self.streams(model, coupling, pairs, f"{self.bench.kind}: {group}, g = {coupling:g}")
+            found = self.streams(model, coupling, pairs, f"{self.bench.study}: {group}, g = {coupling:g}")
             stream, outcome = found["stream"], found["outcome"]
             bands = probe_bands(outcome, self.bench.subject.image_shape[-1], self.tokens)
             names = list(bands)

@@ -6,10 +6,9 @@ import xarray as xr
 
 from experiments.frame.draws import bootstrap, pair_draws, with_interval
 from experiments.frame.estimator import HIGH, LOW, commitment_of, order
-from experiments.frame.gaussian import ddim_factors, wiener_gains
+from experiments.frame.exact import exact_statistics
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.spectrum.settings import SpectrumConfig
-from ou_theory.clock import Clock
 
 DEFINITIONS: Definitions = {
     "tau": ("commitment level of a band", "nat"),
@@ -24,25 +23,7 @@ DEFINITIONS: Definitions = {
     "theory_order": ("Kendall's tau-b, exact denoiser of the data's covariance", "1"),
     "variance": ("variance of the data by principal component within classes", "1"),
     "share": ("share of the component that lies in the band", "1"),
-    "component": ("principal component of the data", "1"),
 }
-
-
-def theory_statistics(variance: np.ndarray, share: np.ndarray, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
-    """Energy of the denoised difference and its inner product with its end, (K, B) each, of an exact denoiser of
-    Gaussian data under DDIM.
-
-    Each principal component is denoised by its Wiener gain and does not mix with others, so a band is the sum of the
-    parts of the components that lie in it (docs/theory.md, section 9.5).
-
-    Args:
-      variance: (n,) of the components.
-      share: (n, B) of each component in each band.
-    """
-    factors = np.concatenate([np.ones((1, variance.size)), ddim_factors(variance, clock)[:-1]])
-    start = np.sqrt(variance + clock.sigma[0] ** 2)
-    denoised = wiener_gains(variance, clock) * np.cumprod(factors, 0) * start
-    return denoised**2 @ share, denoised * denoised[-1] @ share
 
 
 def analyse(measured: Measured[SpectrumConfig]) -> xr.Dataset:
@@ -59,8 +40,8 @@ def analyse(measured: Measured[SpectrumConfig]) -> xr.Dataset:
     with jax.enable_x64(True):
         values = (network.energy.values, network.projection.values)
         point, draws = bootstrap(estimates, values, pair_draws(seed, network.sizes["pair"]), 1)
-        energy, inner = theory_statistics(data.variance.values, data.share.values, measured.clock)
-        theory = commitment_of(energy[None], ell, inner=inner[None])
+        energy, inner = exact_statistics(np.ones(1), data.variance.values, data.share.values, measured.clock)
+        theory = commitment_of(energy, ell, inner=inner)
     dims = {"tau": ("coupling", "band"), "decided": ("coupling", "band")}
     found = {name: with_interval(value, draws[name]) for name, value in point.items()}
     found["order"] = np.clip(found["order"], -1, 1)

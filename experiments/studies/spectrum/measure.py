@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 
 from dit_jax.covariance import DataCovariance, load_covariance
 from dit_jax.model import DiT
 from experiments.frame.bench import Bench, Variables
+from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import trajectories
 from experiments.frame.store import StoreError
 from experiments.frame.subject import Subject, model_folder
@@ -54,7 +54,7 @@ def measure(bench: Bench[SpectrumConfig]) -> None:
         config.pairs,
         lambda pairs, labels: run(bench.network, couplings, pairs, labels),
     )
-    bench.whole("data", lambda: _stored(_covariance(config)))
+    bench.whole("data", lambda: covariance_group(_covariance(config)))
 
 
 def _covariance(config: SpectrumConfig) -> DataCovariance:
@@ -66,16 +66,3 @@ def _covariance(config: SpectrumConfig) -> DataCovariance:
             "where IMAGES are the images that it was trained on"
         )
     return found
-
-
-def _stored(found: DataCovariance) -> xr.Dataset:
-    about = "share of the component that lies in the band"
-    transformation = (found.about["data"].get("transformation") or {}).get("name", "natural")
-    return xr.Dataset(
-        {
-            "variance": ("component", found.variance, {"long_name": "within-class variance", "units": "1"}),
-            "share": (("component", "band"), found.share, {"long_name": about, "units": "1"}),
-        },
-        coords={"component": np.arange(found.variance.size), "band": np.arange(found.share.shape[1])},
-        attrs={"transformation": transformation, "images": found.about["images"]},
-    )
