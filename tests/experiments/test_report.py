@@ -236,7 +236,7 @@ def test_what_was_run_and_how_to_run_it_again(written, stored_run):
 def test_the_page_speaks_of_the_gate_that_was_run(kind, analysis, stored_run):
     found = section(stored_run.manifest, analysis.assign_attrs(gate_kind=kind))
     text = " ".join([*found.methods, *found.definitions.values()])
-    assert f"the ideal model, {RHO[kind]} in every band" in text
+    assert f"multiplied by {RHO[kind]}" in text
     assert f"The ideal model has {RHO[kind]}." in text
     assert told(kind) in text
     assert ("times too large" in text) == (kind in ("additive", "tanh"))
