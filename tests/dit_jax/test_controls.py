@@ -221,7 +221,7 @@ def test_what_only_a_dit_has_is_refused(folders, tmp_path):
 @each
 def test_a_study_refuses_it_unless_it_takes_any_network(name, folders, tmp_path, capsys):
     assert main(["compare", "--weights", str(folders[name]), "--out", str(tmp_path / "compare"), "--quiet"]) == 2
-    assert f"syncgap compare needs a DiT, whose attention it couples or reads; {name} holds a {name}" in (
+    assert f"syncgap compare couples or reads attention and needs a DiT; {name} is a {name}" in (
         capsys.readouterr().err
     )
     assert not (tmp_path / "compare").exists()
@@ -266,4 +266,4 @@ def test_the_command_trains_and_describes_it(tmp_path, capsys):
     assert "unet, depth 1, width 8, no attention" in told
     assert "tokens" not in told
     assert main(["train", "nowhere", str(tmp_path / "other"), "--architecture", "mlp", "--num-heads", "6"]) == 2
-    assert "--num-heads of a DiT means nothing for a mlp" in capsys.readouterr().err
+    assert "only a dit has --num-heads, and this is a mlp" in capsys.readouterr().err

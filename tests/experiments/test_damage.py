@@ -435,7 +435,7 @@ def test_a_scheduler_s_signal_ends_like_an_interrupt(weights, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         assert RunFolder.open(tmp_path / str(int(number))).finished("network") == {0, 2}
     for word in ("terminated", "interrupted"):
-        assert errors.count(f"syncgap: {word}; the same command with --resume goes on") == 1
+        assert errors.count(f"syncgap: {word}; the same command with --resume continues where it stopped") == 1
     assert "Traceback" not in errors
 
 
