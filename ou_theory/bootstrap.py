@@ -17,7 +17,7 @@ def resample(seed: int, num_pairs: int, draws: int) -> np.ndarray:
 
 
 def basic_interval(estimate, draws, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The basic bootstrap interval ``[2 e - q_high, 2 e - q_low]`` (theory, eq. 7.6).
+    """The basic bootstrap interval ``[2 e - q_high, 2 e - q_low]`` (theory, eq. 7.7).
 
     Args:
       estimate: (...) point estimates e.

@@ -100,6 +100,7 @@ def test_the_rehearsal_goes_through_every_stage(images, tmp_path, benchmarks):
     assert all(f"## {name}" in text for name in gpu.STAGES)
 
 
+@pytest.mark.long
 def test_networks_side_by_side_are_those_trained_alone(images, benchmarks):
     import jax
     import jax.numpy as jnp

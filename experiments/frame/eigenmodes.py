@@ -1,4 +1,4 @@
-"""Modes finer than bands: what of a band has one gain, as far as the covariance of the data tells.
+"""Modes finer than bands: each band is split into groups of modes of similar data variance, one gain for a group.
 
 The colours of a photograph differ in variance by more than neighbouring frequencies do, so a band is no single mode
 (docs/theory.md, section 7.7). Each DCT coefficient is therefore rotated to the principal axes of its channels, and the

@@ -28,13 +28,13 @@ class StudyConfig:
     pairs: int = 32  # pairs of replicas
     steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
     sampler: Sampler = "ddim"  # DDIM, or the ancestral sampler, which adds noise
-    gate_kind: Annotated[GateKind, tyro.conf.arg(aliases=["--gate"])] = "joint"  # one softmax or a blend of several
+    gate_kind: Annotated[GateKind, tyro.conf.arg(aliases=["--gate"])] = "joint"  # joint: one softmax
     guidance: float = 1.0  # classifier-free guidance scale; 1 is none
     guided_channels: GuidedChannels = "all"  # channels that guidance acts on: official is the first three
     guided_coupling: GuidedCoupling = "both"  # halves of the guided batch that the gate couples
     classes: tuple[int, ...] | None = None  # labels that the pairs take in turn; all classes by default
     seed: int = 0  # of all random numbers
-    block: int = 4  # pairs that run together; an interruption loses one block at most
+    block: int = 4  # pairs that run together; an interruption loses one block at most (of depth: or one probe)
     untrained_pairs: int = 16  # pairs of the control with random weights
     parameters: Parameters = "replicated"  # on several devices: whole on each, or sharded over them
     dtype: Dtype | None = None  # of activations and parameters; the stored one by default

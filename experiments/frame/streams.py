@@ -4,7 +4,7 @@ The noise of the trajectories is keyed by the seed alone (`dit_jax.replicas.pair
 number of its own into that key first. These numbers are larger than any pair's index, so that no purpose shares a key
 with a pair, and no seed shares one with another seed. `pair_noise` folds pair, step and replica into the key that it is
 given. Three uses have keys of an older form, so that stored runs keep their bits: the weights of the untrained control,
-the shuffled bands, and the clones of the study ``modalities``.
+the shuffled bands, and the draws of the study ``modalities``.
 """
 
 import jax

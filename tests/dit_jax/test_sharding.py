@@ -81,7 +81,7 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 @pytest.mark.parametrize("parameters", ["replicated", "sharded"])
 def test_eight_devices_give_what_one_gives(single, parameters, sampler):
@@ -94,7 +94,7 @@ def test_eight_devices_give_what_one_gives(single, parameters, sampler):
     assert np.abs(samples[:, :, :-1] - samples[:, :, 1:]).max((0, 1, 3, 4, 5)).min() > 1e-2 * scale  # pairs differ
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 @pytest.mark.parametrize("parameters", ["replicated", "sharded"])
 def test_samples_and_work_are_split(single, parameters, sampler):
@@ -104,7 +104,7 @@ def test_samples_and_work_are_split(single, parameters, sampler):
     assert single[f"{case}/flops"] < 0.15 * single[f"1 replicated {sampler}/flops"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_large_parameters_are_split_and_small_ones_whole(single):
     kernels = 5  # qkv, two of the MLP and the modulation of the blocks, and the first of the timestep
     np.testing.assert_array_equal(single["8 sharded ddim/part_if_split"], [1 / 8] * kernels)

@@ -275,6 +275,7 @@ assert [cli.main(command) for command in {commands}] == [0, 0]
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parameters", ["replicated", "sharded"])
 def test_two_devices_measure_what_one_does(finished, split, parameters):
     """Six pairs in blocks of four: the last block is not split evenly, and is not split at all."""

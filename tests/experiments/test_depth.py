@@ -123,7 +123,7 @@ def network(prediction, readout, scaled=False):
 @pytest.mark.parametrize(
     ("networks", "said"),
     [
-        ([network("epsilon", True), network("v", False), network("x0", False)], "is the scale of the readout"),
+        ([network("epsilon", True), network("v", False), network("x0", False)], "is not made there"),
         ([network("epsilon", True, True), network("v", False, True)], "does not depend on how"),
         ([network("epsilon", False), network("v", False)], "None of these networks"),
         ([network("epsilon", True), network("v", True, None)], "do not decide"),
@@ -134,7 +134,10 @@ def network(prediction, readout, scaled=False):
 def test_the_sentence_over_networks_follows_from_them(networks, said):
     text = answer(dict(enumerate(networks)))
     assert said in text
-    assert sum(name in text for name in ("scale of", "depend", "None of", "decide", "disagree", "lets through of")) == 1
+    assert (
+        sum(name in text for name in ("not made there", "depend", "None of", "decide", "disagree", "lets through of"))
+        == 1
+    )
 
 
 def test_networks_are_counted_by_what_they_predict():
@@ -210,6 +213,8 @@ def test_a_readout_is_parted_into_outcome_and_noise(signal, noise, variance, see
     read = signal * outcome + noise * error
     _, passed = scaled.scaled_readings(products_of(read, outcome + error, outcome), np.arange(2.0), UNIFORM)
     np.testing.assert_allclose([passed["signal"].flat[0], passed["noise"].flat[0]], [signal, noise], atol=1e-8)
+    energy = np.square(noise * error).mean() / np.square(outcome).mean()
+    assert passed["passed"].flat[0] == pytest.approx(energy, rel=1e-6, abs=1e-12)
     read = read + other
     r2 = {}
     for factor in (1.0, -7.3):
@@ -269,7 +274,7 @@ def test_a_run_without_products_is_reported_by_the_other_readings(finished, tmp_
 GUIDED = ["--guidance", "2", "--guided-coupling", "conditional", "--sampler", "ancestral", "--dtype", "float32"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_guidance_sampler_and_two_devices_are_those_of_the_frame(weights, tmp_path, monkeypatch):
     """Guided runs on one device, and on two with sharded parameters, in a process of their own: the number of host
     devices is fixed at its start. The last readout is the guided network's own output."""

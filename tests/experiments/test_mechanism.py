@@ -137,7 +137,7 @@ def test_equal_keys_and_queries_leave_routing_alone(gate, x64):
     v = random_head()[2]
     zero, g = jnp.zeros_like(v), jnp.asarray(0.4)
     split = split_head(zero, zero, v, g, gate)
-    np.testing.assert_allclose(split.exact[0], np.broadcast_to(rho(g) * (v[0] - v[1]).mean(0), v[0].shape))
+    np.testing.assert_allclose(split.exact[0], np.broadcast_to(rho(g, gate) * (v[0] - v[1]).mean(0), v[0].shape))
     for part in (split.exact[1:3], split.cross, split.error):
         np.testing.assert_allclose(part, 0, atol=1e-12)
 

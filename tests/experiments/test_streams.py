@@ -1,4 +1,4 @@
-"""Streams of random numbers by name: no key is drawn twice, whatever it is for."""
+"""Streams of random numbers by name: no key of a pair or a purpose is drawn twice."""
 
 import jax
 import jax.numpy as jnp

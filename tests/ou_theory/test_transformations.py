@@ -55,6 +55,9 @@ RATES, TIMES = np.array([0.8, 0.3, -0.2]), np.array([0.0, 0.5, 1.2, 2.0])
 EXAMPLES = {
     "attention.rho": at(0.3),
     "attention.xi": at(0.3),
+    "attention.common_gain": at(0.3, kind="tanh", num_replicas=4),
+    "attention.coupling_at": at(0.3, kind="tanh"),
+    "attention.block_weights": at(GATE, kind="tanh"),
     "attention.rho_n": at(0.3, num_replicas=4),
     "attention.gated_weights": at(*TOKENS[:2], GATE, kind="joint"),
     "attention.gated_attention": at(*TOKENS, GATE, kind="blend"),
@@ -293,6 +296,7 @@ def check(function, arguments):
     assert abs(error) <= SLOPE * np.abs(terms).sum() + 1e-10 * np.abs(sums[0]), "a gradient is wrong"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_works_under_all_transformations(name):
     arguments, known = EXAMPLES[name]

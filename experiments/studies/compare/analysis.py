@@ -147,7 +147,8 @@ def estimates(
         return {"tau": found.tau, "decided": found.decided, "gap": found.gap}
 
     def add(name: str, statistics: Callable[..., tuple[ArrayLike, ArrayLike]], grid: np.ndarray, values=()):
-        """A recursion: how its energies and inner products follow from means of what is resampled, if anything is."""
+        """Adds a theory. `statistics` maps means of `values` to energies and inner products; without `values` there is
+        nothing to resample."""
         energy, inner = statistics(*(np.asarray(v, np.float64).mean(0) for v in values))
         sources[name], grids[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic), grid
         if values:
@@ -155,7 +156,7 @@ def estimates(
             draws[name] = bootstrap(lambda *m: levels(*statistics(*m)), values, weights, numbers=np.size(energy))[1]
 
     def run(name: str, group: xr.Dataset):
-        """What was run: the part of its energies that lies along its outcomes."""
+        """Adds what was measured, by the part of its energy that lies along its own outcome."""
         values = (_difference(group), group.projection.values)
         energy, inner = (v.mean(1, dtype=np.float64) for v in values)
         sources[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic)

@@ -6,7 +6,7 @@ import xarray as xr
 from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.verdict import Claim, Control, Verdict, above, within
 from experiments.studies.compare.analysis import SHUFFLED
-from experiments.studies.compare.theory import EXACT, exact_of, ideal_gain, recursion_of
+from experiments.studies.compare.theory import EXACT, exact_gain, exact_of, recursion_of
 
 COLLAPSED = 0.5  # the gap has collapsed when less than this share of it is left
 
@@ -128,14 +128,13 @@ def _gap_collapses(analysis: xr.Dataset) -> Claim:
 
 def _exact_remains(analysis: xr.Dataset) -> list[Control]:
     """What of the gap one gain for all bands leaves, at the strongest coupling at which that gain is above 0."""
-    gap = analysis.gap.sel(source=exact_of(analysis))
-    positive = analysis.coupling.values[ideal_gain(analysis.coupling.values) > 0]
+    gap, gain = analysis.gap.sel(source=exact_of(analysis)), exact_gain(analysis)
+    positive = analysis.coupling.values[gain > 0]
     if positive.size < 2:
         return []
-    text = (
-        f"An exact denoiser whose difference is multiplied by one gain in all bands, at g = {positive[-1]:g}. Beyond "
-        "g = 1 that gain is below 0, and all is decided in the last step."
-    )
+    text = f"An exact denoiser whose difference is multiplied by one gain in all bands, at g = {positive[-1]:g}."
+    if (gain < 0).any():
+        text += " At stronger couplings that gain is below 0, and all is decided in the last step."
     ratio = float(gap.sel(coupling=positive[-1]) / gap[0])
     return [Control(f"theory: {exact_of(analysis)}", ratio, None, None, text)]
 

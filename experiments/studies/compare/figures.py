@@ -28,7 +28,7 @@ from experiments.frame.drawing import (
     new_figure,
 )
 from experiments.frame.gates import RHO
-from experiments.studies.compare.theory import EXACT, exact_of, ideal_gain, recursion_of
+from experiments.studies.compare.theory import EXACT, exact_gain, exact_of, recursion_of
 
 _MEASURED_GAIN = {"color": "#D55E00", "linestyle": "--", "label": "recursion, regression gain"}
 _EXACT = {"color": INK, "linestyle": ":"}
@@ -111,7 +111,7 @@ def figure_gain(analysis: xr.Dataset) -> Figure:
         gain = analysis.gain.sel(source="network").isel(coupling=g)
         for band, color in enumerate(band_colors(analysis)):
             ax.plot(analysis.ell, gain.isel(band=band), color=color, label=band_names(analysis)[band])
-        ideal = float(ideal_gain(analysis.coupling.values[g], kind))
+        ideal = float(exact_gain(analysis)[g])
         formula = RHO[kind] if ideal >= 0 else f"|{RHO[kind]}|"
         ideal = abs(ideal)  # the measured gain is an amplitude
         ax.axhline(ideal, color=INK, linestyle=":", linewidth=1.4)
@@ -247,10 +247,8 @@ FIGURES: dict[str, tuple[str, Callable[[xr.Dataset], Figure]]] = {  # name: (sto
 def _sensible(analysis: xr.Dataset, name: str) -> xr.Dataset:
     """A source whose levels are drawn: an exact denoiser's where its gain is above 0, for beyond it decides all in its
     last step."""
-    at, kind = analysis.sel(source=name), analysis.attrs.get("gate_kind", "joint")
-    if name not in EXACT:
-        return at
-    return at.where(analysis.coupling.copy(data=ideal_gain(analysis.coupling.values, kind)) > 0)
+    at = analysis.sel(source=name)
+    return at.where(analysis.coupling.copy(data=exact_gain(analysis)) > 0) if name in EXACT else at
 
 
 def _any(values: xr.DataArray) -> bool:

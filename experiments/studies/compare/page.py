@@ -16,7 +16,7 @@ from experiments.frame.settings import SAMPLER_NAMES, GateKind
 from experiments.studies.compare.claims import claims
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.settings import CompareConfig
-from experiments.studies.compare.theory import EXACT, RECURSIONS, exact_of, ideal_gain, recursion_of
+from experiments.studies.compare.theory import EXACT, RECURSIONS, exact_gain, exact_of, recursion_of
 
 
 def page(measured: Measured[CompareConfig], analysis: xr.Dataset) -> Page:
@@ -284,8 +284,8 @@ def excess_table(analysis: xr.Dataset, theory: str) -> Table:
         "In nats; 0 would be agreement, below 0 the network commits earlier. The last column is the difference of two "
         "of the others."
     )
-    if theory in EXACT and (ideal_gain(analysis.coupling.values) < 0).any():
-        note += " Beyond g = 1 the exact denoiser's gain is below 0, and it decides all in its last step."
+    if theory in EXACT and (exact_gain(analysis) < 0).any():
+        note += " Where the exact denoiser's gain is below 0 it decides all in its last step."
     return Table(
         f"τ of the network less that by {theory}", ["g", *(f"τ, {name}" for name in names), "gap Γ"], rows, note
     )

@@ -38,6 +38,11 @@ def ideal_gain(couplings: np.ndarray, kind: GateKind = "joint") -> np.ndarray:
     return np.asarray(rho(jnp.asarray(couplings, jnp.float32), kind), np.float64)
 
 
+def exact_gain(analysis: xr.Dataset) -> np.ndarray:
+    """The gain (C,) by which the exact denoiser of a run multiplies its difference, at the couplings of the run."""
+    return ideal_gain(analysis.coupling.values, analysis.attrs.get("gate_kind", "joint"))
+
+
 def band_statistics(
     couplings: np.ndarray, variance: np.ndarray, clock: Clock, eta: float, kind: GateKind = "joint"
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ DEFINITIONS: Definitions = {
     "gained_share": ("share of that which is gained in the last fifth of the layers", "1"),
     "signal": ("coefficient of the outcome in the readout", "1"),
     "noise": ("coefficient of the state's noise in the readout", "1"),
+    "passed": ("energy of the state's noise in the readout over that of the outcome", "1"),
     "difference_share": (
         "share of the difference mode in the energy of an uncoupled pair's residual stream",
         "1",
@@ -90,7 +91,6 @@ def _probed(data: dict[str, Any], source: str, dataset: xr.Dataset, seed: int) -
 def _scaled(data: dict[str, Any], source: str, dataset: xr.Dataset, levels: np.ndarray, weights: np.ndarray) -> None:
     """Adds the readings of the final layer's readout up to a scalar, and what depth gains over the noisy state."""
     found, passed = scaled_readings(dataset.products.values, levels, weights)
-    found["state"] = {name: value[:, :, :1] for name, value in found["state"].items()}  # the same for all layers
     for reading, values in found.items():
         layer = "layer" if reading != "state" else "state_layer"
         _fill(data, source, reading, values, "band", "probe_coupling", layer)

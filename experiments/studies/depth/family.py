@@ -74,7 +74,8 @@ def answer(networks: dict[str, tuple[str, dict[str, bool | None]]]) -> str:
         return start + "The readings of one scalar disagree between networks."
     if any(readout) and all(value is False for value in scaled):
         return start + (
-            "What is localised is the scale of the readout, which is the noise that it lets through, and not the gap."
+            "What changes in the last layers is the scale of the readout, because it lets less noise through. The gap "
+            "itself is not made there."
         )
     if all(value is False for value in [*readout, *scaled]):
         return start + "None of these networks has it."

@@ -110,12 +110,13 @@ def figure_gained(analysis: xr.Dataset) -> Figure:
         curve(left, layers, at, color, name, marker="o", markersize=3.5)
         control = analysis.untrained_gained.isel(probe_coupling=0, band=band).values
         left.plot(layers, control[:, 0], color=color, linestyle=":", linewidth=1)
-        passed = analysis.network_noise.isel(probe_coupling=0, level=level, band=band).values
+        passed = analysis.network_passed.isel(probe_coupling=0, level=level, band=band).values
         curve(right, layers, passed, color, marker="o", markersize=3.5)
     left.set_ylabel("earlier than in the noisy image (nats)")
     left.set_title("What depth adds")
-    right.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    right.set_ylabel("coefficient of the noise")
+    right.axhline(1, color=FAINT, linewidth=0.8, zorder=0)
+    right.set_yscale("log")
+    right.set_ylabel("energy of the noise over the outcome's")
     right.set_title(f"Noise in the readout, at {analysis.level_ell.values[level]:.1f} nats")
     figure.legend(loc="outside upper left", ncols=2)
     return figure

@@ -1,8 +1,9 @@
-"""Where in depth do bands commit? The residual stream after every block, read in three ways by one estimator.
+"""Where in depth do bands commit? The residual stream after every block, read in four ways by one estimator.
 
 *raw*: energies of the common and the difference mode over the token grid. *readout*: the final layer applied to the
-stream, made into a denoised image. *probe*: what share of the pair's final outcome is linearly decodable there, fitted
-on other pairs. See docs/theory.md, section 8.
+stream, made into a denoised image. *scaled*: what share of the pair's final outcome that image explains up to one
+scalar. *probe*: what share of it is linearly decodable from the stream, fitted on other pairs. See docs/theory.md,
+section 8.
 """
 
 from typing import Any

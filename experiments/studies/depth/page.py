@@ -61,8 +61,8 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
         "lowest band of the token grid above DC and in its highest, at three noise levels. One half: the replicas "
         "have nothing in common.",
         "gained": "Left: how much earlier a band commits when the readout after a block is known beside the noisy "
-        "image. Dotted: the untrained network. Right: how much of the state's noise the readout lets through, where "
-        "the low band commits; 0 is none.",
+        "image. Dotted: the untrained network. Right: energy of the state's noise that the readout lets through, "
+        "over that of the outcome, where the lowest band commits.",
         "decodable": "Share of the pair's final difference that is linearly decodable (held-out R²) from the "
         "embedding, from the middle and from the end of the network, along the ancestral sampler.",
     }
@@ -86,8 +86,7 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
             "The fitted scalar, the regressions on readout and noisy image, and the probe use pairs of their own along "
             "the ancestral sampler. Under DDIM the outcome is a function of the initial noise, and all of it would be "
             "decodable from the start. The share of the outcome that is explained takes the place of the relative "
-            "energy. The scalar is one number per layer, level and band, by which what the readout leaves in place of "
-            "the noise is scaled away.",
+            "energy. The scalar is one factor per layer, level and band; it takes away the readout's arbitrary scale.",
             "The probe is a ridge regression from the difference mode of the stream to that of the sample, in DCT "
             "coefficients over the token grid, one linear map per band, layer and step, fitted on other pairs than "
             "it is scored on. Its highest band is what lies inside patches.",

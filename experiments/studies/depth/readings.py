@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.frame.draws import bootstrap, both, mean_and_draws
+from experiments.frame.draws import bootstrap, both
 from experiments.frame.steps import WINDOW_START
 from experiments.studies.depth.settings import LAST
 from ou_theory import estimator as oc
@@ -30,9 +30,12 @@ def probe_readings(error: np.ndarray, total: np.ndarray, ell: np.ndarray, weight
       error: squares of the probe's errors (C, P, layer, level, B).
       total: squares of the outcome that it predicts, of the same dimensions.
     """
-    error, total = (mean_and_draws(x, weights, 1) for x in (error, total))
-    r2 = 1 - error / total
-    return {**levels_of(np.clip(r2, 0, 1), ell, None), "r2": r2}
+
+    def estimates(error, total):
+        r2 = 1 - error / total
+        return levels_of(np.clip(r2, 0, 1), ell, None) | {"r2": r2}
+
+    return both(bootstrap(estimates, (error, total), weights, 1))
 
 
 def levels_of(q: np.ndarray, ell: np.ndarray, start: float | None) -> dict[str, np.ndarray]:

@@ -43,7 +43,8 @@ def verdict_of(analysis: xr.Dataset, reading: str, source: str = "network") -> t
     in the way of saying so, if anything does.
 
     Where a band commits before the window at the beginning of the last fifth, the gap there is a bound: from below
-    where it is the low band, from above where it is the high one. So is the share, the other way round.
+    where it is the low band, from above where it is the high one. A lower bound on that gap is an upper bound on the
+    share, and the reverse.
     """
     share, low, high = (float(v) for v in analysis[f"{source}_{reading}_share"].values)
     if not final_gap(analysis, source, reading)[1] > 0 or not np.isfinite([share, low, high]).all():

@@ -1,4 +1,4 @@
-"""Images whose law is known exactly: a Gaussian spectrum, two clusters, and a coupled pair (docs/theory.md, section 4).
+"""Images whose law is known exactly: a Gaussian spectrum, two clusters, and a coupled pair (docs/theory.md, section 9).
 
 They are 8 x 8 with two channels, which are thought of as the two members of a pair: the common and the difference mode
 ``(a +- b) / sqrt(2)`` of the channels, in DCT coefficients, are the modes in which the law is independent.
