@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import io
 import math
+import re
 import shlex
 import signal
 import sys
@@ -17,6 +19,7 @@ from dit_jax.conversion import convert_checkpoint
 from experiments import studies
 from experiments.tools.settings import SampleConfig
 
+_BORDER = re.compile(r"(.*?)((?:\x1b\[[\d;]*m|│| )*)")  # a line in a box, and the box's right border
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the signal
 
 
@@ -119,6 +122,20 @@ def _convert(*args: Any, **settings: Any) -> Callable[[], int]:
     return functools.partial(convert_checkpoint, *args, **settings)
 
 
+def _parsed(commands: dict[str, Any], argv: list[str]) -> Any:
+    """The command that a line asks for. tyro names a setting's place in its own tree; its errors are shown without."""
+    place, plain = "__tyro-dummy-inner__.settings", "the settings"
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="syncgap")
+    finally:
+        for line in said.getvalue().splitlines():
+            text, border = _BORDER.fullmatch(line).groups()  # type: ignore[union-attr]  # it matches any line
+            shorter = text.replace(place, plain)
+            print(shorter + " " * (len(text) - len(shorter)) + border, file=sys.stderr)
+
+
 class Terminated(KeyboardInterrupt):
     """A scheduler asked the process to end (SIGTERM). It is handled as Ctrl-C, with another exit code."""
 
@@ -136,7 +153,7 @@ def main(args: list[str] | None = None) -> int:
         "covariance": Covariance,
         "convert": _convert,
     }
-    command: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="syncgap")
+    command: Any = _parsed(commands, argv)
     line = shlex.join(["syncgap", *argv])
     try:
         with _ending_like_an_interrupt():

@@ -14,8 +14,10 @@ from experiments.frame import page as frame
 from experiments.frame.gates import RHO, told
 from experiments.frame.page import stored_section, write_page
 from experiments.frame.store import RunFolder, StoreError
+from experiments.studies.compare.claims import _exact_remains
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.page import limits, section
+from ou_theory.attention import rho
 
 pytestmark = pytest.mark.slow  # the figures are drawn once
 
@@ -230,6 +232,14 @@ def test_what_was_run_and_how_to_run_it_again(written, stored_run):
         "Interval",
     ):
         assert word in text
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_the_exact_control_goes_by_the_gain_of_its_gate(kind, analysis):
+    (control,) = _exact_remains(analysis.assign_attrs(gate_kind=kind))
+    gain = np.asarray(rho(analysis.coupling.values, kind))
+    assert f"at g = {analysis.coupling.values[gain > 1e-7][-1]:g}." in control.statement
+    assert ("below 0" in control.statement) == (gain < 0).any()
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)

@@ -10,8 +10,8 @@ from experiments.frame.settings import StudyConfig, check_shares
 class CompareConfig(StudyConfig):
     """Measure the synchronization gap of a DiT against the coupling and lay it over the theory."""
 
-    couplings: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 4.0)
-    pairs: int = 64
+    couplings: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 4.0)  # g, 0 among them
+    pairs: int = 64  # pairs of replicas
     gain_pairs: int = 32  # pairs on which the one-pass gain is measured
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ CLAIMED = 0.5  # share of the gap that must be made in the last fifth of the lay
 class DepthConfig(StudyConfig):
     """Read commitment off the residual stream after every block: is the gap made in the last layers?"""
 
-    couplings: tuple[float, ...] = (0.0, 0.2, 1.0)
+    couplings: tuple[float, ...] = (0.0, 0.2, 1.0)  # g, 0 first
     probe_pairs: int = 96  # pairs on which the probe is fitted and scored; 0 leaves it out
     probe_levels: int = 12  # sampler steps at which it is, evenly spaced in log-SNR
     probe_features: int = 128  # wider streams are projected at random to that many features
