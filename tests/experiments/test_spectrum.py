@@ -1,6 +1,7 @@
 """Whose gap is it: the theory of a network's own data, what is said of several networks, and the study end to end."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from experiments.frame.instrument import coupled_wiener, trajectories
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import untrained_model
 from experiments.studies.compare.theory import measured_statistics, regression_gains
-from experiments.studies.spectrum.family import line, more_than_data, order_beyond_data, over_networks
+from experiments.studies.spectrum.family import line, more_than_data, order_beyond_data, over_networks, trained_again
 from experiments.studies.spectrum.settings import SHIPPED, SpectrumConfig
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
@@ -217,6 +218,28 @@ def test_every_network_is_a_run_and_all_are_one_page(finished):
     assert len(list((finished / "figures").glob("*.svg"))) == 2
     stored = json.loads((finished / "spectrum-together.json").read_text())
     assert [claim["id"] for claim in stored["claims"]] == [1, 4]
+
+
+def test_trainings_are_compared_within_one_form_and_one_kind_of_data():
+    """Networks of another depth or other data stand apart; the number format does not part them."""
+    gaps = {"a": 3.0, "b": 3.5, "c": 4.0, "deep": 9.0, "turned": -4.0}
+    forms = {name: {"depth": 12, "dtype": "float32"} for name in gaps}
+    forms["b"], forms["deep"] = {"depth": 12, "dtype": "bfloat16"}, {"depth": 28, "dtype": "float32"}
+    runs = [SimpleNamespace(subject_name=n, model=SimpleNamespace(to_dict=lambda f=f: f)) for n, f in forms.items()]
+    found = {
+        name: xr.Dataset(
+            {"gap": (("coupling", "bound"), [[gap, gap - 0.392, gap + 0.392]])},
+            coords={"coupling": [0.0]},
+            attrs={"transformation": "reversed" if name == "turned" else "natural", "architecture": "dit"},
+        )
+        for name, gap in gaps.items()
+    }
+    (table,) = trained_again(runs, found)
+    (row,) = table.rows
+    assert row[0].endswith("a, b, c")
+    reach = 0.5 / np.sqrt(3) * 4.3027  # Student's t of two degrees of freedom
+    assert row[1:] == ["0", "3.50", f"[{3.5 - reach:.2f}, {3.5 + reach:.2f}]", "0.50", "0.20"]
+    assert trained_again(runs[3:], found) == []
 
 
 def test_networks_are_added_and_finished_ones_left(finished, folders, capsys):

@@ -79,7 +79,7 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
             "the data?",
             answer=answer(theory, gaps, fit),
             claims=[more_than_data(found), order_beyond_data(found)],
-            tables=[network_table(found), *band_tables(found)],
+            tables=[network_table(found), *trained_again(runs, found), *band_tables(found)],
             captions={
                 "spectrum": "Gap of every network without coupling against that of an exact denoiser of its data's "
                 "covariance, with 95 % intervals over pairs. Line: least squares. Dashed: equal gaps.",
@@ -202,6 +202,48 @@ def network_table(found: Networks) -> Table:
     ]
     head = ["network", "architecture", "trained on", "gap of the data, nats", "gap, nats", "gap by all energy"]
     return Table("Networks without coupling", [*head, "Kendall's tau-b of the data", "Kendall's tau-b"], rows)
+
+
+def trained_again(runs: Sequence[Measured[SpectrumConfig]], found: Networks) -> list[Table]:
+    """How the gap varies between trainings of one form of network on one kind of data, beside how it varies over pairs;
+    no table where none was trained twice."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        name, form = run.subject_name, run.model.to_dict()
+        known = sorted((key, str(value)) for key, value in form.items() if key != "dtype")
+        alike.setdefault((found[name].attrs["transformation"], *map("=".join, known)), []).append(name)
+    rows = []
+    for names in alike.values():
+        if len(names) < 2:
+            continue
+        members = [found[name] for name in names]
+        kind = f"{ARCHITECTURES[members[0].attrs.get('architecture', 'dit')][0]} on {data_of(members[0])}"
+        for g in members[0].coupling.values:
+            gaps = np.array([at.gap.sel(coupling=g).values for at in members])
+            over = over_networks(gaps[:, 0])
+            rows.append(
+                [
+                    f"{kind}: {', '.join(names)}",
+                    f"{g:g}",
+                    number(float(gaps[:, 0].mean())),
+                    interval(over.tolist()) if np.isfinite(over).all() else "–",
+                    number(float(gaps[:, 0].std(ddof=1))),
+                    number(float((gaps[:, 2] - gaps[:, 1]).mean() / (2 * stats.norm.ppf(0.975)))),
+                ]
+            )
+    head = [
+        "trained again",
+        "g",
+        "mean gap, nats",
+        "95 % interval over trainings",
+        "spread over trainings",
+        "over pairs",
+    ]
+    note = (
+        "Spreads are standard deviations, that over pairs from the mean width of the intervals. Networks of a row differ "
+        "in training seed, or in how they were trained. The 95 % interval needs three."
+    )
+    return [Table("Gap of networks that were trained again", head, rows, note)] if rows else []
 
 
 def band_tables(found: Networks) -> list[Table]:
