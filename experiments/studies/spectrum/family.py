@@ -240,8 +240,8 @@ def trained_again(runs: Sequence[Measured[SpectrumConfig]], found: Networks) -> 
         "over pairs",
     ]
     note = (
-        "Spreads are standard deviations, that over pairs from the mean width of the intervals. Networks of a row differ "
-        "in training seed, or in how they were trained. The 95 % interval needs three."
+        "Spreads are standard deviations, that over pairs from the mean width of the intervals. Networks of a row "
+        "differ in training seed, or in how they were trained. The 95 % interval needs three."
     )
     return [Table("Gap of networks that were trained again", head, rows, note)] if rows else []
 
