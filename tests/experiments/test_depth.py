@@ -29,7 +29,7 @@ from experiments.studies.depth.probe import patch_modes, probe_bands, probe_scor
 from experiments.studies.depth.readings import localisation, probe_readings, readings
 from experiments.studies.depth.settings import FOLDS, DepthConfig
 from experiments.studies.depth.study import STUDY
-from experiments.studies.depth.verdicts import verdict_of
+from experiments.studies.depth.verdicts import known_gap, verdict_of
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -194,6 +194,8 @@ def test_tables_say_what_is_a_bound_and_what_is_not_known():
         edges: gap_cell(analysis_of([4, 3, 5], LATE, (edges, (0, 0))), "network", "readout", 8)
         for edges in ((0.1, 0.2), (0.9, 0.2), (0.1, 0.9), (0.9, 0.9))
     }
+    known = known_gap(analysis_of([4, 3, 5], LATE, ((0.9, 0.9), (0.9, 0.2))), "network", "readout")
+    assert list(np.flatnonzero(np.isnan(known).all(-1))) == [8]  # a bound is drawn
     assert list(cells.values()) == ["4.00 [3.00, 5.00]", "> 4.00 [3.00, 5.00]", "< 4.00 [3.00, 5.00]", "not known"]
 
 

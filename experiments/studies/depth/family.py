@@ -13,7 +13,7 @@ from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted
 from experiments.frame.verdict import Verdict
 from experiments.studies.depth.settings import CLAIMED, LAST, DepthConfig
-from experiments.studies.depth.verdicts import READINGS, final_gap, grid_of, verdict_of
+from experiments.studies.depth.verdicts import READINGS, final_gap, known_gap, verdict_of
 
 PREDICTIONS = {"epsilon": ("the noise", "#0072B2"), "v": ("v", "#D55E00"), "x0": ("the image", "#009E73")}
 SHOWN = ("readout", "scaled")  # panels
@@ -32,7 +32,8 @@ def together(runs: Sequence[Measured[DepthConfig]]) -> Page:
         captions={
             "family": "The gap after every block without coupling, by the final layer's readout (left) and up to "
             "one fitted scalar (right), against relative depth. Colours: what the network predicts. Thicker lines: "
-            f"more layers. Shaded: the last {100 * LAST:.0f} % of the layers."
+            f"more layers. Shaded: the last {100 * LAST:.0f} % of the layers. No line: bands commit before the "
+            "window, and the gap is not known."
         },
         methods=[
             "Every network through `syncgap depth`; see its section. Localised by a reading: the share of the "
@@ -125,7 +126,7 @@ def figure_family(found: dict[str, tuple[DiTConfig, xr.Dataset]]) -> Figure:
         for model, analysis in found.values():
             if f"network_{reading}_gap" not in analysis:
                 continue
-            gap = analysis[f"network_{reading}_gap"].isel({grid_of(reading): 0}).values
+            gap = known_gap(analysis, "network", reading)
             where = np.linspace(0, 1, len(gap))
             color = PREDICTIONS[model.prediction][1]
             width = 0.9 + 0.9 * depths.index(model.depth)

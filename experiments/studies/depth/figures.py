@@ -16,7 +16,7 @@ from experiments.frame.drawing import (
     new_figure,
 )
 from experiments.studies.depth.settings import LAST
-from experiments.studies.depth.verdicts import READINGS, grid_of
+from experiments.studies.depth.verdicts import READINGS, grid_of, known_gap
 from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 LOW_COLOR, HIGH_COLOR = "#0072B2", "#D55E00"
@@ -28,11 +28,11 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     layers = analysis.layer.values
     ax.axvspan((1 - LAST) * layers[-1], layers[-1], color=FAINT, alpha=0.45, linewidth=0, zorder=0)
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    curves = [(f"network_{name}_gap", grid_of(name), *READINGS[name]) for name in READINGS]
-    curves.append(("untrained_scaled_gap", "probe_coupling", "readout with a fitted scalar, untrained", QUIET))
-    for variable, grid, label, color in curves:
-        if variable in analysis:
-            at = analysis[variable].isel({grid: 0}).values
+    curves = [("network", name, *READINGS[name]) for name in READINGS]
+    curves.append(("untrained", "scaled", "readout with a fitted scalar, untrained", QUIET))
+    for source, name, label, color in curves:
+        if f"{source}_{name}_gap" in analysis:
+            at = known_gap(analysis, source, name)
             curve(ax, layers, at, color, label, shade=0.18, marker="o", markersize=4)
     ax.set_xlabel("after block")
     ax.set_ylabel("gap  $\\tau_{high} - \\tau_{low}$  (nats)")

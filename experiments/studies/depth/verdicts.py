@@ -38,6 +38,13 @@ def censored(analysis: xr.Dataset, source: str, reading: str, layer: int) -> tup
     return bool(edge[LOW_BAND] > CENSORED), bool(edge[HIGH_BAND] > CENSORED)
 
 
+def known_gap(analysis: xr.Dataset, source: str, reading: str) -> np.ndarray:
+    """The uncoupled gap by layer, with its interval (layer, 3); NaN where neither level is known."""
+    gap = analysis[f"{source}_{reading}_gap"].isel({grid_of(reading): 0}).values
+    unknown = [all(censored(analysis, source, reading, layer)) for layer in range(len(gap))]
+    return np.where(np.array(unknown)[:, None], np.nan, gap)
+
+
 def verdict_of(analysis: xr.Dataset, reading: str, source: str = "network") -> tuple[Verdict, str]:
     """Whether the share of the final gap that is made in the last fifth of the layers is above a half, and what stands
     in the way of saying so, if anything does.
