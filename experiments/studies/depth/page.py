@@ -53,8 +53,8 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
         parts.append(f"{READINGS[name][0]} {share}")
     captions = {
         "gap_by_layer": "The gap after every block without coupling, by every reading; layer 0 is the embedding. "
-        "Shaded: the last fifth of the layers. Grey: the untrained network. No line: the gap is not known, because bands "
-        "commit before the window.",
+        "Shaded: the last fifth of the layers. Grey: the untrained network. No line: the gap is not known, because "
+        "bands commit before the window.",
         "coupled": "The gap after every block by the readout, for every coupling.",
         "levels_by_layer": "Commitment level of every band after every block, without coupling, by the readout (left) "
         "and by the probe (right). The gap is the highest band's level minus that of the lowest above DC.",
