@@ -138,9 +138,9 @@ class Probe:
         """Held-out errors and the readout's products, per pair.
 
         Returns:
-          products, products_shuffled (coupling, pair, layer, level, band, product): inner products per DCT coefficient
-            of what the final layer reads off the stream, denoised, the noisy state, rescaled, and the outcome; all of
-            the pair's difference mode.
+          products, products_shuffled (coupling, pair, layer, level, band, product): see `PRODUCTS`; inner products per
+          DCT coefficient of the pair's difference in what the final layer reads off the stream (denoised), in the noisy
+          state (rescaled) and in the outcome.
           error, total (coupling, pair, layer, level, probe_band): squared error and total square of the outcome.
           error_shuffled: error of the last layer when the outcomes are those of other pairs (without the layer axis).
         """
