@@ -72,6 +72,7 @@ def test_a_shipped_model_denoises(name):
     assert untrained > 0.06
 
 
+@pytest.mark.long
 def test_the_solvable_model_comes_close_to_the_exact_posterior_mean():
     """Of draws of its laws at three levels the error is above the least possible, by a few percent at most."""
     model, data, clock = load_model("solvable8"), SolvableData(), make_clock(1000)

@@ -117,6 +117,7 @@ def test_pictures_do_not_depend_on_the_batch(photos, settings):
     assert np.abs(one[1] - one[2]).max() > 0.1  # of one class, but other noise
 
 
+@pytest.mark.long
 def test_every_setting_has_an_effect(photos):
     model, labels = load_model(photos), np.array([0, 1], np.int32)
     settings = (

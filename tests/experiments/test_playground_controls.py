@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from playground_browser import CHARTS, DEFAULTS, SPLIT, call, canvases, opened, plain, screen, settle
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_it_loads_without_a_server_or_a_network(page):

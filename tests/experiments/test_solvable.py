@@ -65,6 +65,7 @@ def test_modes_are_orthonormal_and_come_back():
     np.testing.assert_allclose((modes**2).sum(-1), (x**2).sum((1, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_drawn_images_have_the_law():
     x, labels = SolvableData().batch(TrainConfig(batch_size=9000), 3)
     again, _ = SolvableData().batch(TrainConfig(batch_size=9000), 3)
@@ -77,6 +78,7 @@ def test_drawn_images_have_the_law():
     assert abs(np.corrcoef(np.sign(common), np.sign(difference))[0, 1]) < 0.06  # two independent signs
 
 
+@pytest.mark.long
 def test_exact_denoiser_is_the_posterior_mean_of_the_label(exact):
     clock = exact[0]
     denoise, step = exact_denoiser(clock), 120
@@ -88,6 +90,7 @@ def test_exact_denoiser_is_the_posterior_mean_of_the_label(exact):
         np.testing.assert_allclose(found[1, c], expected, atol=2e-5)
 
 
+@pytest.mark.long
 def test_commitment_of_the_exact_denoiser_is_the_recursions(exact):
     clock, bands, _, found = exact
     energy = np.asarray(found["energy"][:, 0], np.float64).mean(0)
@@ -99,6 +102,7 @@ def test_commitment_of_the_exact_denoiser_is_the_recursions(exact):
     np.testing.assert_allclose(energy[-1], known[-1], rtol=0.25)  # of a chi-square with few coefficients
 
 
+@pytest.mark.long
 def test_speciation_of_the_exact_denoiser_is_where_kappa_is_one(exact):
     clock, *_, found = exact
     theory = sign_theory(clock)
@@ -110,6 +114,7 @@ def test_speciation_of_the_exact_denoiser_is_where_kappa_is_one(exact):
     )
 
 
+@pytest.mark.long
 def test_clones_of_the_exact_denoiser_correlate_as_they_must(exact):
     clock, bands, branches, found = exact
     correlation = found["clone_product"].mean(0) / found["clone_square"].mean(0)
