@@ -19,7 +19,7 @@ import gpu_carry
 
 HERE = Path(__file__).parent
 # name -> share of the time, in the order in which they run; the last takes what is left
-STAGES = {"here": 0.05, "right": 0.13, "fast": 0.28, "profile": 0.07, "ensembles": 0.06, "sweep": 0.2, "networks": 0.21}
+STAGES = {"here": 0.05, "right": 0.2, "fast": 0.24, "profile": 0.07, "ensembles": 0.06, "sweep": 0.2, "networks": 0.18}
 START = 10.0  # seconds to start a stage: interpreter, imports, the GPU's context
 FIRST, LAST = next(iter(STAGES)), list(STAGES)[-1]
 

@@ -14,7 +14,7 @@ from gpu_stages.box import Box, markdown, random_model
 
 COUPLINGS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)
 BLOCK = 4
-FIXED = 40.0  # seconds for writing and reading the weights, compiling, the control and the page
+FIXED = 80.0  # seconds for writing and reading the weights, compiling, the control, the analysis and the page
 
 
 def run(box: Box) -> None:
