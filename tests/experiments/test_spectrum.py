@@ -132,7 +132,9 @@ def network(theory, gap, order=1.0, half=0.1, transformation="natural"):
     return xr.Dataset(
         {
             "gap": (("coupling", "bound"), [[gap, gap - half, gap + half]]),
+            "gap_claimed": (("bound",), [gap, gap - 1.2 * half, gap + 1.2 * half]),
             "order": (("coupling", "bound"), [[order] * 3]),
+            "order_claimed": (("bound",), [order] * 3),
             "gap_draws": ("draw", gap + half / 2 * rng.standard_normal(200)),
             "theory_gap": theory,
         },
