@@ -13,6 +13,7 @@ from experiments.frame.drawing import FAINT, INK, band_names, coupling_axis, cur
 from experiments.frame.draws import with_interval
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, interval, number
+from experiments.frame.trainings import Training, over_networks, trained_again
 from experiments.frame.verdict import Claim, Control, above, bounds
 from experiments.studies.spectrum.page import data_of
 from experiments.studies.spectrum.settings import CLAIMS, LIMIT, SpectrumConfig
@@ -53,13 +54,6 @@ def line(theory: np.ndarray, gaps: np.ndarray, draws: np.ndarray) -> Line | None
     return Line(*over_pairs, *across)
 
 
-def over_networks(values: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Interval (2,) of the mean of independently trained networks, by Student's t; NaN for fewer than three."""
-    if values.size < 3:
-        return np.full(2, np.nan)
-    return np.array(stats.t.interval(level, values.size - 1, values.mean(), stats.sem(values)))
-
-
 def widest(*intervals: np.ndarray) -> list[float]:
     """The interval that holds all of these that are known."""
     known = np.array([each for each in intervals if np.isfinite(each).all()])
@@ -80,7 +74,7 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
             "the data?",
             answer=answer(theory, gaps, fit),
             claims=[more_than_data(found), order_beyond_data(found)],
-            tables=[network_table(found), *trained_again(runs, found), *band_tables(found)],
+            tables=[network_table(found), *trained_again(trainings(runs, found)), *band_tables(found)],
             captions={
                 "spectrum": "Gap of every network without coupling against that of an exact denoiser of its data's "
                 "covariance, with 95 % intervals over pairs. Line: least squares. Dashed: equal gaps.",
@@ -209,46 +203,18 @@ def network_table(found: Networks) -> Table:
     return Table("Networks without coupling", [*head, "Kendall's tau-b of the data", "Kendall's tau-b"], rows)
 
 
-def trained_again(runs: Sequence[Measured[SpectrumConfig]], found: Networks) -> list[Table]:
-    """How the gap varies between trainings of one form of network on one kind of data, beside how it varies over pairs;
-    no table where none was trained twice."""
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for run in runs:
-        name, form = run.subject_name, run.model.to_dict()
-        known = sorted((key, str(value)) for key, value in form.items() if key != "dtype")
-        alike.setdefault((found[name].attrs["transformation"], *map("=".join, known)), []).append(name)
-    rows = []
-    for names in alike.values():
-        if len(names) < 2:
-            continue
-        members = [found[name] for name in names]
-        kind = f"{ARCHITECTURES[members[0].attrs.get('architecture', 'dit')][0]} on {data_of(members[0])}"
-        for g in members[0].coupling.values:
-            gaps = np.array([at.gap.sel(coupling=g).values for at in members])
-            over = over_networks(gaps[:, 0])
-            rows.append(
-                [
-                    f"{kind}: {', '.join(names)}",
-                    f"{g:g}",
-                    number(float(gaps[:, 0].mean())),
-                    interval(over.tolist()) if np.isfinite(over).all() else "–",
-                    number(float(gaps[:, 0].std(ddof=1))),
-                    number(float((gaps[:, 2] - gaps[:, 1]).mean() / (2 * stats.norm.ppf(0.975)))),
-                ]
-            )
-    head = [
-        "trained again",
-        "g",
-        "mean gap, nats",
-        "95 % interval over trainings",
-        "spread over trainings",
-        "over pairs",
+def trainings(runs: Sequence[Measured[SpectrumConfig]], found: Networks) -> list[Training]:
+    """The networks as `trained_again` takes them; they were all measured alike."""
+    known = [(run.model.to_dict(), run.subject_name, found[run.subject_name]) for run in runs]
+    return [
+        Training(name, f"{architecture_of(at)} on {data_of(at)}", form, {}, at.coupling.values, at.gap.values)
+        for form, name, at in known
     ]
-    note = (
-        "Spreads are standard deviations, that over pairs from the mean width of the intervals. Networks of a row "
-        "differ in training seed, or in how they were trained. The 95 % interval needs three."
-    )
-    return [Table("Gap of networks that were trained again", head, rows, note)] if rows else []
+
+
+def architecture_of(analysis: xr.Dataset) -> str:
+    """The kind of network, in a word."""
+    return ARCHITECTURES[analysis.attrs.get("architecture", "dit")][0]
 
 
 def band_tables(found: Networks) -> list[Table]:
