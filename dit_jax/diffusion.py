@@ -126,10 +126,13 @@ def network_denoiser(
       channels, guided_coupling: see `guided_output`.
 
     Raises:
-      ValueError: a gate by step is not as long as the clock.
+      ValueError: a gate by step is not as long as the clock; the clock is of another path than the network's.
     """
     timesteps = np.asarray(clock.timesteps)
     config = model.config
+    path = "ddpm" if clock.path is None else clock.path.name
+    if path != config.path:
+        raise ValueError(f"the clock is of the path {path}, the network of {config.path}: use model.config.clock")
     if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
         raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
     options: dict[str, Any] = {"kind": kind, "attention": attention, "tap": tap, "edit": edit}

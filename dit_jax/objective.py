@@ -11,6 +11,7 @@ import numpy as np
 
 from dit_jax.config import Prediction
 from ou_theory.clock import Clock
+from ou_theory.paths import ProbabilityPath
 
 
 class Loss(NamedTuple):
@@ -39,7 +40,11 @@ def network_input(x: jax.Array, step: jax.Array, clock: Clock) -> jax.Array:
 
 
 def target(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock, prediction: Prediction) -> jax.Array:
-    """What the first channels of the network should predict, (N, H, W, C) (theory, eq. 1.3 and 2.10)."""
+    """What the first channels of the network should predict, (N, H, W, C) (theory, eq. 1.3 and 2.10).
+
+    Raises:
+      ValueError: a velocity is asked for on the clock of a schedule, which has no path.
+    """
     if prediction == "epsilon":
         return noise
     if prediction == "x0":
@@ -47,19 +52,17 @@ def target(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock, predi
     ab = clock.alpha_bar
     if prediction == "score":
         return -noise / at_step(_noise_weight(clock), step, x0)
-    from_x0, from_noise = velocity_rates(clock) if prediction == "velocity" else (-np.sqrt(1 - ab), np.sqrt(ab))
+    if prediction == "velocity":
+        from_x0, from_noise = _path(clock).rates(clock.timesteps)
+    else:
+        from_x0, from_noise = -np.sqrt(1 - ab), np.sqrt(ab)
     return at_step(from_noise, step, x0) * noise + at_step(from_x0, step, x0) * x0
 
 
-def velocity_rates(clock: Clock) -> tuple[np.ndarray, np.ndarray]:
-    """The derivatives of the path's weights of data and noise by its time, (n,) float64 each.
-
-    Raises:
-      ValueError: the clock is that of a schedule, which has no such time.
-    """
+def _path(clock: Clock) -> ProbabilityPath:
     if clock.path is None:
-        raise ValueError("a velocity is defined on a path of flow matching: use a clock of path_clock")
-    return clock.path.rates(clock.timesteps)
+        raise ValueError("a velocity is defined on a path of flow matching: use the clock of one, see path_clock")
+    return clock.path
 
 
 def _noise_weight(clock: Clock) -> np.ndarray:
@@ -80,10 +83,8 @@ def denoising_weights(clock: Clock, prediction: Prediction) -> tuple[np.ndarray,
         return np.zeros_like(ab), np.ones_like(ab)
     if prediction == "v":
         return np.sqrt(ab), -np.sqrt(1 - ab)
-    alpha_rate, sigma_rate = velocity_rates(clock)
-    alpha, sigma = clock.scale * np.sqrt(ab), _noise_weight(clock)
-    wronskian = alpha_rate * sigma - alpha * sigma_rate
-    return -sigma_rate * clock.scale / wronskian, sigma / wronskian
+    from_state, from_velocity = _path(clock).denoising_weights(clock.timesteps)
+    return from_state * clock.scale, from_velocity
 
 
 def denoised_at(clock: Clock, step: jax.Array, x: jax.Array, out: jax.Array, prediction: Prediction) -> jax.Array:
@@ -93,6 +94,9 @@ def denoised_at(clock: Clock, step: jax.Array, x: jax.Array, out: jax.Array, pre
       step: of the clock, () for all of `x`, or (N,) for images `x` (N, H, W, C).
       x: variance-preserving state.
       prediction: what `out` is, see `DiTConfig.prediction`.
+
+    Raises:
+      ValueError: `out` is a velocity, and the clock that of a schedule, which has no path.
     """
     if prediction == "x0":
         return out

@@ -41,6 +41,16 @@ class ProbabilityPath:
         t = np.asarray(t, np.float64)
         return self.alpha_rate(t), self.sigma_rate(t)
 
+    def denoising_weights(self, t: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """The weights of state and velocity whose sum is the data (theory, eq. 2.10).
+
+        They are finite at both ends, but for t = 1 on the VP path, where sigma has no derivative.
+        """
+        t = np.asarray(t, np.float64)
+        sigma, (alpha_rate, sigma_rate) = self.sigma(t), self.rates(t)
+        wronskian = alpha_rate * sigma - self.alpha(t) * sigma_rate
+        return -sigma_rate / wronskian, sigma / wronskian
+
     def scale(self, t: ArrayLike) -> FloatArray:
         """The factor ``sqrt(alpha^2 + sigma^2)`` from the variance-preserving state to that of the path."""
         t = np.asarray(t, np.float64)
