@@ -40,7 +40,7 @@ def network_input(x: jax.Array, step: jax.Array, clock: Clock) -> jax.Array:
 
 
 def target(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock, prediction: Prediction) -> jax.Array:
-    """What the first channels of the network should predict, (N, H, W, C) (theory, eq. 1.3 and 2.10).
+    """What the first channels of the network should predict, (N, H, W, C) (theory, eq. 1.3 and 2.8).
 
     Raises:
       ValueError: a velocity is asked for on the clock of a schedule, which has no path.
