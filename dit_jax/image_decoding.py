@@ -82,7 +82,7 @@ def _grey(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
         white = 1
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        if not (values.min() >= 0 and values.max() <= 1):  # a NaN is neither
             raise ValueError(
                 f"its floating-point numbers are in {values.min():g}..{values.max():g}, and only 0 (black) to 1 "
                 f"(white) is read; save it with 8 or 16 bits"

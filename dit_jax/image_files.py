@@ -216,7 +216,9 @@ def _chosen(source: Path, folders: list[Parts], labels: Sequence[str]) -> list[P
         if not found:
             near = get_close_matches(name, [*own, *ways], 3)
             hint = f"; near are {', '.join(map(shown, dict.fromkeys(near)))}" if near else ""
-            raise DataError(f"{source} has no class folder {shown(label)!r} with images; --labels or the model asks for it{hint}")
+            raise DataError(
+                f"{source} has no class folder {shown(label)!r} with images; --labels or the model asks for it{hint}"
+            )
         if len(found) > 1:
             several = ", ".join(shown("/".join(folder)) for folder in sorted(found))
             raise DataError(f"{source} has several folders {shown(label)!r}: {several}; give the path of one as label")

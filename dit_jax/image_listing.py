@@ -2,7 +2,6 @@
 
 import heapq
 import os
-import re
 import stat
 import textwrap
 import zipfile
@@ -18,9 +17,9 @@ Place = Path | zipfile.ZipInfo  # where an image is read
 
 SYSTEM = {"__macosx", "__pycache__", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
 SYSTEM |= {"system volume information", "thumbs.db", "desktop.ini"}
-# photographs that Pillow does not read by itself: a class of them must not vanish
+# pictures that Pillow, or some build of it, does not read by itself: a class of them must not vanish
 FOREIGN = {".heic", ".heif", ".jxl", ".exr", ".eps", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"}
-FOREIGN |= {".orf", ".rw2", ".pef", ".srw"}
+FOREIGN |= {".orf", ".rw2", ".pef", ".srw", ".webp", ".avif", ".jp2"}
 
 LARGEST_FILE = 2**29  # bytes; uncompressed, the largest image that Pillow agrees to decode
 UNPACKED = 2**32  # bytes that the images of any zip may unpack to
@@ -167,8 +166,6 @@ def _list_zip(source: Path) -> Listing:
     for entry in entries:
         name = _entry_name(entry).replace("\\", "/")
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
-        if parts and re.fullmatch("[A-Za-z]:", parts[0]):
-            parts = parts[1:]
         if ".." in parts:
             listing.leave(UPWARD, parts)
             continue

@@ -207,6 +207,7 @@ def test_the_centre_is_kept():
     np.testing.assert_array_equal(decode(saved(wide), SIDE), RGB)
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"  # a program, not a picture
 CUT = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "PCX", "SGI", "QOI"]
 
 
@@ -225,7 +226,7 @@ def test_a_file_cut_short_is_read_whole_or_refused(kind):
 
 
 def test_what_is_no_picture_is_refused_without_a_machine_address():
-    for content, why in ((b"", "empty"), (b"\0" * 500, "not read|damaged"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not read")):
+    for content, why in ((b"", "empty"), (b"\0" * 500, "not read|damaged"), (EPS, "not read")):
         with pytest.raises(ValueError, match=why) as caught:
             decode(content, SIDE)
         assert "0x" not in str(caught.value)

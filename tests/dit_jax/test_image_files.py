@@ -69,7 +69,7 @@ def test_every_readable_format_in_any_case_counts(made):
 
 
 def test_what_is_left_out_is_said_with_the_reason(made):
-    files = find_images(made("cat/1.png", "cat/notes.txt", "readme.png", "dog/list.csv", "owl/", "cat/2.heic"))
+    files = find_images(made("cat/1.png", "cat/notes.txt", "readme.png", "dog/list.csv", "owl/young/", "cat/2.heic"))
     assert found(files) == {"cat": ["cat/1.png"]}
     assert files.left_out == {
         image_listing.FORMAT: ("cat/2.heic", "cat/notes.txt", "dog/list.csv"),
