@@ -40,7 +40,7 @@ class ImageFiles:
     def describe(self) -> str:
         """Classes with their counts in the order of the labels, and what was left out and why, in lines."""
         counts = Counter(self.labels)
-        classes = [f"{label} {shown(name)} ({counts[label]})" for label, name in enumerate(self.class_names)]
+        classes = [f"{label}: {shown(name)} ({counts[label]})" for label, name in enumerate(self.class_names)]
         lines = [f"{self.source}: {_number(len(self), 'image')} in {_number(len(classes), 'class')}, by label"]
         lines += paragraph(", ".join(classes))
         if any(_is_number(name) and int(name) != label for label, name in enumerate(self.class_names)):

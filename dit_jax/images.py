@@ -12,8 +12,6 @@ from dit_jax.image_decoding import decode
 from dit_jax.image_files import find_images
 from dit_jax.image_listing import DataError
 
-__all__ = ["DataError", "ImageSet", "image_grid", "image_set", "load_images", "standardize", "to_pixels"]
-
 
 @dataclass(frozen=True)
 class ImageSet:

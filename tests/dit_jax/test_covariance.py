@@ -118,13 +118,13 @@ def test_the_command_reads_classes_in_the_order_of_the_model(folder, tmp_path, c
     turned, model = load_images(folder, SIZE, progress=False, labels=["dark", "bright"]), tmp_path / "model"
     save_model(untrained_model(CONFIG, 0), model, extra={"data": turned.preparation()})
     assert main(["covariance", str(model), str(folder), "--quiet"]) == 0
-    assert "0 dark (60), 1 bright (60)" in capsys.readouterr().out
+    assert "0: dark (60), 1: bright (60)" in capsys.readouterr().out
     assert load_covariance(model).about["data"] == turned.preparation()
     order = tmp_path / "labels.txt"
     order.write_text("bright\ndark\n")
     assert main(["covariance", str(model), str(folder), "--quiet", "--labels", str(order)]) == 2
     said = capsys.readouterr()
-    assert "0 bright (60), 1 dark (60)" in said.out
+    assert "0: bright (60), 1: dark (60)" in said.out
     assert "trained on other images" in said.err
 
 

@@ -83,7 +83,7 @@ def test_what_is_left_out_is_said_with_the_reason(made):
 
 def test_classes_are_said_with_their_counts_in_the_order_of_their_labels(made):
     said = find_images(made("b/1.png", "a/1.png", "b/2.png")).describe()
-    assert re.search(r"3 images in 2 classes, by label\n +0 a \(1\), 1 b \(2\)$", said)
+    assert re.search(r"3 images in 2 classes, by label\n +0: a \(1\), 1: b \(2\)$", said)
 
 
 def test_a_name_cannot_write_to_the_terminal(tmp_path):

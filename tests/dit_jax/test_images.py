@@ -75,7 +75,7 @@ def test_what_is_read_is_told_before_it_is_read(folder, tmp_path):
     with pytest.raises(DataError, match=r"ant/0\.jpg is not a readable image \(it is empty\)"):
         load_images(copy, 8, progress=False, tell=told.append)
     (said,) = told
-    assert "0 ant (3), 1 wasp (3)" in said
+    assert "0: ant (3), 1: wasp (3)" in said
     assert "ant/notes.txt" in said
     assert "stray.png" in said
 

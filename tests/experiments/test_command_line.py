@@ -41,11 +41,11 @@ def test_training_says_what_it_reads_in_the_order_of_the_labels(tmp_path, monkey
     command = ["train", str(tmp_path / "set"), str(tmp_path / "run"), "--size", "8", "--quiet"]
     assert cli.main(command) == 2
     said = capsys.readouterr()
-    assert "3 images in 3 classes, by label\n  0 1 (1), 1 2 (1), 2 10 (1)\n" in said.out
+    assert "3 images in 3 classes, by label\n  0: 1 (1), 1: 2 (1), 2: 10 (1)\n" in said.out
     assert ".ipynb_checkpoints" in said.out
     assert "far enough" in said.err
     assert cli.main([*command, "--labels", str(tmp_path / "labels.txt")]) == 2
-    assert "0 10 (1), 1 1 (1)" in capsys.readouterr().out
+    assert "0: 10 (1), 1: 1 (1)" in capsys.readouterr().out
     assert trained_on == [("1", "2", "10"), ("10", "1")]
     assert cli.main(["train", "solvable", str(tmp_path / "run"), "--size", "8", "--labels", "labels.txt"]) == 2
     assert "--labels applies to folders" in capsys.readouterr().err
