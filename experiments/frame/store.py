@@ -181,6 +181,7 @@ class RunFolder:
             for name, v in template.data_vars.items()
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
+        self._mend_coordinates(group, template)  # nor are coordinates that happen to be the fill value
         self._update(
             blocks={**self.manifest["blocks"], group: []},
             digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
@@ -296,7 +297,7 @@ class RunFolder:
         if bad:
             mended = template.coords.to_dataset()
             mended = mended.drop_vars([name for name in mended.variables if name not in bad])
-            self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a")
+            self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a", write_empty_chunks=True)
             self._update(digests=self._with_digest(group, LAYOUT))
 
     @property
