@@ -19,7 +19,7 @@ from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
-from experiments.frame.subject import Subject, check_dit, load_subject
+from experiments.frame.subject import Subject, check_dit, check_guidance, load_subject
 from ou_theory.modes import radial_bands
 
 C = TypeVar("C")
@@ -83,6 +83,7 @@ class Bench(Measured[C]):
             self.subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
             if not any_network:
                 check_dit(self.subject, study)
+            check_guidance(self.subject.manifest, config.guidance)
             model = self.subject.model.config
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):

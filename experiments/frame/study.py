@@ -18,6 +18,7 @@ from dit_jax.disk import write_json
 from experiments.frame.bench import Bench
 from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
+from experiments.frame.numerics import own_numerics
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.subject import Subject, model_folder, model_name
@@ -42,6 +43,7 @@ class Study(Generic[C]):
     any_network: bool = False  # whether networks without attention are accepted, too
 
 
+@own_numerics()
 def run_study(
     study: Study[C],
     config: C,
@@ -108,6 +110,7 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
     return joint_page(out, {study.name: study}.get)
 
 
+@own_numerics()
 def report(study: Study[C], run: RunFolder) -> Path:
     """Makes analysis, claims, figures and page of a run from what it has measured, and marks the run complete. Returns
     the path of ``report.html``.

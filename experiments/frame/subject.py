@@ -79,6 +79,15 @@ def check_dit(subject: Subject, study: str) -> None:
         )
 
 
+def check_guidance(manifest: dict, guidance: float) -> None:
+    """Raises ValueError for guidance by a network that has never seen the null label."""
+    if guidance != 1 and (manifest.get("training") or {}).get("label_dropout") == 0:
+        raise ValueError(
+            "guidance compares a class with the null label, on which this network was not trained (its manifest says "
+            "label_dropout 0); leave --guidance out, or train with label dropout"
+        )
+
+
 def untrained_model(config: NetworkConfig, seed: int) -> Network:
     """A network with random weights everywhere, see `Subject.untrained`."""
     model = make_network(config, nnx.Rngs(stream(seed, "untrained weights", 0)))

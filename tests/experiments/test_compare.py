@@ -256,6 +256,25 @@ def test_a_sweep_is_one_compilation(weights, tmp_path):
     assert instrument._network_gain._cache_size() == 1
 
 
+@pytest.mark.long
+def test_what_the_environment_says_of_numerics_changes_nothing(finished, weights, tmp_path):
+    """Double precision, strict promotion and stops at NaN once ended runs in tracebacks, after all the sampling."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        assert cli.main(arguments(weights, tmp_path / "run")) == 0
+    found, known = (RunFolder.open(path) for path in (tmp_path / "run", finished))
+    for group in ("network", "untrained", "wiener", "analysis"):
+        xr.testing.assert_identical(found.load(group), known.load(group))
+
+
+def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys):
+    save_model(untrained_model(MODEL, 5), tmp_path / "m", extra={"data": DATA, "training": {"label_dropout": 0}})
+    assert cli.main(arguments(str(tmp_path / "m"), tmp_path / "out", "--guidance", "2")) == 2
+    assert cli.main(["sample", str(tmp_path / "m"), str(tmp_path / "pictures"), "--guidance", "2"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("null label, on which this network was not trained") == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "m"]
+
+
 @pytest.fixture(scope="module")
 def split(weights, tmp_path_factory):
     """Runs on two devices with either layout of the parameters, in a process of their own, for the number of host
