@@ -1,5 +1,6 @@
 """The main job from end to end on a tiny random network: contents, resume, bad input."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from experiments.frame.draws import pair_draws
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
+from experiments.frame.verdict import LEAST
 from experiments.studies.compare.analysis import estimates, joined_draws
 from experiments.studies.compare.measure import Instrument
 from experiments.studies.compare.page import section
@@ -264,6 +266,22 @@ def test_what_the_environment_says_of_numerics_changes_nothing(finished, weights
     found, known = (RunFolder.open(path) for path in (tmp_path / "run", finished))
     for group in ("network", "untrained", "wiener", "analysis"):
         xr.testing.assert_identical(found.load(group), known.load(group))
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_network_without_a_gap_has_nothing_that_could_collapse(tmp_path):
+    """At its initial values a DiT puts out zero: nothing but rounding tells its bands apart."""
+    save_model(DiT(dataclasses.replace(MODEL, prediction="v"), nnx.Rngs(0)), tmp_path / "zero", extra={"data": DATA})
+    assert cli.main(arguments(str(tmp_path / "zero"), tmp_path / "run")) == 0
+    exists, collapses, _, ordered = json.loads((tmp_path / "run" / "claims.json").read_text())["claims"]
+    assert abs(exists["value"]) < LEAST
+    assert exists["verdict"] == "does not hold"
+    assert "no gap can be told from 0" in exists["statement"]
+    assert not any("%" in control["statement"] for control in exists["controls"])
+    assert (collapses["verdict"], collapses["value"], collapses["interval"]) == ("undecided", None, None)
+    assert all(control["value"] is None for control in collapses["controls"] if control["name"].startswith("by "))
+    assert (ordered["verdict"], ordered["value"]) == ("undecided", None)
 
 
 def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys):

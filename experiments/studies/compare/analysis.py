@@ -28,6 +28,7 @@ from experiments.frame.exact import exact_statistics
 from experiments.frame.measured import Definitions, Measured
 from experiments.frame.steps import WINDOW_START
 from experiments.frame.streams import numpy_stream
+from experiments.frame.verdict import LEAST, told_from_zero
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import (
     Gains,
@@ -312,9 +313,11 @@ def _add_claimed(
         known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, [LOW, HIGH]].any(-1)
         of_grid = np.searchsorted(grids[name], dataset.coupling.values[known])
         tables["uncoupled"][i] = with_interval(sources[name].gap[0], drawn["gap"][:, 0], level)
-        tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
+        if told_from_zero(tables["uncoupled"][i]):
+            tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
         strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
-        tables["order"][i] = with_interval(order(sources[name].tau[0]), order(drawn["tau"][:, 0]), level)
+        if np.ptp(sources[name].tau[0, LOW:]) > LEAST:
+            tables["order"][i] = with_interval(order(sources[name].tau[0]), order(drawn["tau"][:, 0]), level)
         share[i] = np.mean(drawn["gap"][:, 0] > 0)
     dataset["in_order"] = ("claimed", share)
     dataset["strongest"] = ("claimed", strongest)
