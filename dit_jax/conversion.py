@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dit_jax.config import Prediction, TimestepConvention, Which
+from dit_jax.config import NoisePath, Prediction, TimestepConvention, Which
 
 
 def convert_checkpoint(
@@ -16,6 +16,7 @@ def convert_checkpoint(
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     *,
     prediction: Prediction | None = None,
+    path: NoisePath | None = None,
     num_classes: int | None = None,
     null_label: Literal["last", "none"] | None = None,
     num_heads: int | None = None,
@@ -32,8 +33,9 @@ def convert_checkpoint(
     """Convert a PyTorch DiT checkpoint to a model folder, which `dit_jax.load_model` reads, or a model folder back.
 
     Shapes do not tell the whole function of a network. What the file does not say elsewhere either must be given by
-    --prediction, --num-classes, --num-heads and --input-size; an error says which of them are needed. The released DiTs
-    need --prediction epsilon alone. Exports of this package (--export) need none.
+    --prediction, --path, --num-classes, --num-heads and --input-size; an error says which of them are needed. The
+    released DiTs need --prediction epsilon alone, the released SiTs --prediction velocity --path linear. Exports of
+    this package (--export) need none.
 
     The released DiT weights are licensed CC-BY-NC 4.0 (non-commercial), and so is what is made from them.
 
@@ -42,8 +44,10 @@ def convert_checkpoint(
         entries or prefixes such as ema, model, state_dict); a .safetensors file, or its index if it is sharded; or a
         folder with one of these, as diffusers has them. Nothing in a file is run.
       out: model folder to make.
-      prediction: what the network predicts: epsilon (the noise, as the released DiTs do), v or x0. Networks of other
-        kinds, SiT among them, have the same keys and shapes, so the file cannot tell.
+      prediction: what the network predicts: epsilon (the noise, as the released DiTs do), v, x0, velocity (as the
+        released SiTs do) or score. All have the same keys and shapes, so the file cannot tell.
+      path: how data and noise were mixed in training: ddpm, the default for epsilon, v and x0, or a path of flow
+        matching, which velocity and score need: linear (the released SiTs), gvp or vp.
       num_classes: classes, the null label of guidance left out. Needed, or --null-label, unless the label table has
         1001 rows (ImageNet's classes and the null label).
       null_label: none if no row of the label table is the null label's; such a network runs without guidance only.
@@ -76,6 +80,7 @@ def convert_checkpoint(
 
     given = {
         "prediction": prediction,
+        "path": path,
         "num_classes": num_classes,
         "null_label": null_label,
         "num_heads": num_heads,

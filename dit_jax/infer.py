@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dit_jax.config import PREDICTIONS, VARIANTS, DiTConfig
+from dit_jax.config import NOISE_PATHS, PREDICTIONS, VARIANTS, DiTConfig
 from dit_jax.facts import Facts
 from dit_jax.tensors import Shape
 
 SMALL_EMBEDDING = 2**22  # numbers that a position embedding of any network may have
 IMAGENET = 1000  # classes of the official models
+OF_FLOWS = ("velocity", "score")  # predictions of networks that are trained on a path of flow matching
 
 
 def variant_name(config: DiTConfig) -> str | None:
@@ -77,8 +78,11 @@ def infer_config(
     null, problem = _has_null_label(rows, facts)
     problems += [problem] if problem else []
     sizes |= {"input_size": side * patch, "num_classes": max(rows - null, 1), "null_label": null}
-    if facts.path not in (None, "ddpm"):
-        problems.append(f"it was trained on the path {facts.path!r} of flow matching, which cannot be run here")
+    if facts.path is not None:
+        sizes["path"] = facts.path
+    elif facts.prediction in OF_FLOWS:
+        problems.append(_ask_path(facts.prediction))
+        sizes["path"] = "linear"
     if facts.prediction is None:
         problems.append(_ask_prediction())
     elif facts.prediction not in PREDICTIONS:
@@ -100,6 +104,13 @@ def infer_config(
 def assumptions(config: DiTConfig, facts: Facts) -> list[str]:
     """What a conversion took for granted because it holds for every official model: a line for each."""
     notes = []
+    if facts.path is None:
+        notes.append("it is run on the noise schedule of DDPM, as the released DiTs are (--path)")
+    if config.path != "ddpm" and config.learn_sigma:
+        notes.append(
+            "the second half of its outputs is run as a variance by ancestral sampling, though SiT does not train it: "
+            "sample with DDIM"
+        )
     if facts.num_heads is None:
         notes.append(
             f"{config.num_heads} attention heads, as all official networks of depth {config.depth} and width "
@@ -160,8 +171,16 @@ def _ranked(shapes: Mapping[str, Shape], key: str, rank: int) -> Shape:
 def _ask_prediction() -> str:
     return (
         "cannot tell prediction: no entry of the file says what the network predicts; give it "
-        f"(--prediction {'|'.join(PREDICTIONS)}). The released DiTs predict epsilon, the noise. Networks of SiT "
-        "and other flow matching have the same keys and shapes, and predict a velocity"
+        f"(--prediction {'|'.join(PREDICTIONS)}). The released DiTs predict epsilon, the noise. The released "
+        "SiTs have the same keys and shapes, and predict a velocity (--prediction velocity --path linear)"
+    )
+
+
+def _ask_path(prediction: str) -> str:
+    paths = "|".join(path for path in NOISE_PATHS if path != "ddpm")
+    return (
+        f"cannot tell path: a {prediction} is that of a path from data to noise, and no entry of the file says which; "
+        f"give it (--path {paths}). The released SiTs are of the linear path"
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from dit_jax import diffusers_form
 from dit_jax.array_folder import Arrays
 from dit_jax.checkpoint import stored_dtypes, weight_shapes
-from dit_jax.config import DiTConfig, Prediction, TimestepConvention, Which
+from dit_jax.config import DiTConfig, NoisePath, Prediction, TimestepConvention, Which
 from dit_jax.facts import Facts, NullLabel, Said, argument_facts, combined, token_grid, told
 from dit_jax.infer import assumptions, infer_config, variant_name
 from dit_jax.readers import Source, open_source
@@ -101,6 +101,7 @@ def convert(
     which: Which | None = None,
     prefix: str | None = None,
     prediction: Prediction | None = None,
+    path: NoisePath | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
     null_label: NullLabel | None = None,
@@ -118,6 +119,8 @@ def convert(
       which, prefix: of several sets of weights in a file, the one to read, see `dit_jax.readers.open_source`.
       prediction: what the network predicts, see `DiTConfig.prediction`. Only an export of this package, a training
         checkpoint with arguments, or the scheduler of a diffusers pipeline says it.
+      path: how data and noise were mixed in training, see `DiTConfig.path`. Needed for a velocity or score; otherwise
+        the schedule of DDPM unless the file says another.
       num_heads: needed if no official variant has this depth and width.
       num_classes: without the null label. Needed, or `null_label`, unless the label table has the 1001 rows of
         ImageNet's classes and the null label.
@@ -134,7 +137,7 @@ def convert(
     label = str(source)
     opened = open_source(source, which, prefix)
     entries, form, said = official_entries(opened, label)
-    asked = Facts(prediction, num_heads, num_classes, null_label, input_size, timestep_convention)
+    asked = Facts(prediction, num_heads, num_classes, null_label, input_size, timestep_convention, path)
     facts = combined(asked, said, label)
     config, weights = convert_entries(entries, label, facts, dtype)
     notes = [*opened.notes, *told(said), *assumptions(config, facts)]

@@ -168,7 +168,7 @@ def test_what_is_asked_for_names_its_options(run, tmp_path):
     """All of it in one message; nothing is assumed and nothing written."""
     status, out, errors = run(TINY, tmp_path / "model")
     assert (status, out) == (2, "")
-    for option in ("--prediction epsilon|v|x0", "--num-classes 10", "--num-classes 11", "--num-heads"):
+    for option in ("--prediction epsilon|v|x0|velocity|score", "--num-classes 10", "--num-classes 11", "--num-heads"):
         assert option in errors
     assert not list(tmp_path.iterdir())
 

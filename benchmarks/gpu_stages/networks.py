@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ ENDING = 20.0  # seconds for saving and packing
 class Network:
     """What is trained."""
 
-    prediction: Literal["epsilon", "v"]
+    prediction: Literal["epsilon", "v", "velocity"]
     transform: str = "natural"
     seed: int = 0
 
@@ -42,9 +42,12 @@ class Shape:
     num_heads: int = 6
     batch_size: int = 128
     learning_rate: float = 1.5e-3
+    patch_size: int = 2
+    images: str = "images.zip"  # beside the images that are given
 
 
 DEEP = Shape(depth=28, batch_size=256, learning_rate=1e-3)
+PAIR = Shape(depth=10, hidden_size=192, learning_rate=1e-3, images="pair.zip")  # two classes at 32 x 32
 GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
     "deep-epsilon": (DEEP, {f"deep-epsilon-{seed}": Network("epsilon", seed=seed) for seed in range(2)}),
     "deep-v": (DEEP, {f"deep-v-{seed}": Network("v", seed=seed) for seed in range(2)}),
@@ -64,6 +67,16 @@ GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
             for seed in range(seeds)
         },
     ),
+    "velocity": (
+        Shape(),
+        {
+            f"{transform}-velocity-{seed}": Network("velocity", transform, seed)
+            for transform, seeds in (("natural", 3), ("reversed", 1))
+            for seed in range(seeds)
+        },
+    ),
+    "deep-velocity": (DEEP, {f"deep-velocity-{seed}": Network("velocity", seed=seed) for seed in range(2)}),
+    "pair": (PAIR, {f"pair-v-{seed}": Network("v", seed=seed) for seed in range(2)}),
 }
 
 
@@ -109,16 +122,19 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
     from dit_jax.transforms import training_data
 
     shape, networks = GROUPS[name]
-    found = gpu_carry.unpack(images)
+    found = gpu_carry.unpack(images.with_name(shape.images))
     data = {network.transform: training_data(found, network.transform) for network in networks.values()}
     prediction = next(iter(networks.values())).prediction  # one kind a group, as a program has one loss
     if rehearse:
-        shape = Shape(depth=1, hidden_size=32, num_heads=2, batch_size=8)
+        shape = replace(shape, depth=1, hidden_size=32, num_heads=2, batch_size=8)
     config = DiTConfig(
-        input_size=gpu_carry.SIZE,
+        input_size=found.pixels.shape[1],
+        patch_size=shape.patch_size,
         in_channels=3,
         num_classes=len(found.class_names),
         prediction=prediction,
+        path="linear" if prediction == "velocity" else "ddpm",
+        learn_sigma=prediction != "velocity",  # the loss of flow matching is that of the velocity alone
         depth=shape.depth,
         hidden_size=shape.hidden_size,
         num_heads=shape.num_heads,
@@ -174,13 +190,12 @@ def side_by_side(config, settings: list, data: list, seconds: float) -> tuple[li
 
     from dit_jax.model import DiT
     from dit_jax.training import batch_indices, initial_state, make_update
-    from ou_theory.clock import make_clock
 
     first = settings[0]
     drawn = jax.jit(lambda seed: DiT(config, nnx.Rngs(jax.random.key(seed))))
     split = [nnx.split(drawn(each.seed), nnx.Param, ...) for each in settings]
     graph, _, constants = split[0]
-    update = jax.vmap(make_update(config, first, graph, constants, make_clock(1000)))
+    update = jax.vmap(make_update(config, first, graph, constants, config.training_clock()))
     states = [initial_state(params, first) for _, params, _ in split]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     sources = list({id(d): d for d in data}.values())

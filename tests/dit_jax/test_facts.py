@@ -72,7 +72,7 @@ def test_the_released_network_needs_its_prediction_alone():
     grid = (16, 16)
     assert infer_config(shapes, 28, Facts("epsilon"), lambda: grid) == (config, [])
     _, (line,) = infer_config(shapes, 28, Facts(), lambda: grid)
-    assert "--prediction epsilon|v|x0" in line
+    assert "--prediction epsilon|v|x0|velocity|score" in line
 
 
 def test_what_is_taken_for_granted_is_told(tmp_path):
@@ -83,10 +83,11 @@ def test_what_is_taken_for_granted_is_told(tmp_path):
     found = convert(tmp_path / "model.safetensors", prediction="v")
     assert found.config == dataclasses.replace(config, prediction="v")
     assert [note.split(",")[0] for note in found.notes] == [
+        "it is run on the noise schedule of DDPM",
         "6 attention heads",
         "1001 label rows are taken for 1000 classes and the null label",
     ]
-    given = convert(tmp_path / "model.safetensors", prediction="v", num_heads=6, null_label="last")
+    given = convert(tmp_path / "model.safetensors", prediction="v", path="ddpm", num_heads=6, null_label="last")
     assert given.config == found.config
     assert given.notes == ()
 
@@ -207,6 +208,7 @@ def test_a_square_grid_is_told_by_its_values():
     [
         {"prediction": "v", "timestep_convention": "diffusers", "dtype": "bfloat16"},
         {"prediction": "x0", "null_label": False, "num_classes": 4},
+        {"prediction": "velocity", "path": "gvp", "learn_sigma": True},
     ],
 )
 def test_an_export_says_everything(tmp_path, suffix, changes):
@@ -218,7 +220,7 @@ def test_an_export_says_everything(tmp_path, suffix, changes):
     back = convert(tmp_path / f"out.{suffix}")
     assert back.config == config
     assert back.provenance["data"] == data
-    assert back.notes == ()
+    assert not [note for note in back.notes if "ancestral" not in note]
 
 
 def test_a_shipped_model_comes_back_as_it_was(tmp_path):
@@ -276,10 +278,30 @@ def test_flow_matching_is_not_taken_for_a_diffusion(tmp_path, prediction):
     """What REPA's script calls v is the velocity of its path. A DiT with a given prediction is something else."""
     args = argparse.Namespace(prediction=prediction, path_type="Linear", model="SiT-XL/2")
     path = saved(tmp_path / "model.pt", {"ema": tensors(), "args": args})
-    refused_path = refused_with(path, WITHOUT["prediction"])
-    assert "path 'linear'" in refused_path
+    config = convert(path, **WITHOUT["prediction"]).config
+    assert config == dataclasses.replace(CONFIG, prediction="velocity", path="linear")
     with pytest.raises(WeightsError, match="--prediction v contradicts its args, which says velocity"):
         convert(path, **{**TOLD, "prediction": "v"})
+    with pytest.raises(WeightsError, match="--path ddpm contradicts its args, which says linear"):
+        convert(path, **WITHOUT["prediction"], path="ddpm")
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "score"])
+def test_networks_of_flow_matching_need_their_path(plain, prediction):
+    told = {**TOLD, "prediction": prediction}
+    (line,) = problems(plain, **told)
+    assert line.startswith("cannot tell path")
+    assert "--path linear|gvp|vp" in line
+    found = convert(plain, **told, path="gvp")
+    assert found.config == dataclasses.replace(CONFIG, prediction=prediction, path="gvp")
+    assert "sample with DDIM" in found.notes[0]
+
+
+def test_the_schedule_that_is_taken_for_granted_is_told(plain):
+    assert convert(plain, **TOLD).notes == (
+        "it is run on the noise schedule of DDPM, as the released DiTs are (--path)",
+    )
+    assert convert(plain, **TOLD, path="ddpm").notes == ()
 
 
 def refused_with(path, options) -> str:
@@ -302,14 +324,14 @@ def test_metadata_of_other_programs_are_heeded(tmp_path, key):
     save_file(OFFICIAL, tmp_path / "model.safetensors", metadata={key: "v", "num_heads": "2", "format": "pt"})
     found = convert(tmp_path / "model.safetensors", num_classes=3, input_size=4)
     assert found.config == dataclasses.replace(CONFIG, prediction="v")
-    assert found.notes == ("by its safetensors metadata: prediction v, num_heads 2",)
+    assert found.notes[0] == "by its safetensors metadata: prediction v, num_heads 2"
 
 
 def test_what_arguments_said_is_told(tmp_path):
     args = argparse.Namespace(prediction="v", num_heads=2, image_size=256)
     path = saved(tmp_path / "model.pt", {"ema": tensors(), "args": args})
     found = convert(path, num_classes=3, input_size=4)
-    assert found.notes == ("by its args: prediction v, num_heads 2",)
+    assert found.notes[0] == "by its args: prediction v, num_heads 2"
 
 
 @pytest.fixture
@@ -330,7 +352,7 @@ def test_the_scheduler_of_a_pipeline_says_the_prediction(pipeline, name, predict
     scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "prediction_type": name}))
     assert convert(pipeline).config == dataclasses.replace(CONFIG, prediction=prediction)
     scheduler.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"}))
-    assert "path 'linear'" in refused_with(pipeline, {})
+    assert convert(pipeline).config == dataclasses.replace(CONFIG, prediction="velocity", path="linear")
 
 
 @pytest.mark.parametrize(

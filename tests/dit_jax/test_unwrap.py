@@ -71,7 +71,8 @@ def test_a_single_set_of_weights_is_found_and_named(tmp_path, form, legacy):
 @pytest.mark.parametrize("form", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
 def test_wrappers_need_no_note(tmp_path, form):
     by, found = read(saved(tmp_path, under(form)))
-    assert (by, found.notes) == (0, ())
+    assert by == 0
+    assert not [note for note in found.notes if "under" in note]
     block = {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in tensors().items()}
     assert read(saved(tmp_path, block))[0] == 0
 

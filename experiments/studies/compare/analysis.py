@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
-from experiments.frame.draws import DRAWS, Drawn, bootstrap, in_chunks, pair_draws
+from experiments.frame.draws import DRAWS, Drawn, bootstrap, in_chunks, interval_ends, pair_draws, with_interval
 from experiments.frame.eigenmodes import band_share
 from experiments.frame.estimator import (
     ESTIMATORS,
@@ -39,12 +39,13 @@ from experiments.studies.compare.theory import (
 )
 from ou_theory import estimator as oc
 from ou_theory.attention import GateKind
-from ou_theory.bootstrap import basic_interval
+from ou_theory.bootstrap import family_level
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands
 
 SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
 SHUFFLES = 999  # times
+CLAIMS = 3  # verdicts of the page, whose intervals hold the truth together with 95 %
 
 DEFINITIONS: Definitions = {
     "tau": ("commitment level of a band", "nat"),
@@ -79,10 +80,12 @@ DEFINITIONS: Definitions = {
     "floor": ("noise floor: error energy where the window opens, in units of the band's uncoupled end", "1"),
     "projection_level": ("log-SNR at which the predicted difference has half of its energy along the final one", "nat"),
     "strongest": ("strongest coupling at which both bands of the gap decide more than their error", "1"),
+    "uncoupled": ("synchronization gap without coupling, as the claims have it", "nat"),
+    "uncoupled_interval": ("its interval, at the level at which those of all claims hold together with 95 %", "nat"),
     "remains": ("gap at that coupling over the gap without", "1"),
-    "remains_interval": ("its 95 % interval", "1"),
+    "remains_interval": ("its interval, at the level of the claims", "1"),
     "order": ("Kendall's tau-b of commitment level against frequency, DC left out, without coupling", "1"),
-    "order_interval": ("its 95 % interval", "1"),
+    "order_interval": ("its interval, at the level of the claims", "1"),
     "in_order": ("share of the resampled runs in which the lowest band commits before the highest", "1"),
     "shuffled_order": ("Kendall's tau-b with coefficients assigned to bands at random", "1"),
     "shuffle": ("number of the random assignment", "1"),
@@ -221,13 +224,13 @@ def estimates(
     dataset["gap_by"] = (("estimator", "coupling"), by["gap"])
     dataset["gap_by_interval"] = (
         ("estimator", "coupling", "bound"),
-        np.stack(basic_interval(by["gap"], drawn_by["gap"]), -1),
+        interval_ends(by["gap"], drawn_by["gap"]),
     )
     point, ends = bootstrap(lambda last: {"ratio": last / last[..., :1, :]}, energy[:, :, -1], weights, 1)
     dataset["end_energy"] = (("coupling", "band"), point["ratio"])
     dataset["end_energy_interval"] = (
         ("coupling", "band", "bound"),
-        np.stack(basic_interval(point["ratio"], ends["ratio"]), -1),
+        interval_ends(point["ratio"], ends["ratio"]),
     )
     images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
     dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
@@ -245,6 +248,7 @@ def estimates(
         untrained_pairs=untrained.sizes["pair"],
         draws=DRAWS,
         floor_limit=FLOOR_LIMIT,
+        claim_level=family_level(CLAIMS),
     )
 
 
@@ -289,7 +293,7 @@ def _add_excess(
             of_theory = getattr(sources[theory], name)
             point.append(getattr(sources["network"], name) - of_theory)
             drawn = network[name] - (draws[theory][name] if theory in draws else of_theory)
-            interval.append(np.stack(basic_interval(point[-1], drawn), -1))
+            interval.append(interval_ends(point[-1], drawn))
         dataset[f"{name}_excess"] = (("theory", *dims), np.stack(point))
         dataset[f"{name}_excess_interval"] = (("theory", *dims, "bound"), np.stack(interval))
     dataset.coords["theory"] = list(beside)
@@ -298,18 +302,19 @@ def _add_excess(
 def _add_claimed(
     dataset: xr.Dataset, sources: dict[str, Estimates], draws: dict[str, Drawn], grids: dict[str, np.ndarray]
 ) -> None:
-    """Adds what the claims rest on: what remains of the gap, and the order of the bands, of every source that has
-    draws."""
-    names = list(draws)
-    tables = {"remains": np.full((len(names), 3), np.nan), "order": np.full((len(names), 3), np.nan)}
+    """Adds what the claims rest on, of every source that has draws: the gap without coupling, what remains of it, and
+    the order of the bands. Their intervals hold together, see `CLAIMS`."""
+    names, level = list(draws), family_level(CLAIMS)
+    tables = {name: np.full((len(names), 3), np.nan) for name in ("uncoupled", "remains", "order")}
     share, strongest = np.full((2, len(names)), np.nan)
     for i, (name, drawn) in enumerate(draws.items()):
         row = list(dataset.source.values).index(name)
         known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, [LOW, HIGH]].any(-1)
         of_grid = np.searchsorted(grids[name], dataset.coupling.values[known])
-        tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid])
+        tables["uncoupled"][i] = with_interval(sources[name].gap[0], drawn["gap"][:, 0], level)
+        tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
         strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
-        tables["order"][i] = _order(sources[name].tau[0], drawn["tau"][:, 0])
+        tables["order"][i] = with_interval(order(sources[name].tau[0]), order(drawn["tau"][:, 0]), level)
         share[i] = np.mean(drawn["gap"][:, 0] > 0)
     dataset["in_order"] = ("claimed", share)
     dataset["strongest"] = ("claimed", strongest)
@@ -321,19 +326,14 @@ def _add_claimed(
     dataset["order_p"] = ((), (1 + reached.sum()) / (1 + reached.size) if reached.size else np.nan)
 
 
-def remaining_gap(gap: np.ndarray, draws: np.ndarray) -> np.ndarray:
+def remaining_gap(gap: np.ndarray, draws: np.ndarray, level: float = 0.95) -> np.ndarray:
     """The gap (C,) at the strongest coupling over that at the first, and its interval, (3,), from draws (draws, C)."""
     gap, draws = gap[np.isfinite(gap)], draws[:, np.isfinite(draws).all(0)]
     if min(gap.size, draws.shape[1]) < 2:
         return np.full(3, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):  # a network that has none has nothing that could remain
         ratio, drawn = gap[-1] / gap[0], draws[:, -1] / draws[:, 0]
-        return np.array([ratio, *basic_interval(ratio, drawn)]) if np.isfinite(drawn).all() else np.full(3, np.nan)
-
-
-def _order(levels: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    value = order(levels)
-    return np.array([value, *np.clip(basic_interval(value, order(draws)), -1, 1)])
+        return with_interval(ratio, drawn, level) if np.isfinite(drawn).all() else np.full(3, np.nan)
 
 
 def _difference(dataset: xr.Dataset) -> np.ndarray:
@@ -381,7 +381,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
                 "gap_steps": (steps_between(point.tau), steps_between(draw["tau"])),
             }
             for variable, (centre, drawn) in pairs.items():
-                fill(name, grid, f"{variable}_interval", np.stack(basic_interval(centre, drawn), -1))
+                fill(name, grid, f"{variable}_interval", interval_ends(centre, drawn))
     tail = {
         "tau": ("band",),
         "tau_steps": ("band",),

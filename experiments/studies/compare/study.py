@@ -2,8 +2,9 @@
 
 from experiments.frame.study import Study
 from experiments.studies.compare.analysis import DEFINITIONS, analyse
+from experiments.studies.compare.family import together
 from experiments.studies.compare.measure import measure
 from experiments.studies.compare.page import page
 from experiments.studies.compare.settings import CompareConfig
 
-STUDY = Study("compare", CompareConfig, measure, page, analyse, DEFINITIONS)
+STUDY = Study("compare", CompareConfig, measure, page, analyse, DEFINITIONS, together=together)
