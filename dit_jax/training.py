@@ -172,7 +172,12 @@ def make_update(model_config: NetworkConfig, config: TrainConfig, graph: nnx.Gra
     The seed and the share of images that are mirrored are arguments, in place of the config's, so that networks of one
     shape can be trained side by side under `jax.vmap`. `rate`, if given, multiplies the scheduled learning rate: for
     training that ends by the clock.
+
+    Raises:
+      ValueError: labels are to be dropped, and the network has no null label.
     """
+    if config.label_dropout:
+        model_config.need_null_label(f"label_dropout {config.label_dropout:g}", "train it with label_dropout 0")
     tx = optimizer(config)
     weight = np.ones(len(clock))
     if model_config.prediction == "epsilon":
