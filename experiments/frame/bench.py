@@ -83,8 +83,8 @@ class Bench(Measured[C]):
             self.subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
             if not any_network:
                 check_dit(self.subject, study)
-            check_guidance(self.subject.manifest, config.guidance)
             model = self.subject.model.config
+            check_guidance(self.subject.manifest, model, config.guidance)
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):
                 raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {self.classes}")

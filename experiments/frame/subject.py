@@ -12,6 +12,7 @@ from flax import nnx
 from dit_jax.checkpoint import load_manifest, load_model, shipped_model
 from dit_jax.config import ControlConfig, NetworkConfig
 from dit_jax.controls import Network, make_network
+from dit_jax.diffusion import WITHOUT_GUIDANCE
 from dit_jax.model import DiT
 from experiments.frame.settings import Dtype
 from experiments.frame.streams import stream
@@ -79,8 +80,10 @@ def check_dit(subject: Subject, study: str) -> None:
         )
 
 
-def check_guidance(manifest: dict, guidance: float) -> None:
-    """Raises ValueError for guidance by a network that has never seen the null label."""
+def check_guidance(manifest: dict, config: NetworkConfig, guidance: float) -> None:
+    """Raises ValueError for guidance by a network that has no null label, or has never seen it."""
+    if guidance != 1:
+        config.need_null_label(f"guidance {guidance:g}", WITHOUT_GUIDANCE)
     if guidance != 1 and (manifest.get("training") or {}).get("label_dropout") == 0:
         raise ValueError(
             "guidance compares a class with the null label, on which this network was not trained (its manifest says "

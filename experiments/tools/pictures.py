@@ -65,7 +65,7 @@ def sample_pictures(
     if config.vae is not None and not is_latent(manifest):
         raise PicturesError(f"--vae decodes latents of the official models, which {source.name} does not produce")
     decoder = None if config.vae is None else vae_decoder(config.vae)
-    check_guidance(manifest, config.guidance)
+    check_guidance(manifest, model_config, config.guidance)
     clock = model_config.clock(config.steps)
     known = names(manifest)
     asked = config.classes or tuple(map(str, range(min(model_config.num_classes, DEFAULT_CLASSES))))

@@ -286,11 +286,13 @@ def test_a_network_without_a_gap_has_nothing_that_could_collapse(tmp_path):
 
 def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys):
     save_model(untrained_model(MODEL, 5), tmp_path / "m", extra={"data": DATA, "training": {"label_dropout": 0}})
-    assert cli.main(arguments(str(tmp_path / "m"), tmp_path / "out", "--guidance", "2")) == 2
-    assert cli.main(["sample", str(tmp_path / "m"), str(tmp_path / "pictures"), "--guidance", "2"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.count("null label, on which this network was not trained") == 2
-    assert list(tmp_path.iterdir()) == [tmp_path / "m"]
+    without = untrained_model(dataclasses.replace(MODEL, null_label=False), 5)
+    save_model(without, tmp_path / "none", extra={"data": DATA})
+    for name, message in (("m", "the null label, on which this network was not trained"), ("none", "does not have")):
+        assert cli.main(arguments(str(tmp_path / name), tmp_path / "out", "--guidance", "2")) == 2
+        assert cli.main(["sample", str(tmp_path / name), str(tmp_path / "pictures"), "--guidance", "2"]) == 2
+        assert " ".join(capsys.readouterr().err.split()).count(message) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "none"}
 
 
 @pytest.fixture(scope="module")
