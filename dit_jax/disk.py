@@ -3,8 +3,10 @@
 A folder is written under another name beside its place and renamed when it is complete.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ def recover(directory: str | Path) -> bool:
     """Whether a saved folder is there. If a replacement was killed between its two renames, the earlier folder is put
     back first."""
     directory = Path(directory)
-    previous = _beside(directory, "previous")
+    previous = beside(directory, "previous")
     if previous.exists() and not directory.exists():
         os.replace(previous, directory)
     return directory.exists()
@@ -39,22 +41,59 @@ def recover(directory: str | Path) -> bool:
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A sibling folder to fill. At the end it takes the place of `directory`; if anything fails, it is removed."""
-    partial, previous = _beside(directory, "partial"), _beside(directory, "previous")
+    """A sibling folder to fill. At the end it takes the place of `directory`; if anything fails, it is removed.
+
+    Raises:
+      CheckpointError: the disk refuses, see `writing`.
+    """
+    partial, previous = beside(directory, "partial"), beside(directory, "previous")
     recover(directory)
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     if directory.exists():
         shutil.rmtree(previous, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            os.replace(directory, previous)
-        os.replace(partial, directory)
+        with writing(directory):
+            partial.mkdir(parents=True)
+            yield partial
+            if directory.exists():
+                os.replace(directory, previous)
+            os.replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if recover(directory):
             shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def writing(directory: str | Path) -> Iterator[None]:
+    """While something is written to a folder. A refusal of the disk is one message, with the folder and the remedy.
+
+    Raises:
+      CheckpointError: the place is full, read-only, below a file, or cannot be written otherwise.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {_reason(directory, error)}") from error
+
+
+def _reason(directory: str | Path, error: OSError) -> str:
+    above = [parent for parent in Path(directory).absolute().parents if parent.exists() and not parent.is_dir()]
+    if above:
+        return f"{above[0]} is a file; choose another folder"
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full ({reason}); make room, or choose a folder on another disk"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"its place is read-only ({reason}); choose another folder"
+    return f"{reason}; choose another folder"
+
+
+def from_home(argument: str) -> str:
+    """An argument of a command line, ~ at the beginning of its path replaced by the home folder. A shell leaves
+    ``--out=~/x`` as it is."""
+    option, path = re.fullmatch(r"(--?[\w-]+=)?(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    return (option or "") + (os.path.expanduser(path) if path.startswith("~") else path)
 
 
 def occupied(directory: Path) -> bool:
@@ -62,6 +101,7 @@ def occupied(directory: Path) -> bool:
     return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
 
 
-def _beside(directory: Path, role: str) -> Path:
+def beside(directory: Path, role: str) -> Path:
+    """The hidden sibling of a folder that has this role."""
     directory = directory.absolute()
     return directory.with_name(f".{directory.name}.{role}")

@@ -14,6 +14,7 @@ from dit_jax.checkpoint import stored_dtypes
 from dit_jax.config import DiTConfig, Which
 from dit_jax.inside import keep
 from dit_jax.model import DiT
+from dit_jax.platform import host_device
 from dit_jax.readers import open_source
 from dit_jax.weights import TABLE, official_entries
 
@@ -73,7 +74,7 @@ def _jax_stages(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> dict
         out, taps = model(x, t, y, tap=keep(*IN_BLOCK))
         return model.embed(x), model.condition(t, y), taps, out
 
-    cpu = jax.devices("cpu")[0]
+    cpu = host_device()
     embedded, conditioning, taps, out = jax.device_get(run(*jax.device_put((model, x, t, y), cpu)))
     stages = {"embedded": embedded, "conditioning": conditioning}
     for i in range(model.config.depth):

@@ -16,6 +16,8 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 import tyro
 
 from dit_jax.conversion import convert_checkpoint
+from dit_jax.disk import from_home
+from dit_jax.lock import held
 from experiments import studies
 from experiments.tools.settings import SampleConfig
 
@@ -142,7 +144,11 @@ class Terminated(KeyboardInterrupt):
 
 def main(args: list[str] | None = None) -> int:
     """Runs one command and returns the exit code. Expected errors are one message, not a traceback."""
-    argv = sys.argv[1:] if args is None else args
+    given = sys.argv[1:] if args is None else args
+    argv = [from_home(argument) for argument in given]
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     commands: dict[str, Any] = {name: _command(name) for name in studies.NAMES}
     commands |= {
         "report": Report,
@@ -154,12 +160,21 @@ def main(args: list[str] | None = None) -> int:
         "convert": _convert,
     }
     command: Any = _parsed(commands, argv)
-    line = shlex.join(["syncgap", *argv])
+    line = shlex.join(["syncgap", *given])
     try:
         with _ending_like_an_interrupt():
+            if not isinstance(command, Info):  # which needs no device unless it reads arrays
+                from dit_jax.platform import devices
+
+                devices()
             return command() if isinstance(command, functools.partial) else _run(command, line)
-    except (ValueError, OSError) as error:
-        print(f"syncgap: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"syncgap: {_in_one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device without room
+            raise
+        print(f"syncgap: {_in_one_line(MemoryError(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as end:
         resumable = isinstance(command, Train | StudyRun)
@@ -167,6 +182,14 @@ def main(args: list[str] | None = None) -> int:
         terminated = isinstance(end, Terminated)
         print(f"\nsyncgap: {'terminated' if terminated else 'interrupted'}{how}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
+
+
+def _in_one_line(error: Exception) -> str:
+    """An expected error as the command line says it."""
+    if isinstance(error, MemoryError):
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return f"the memory does not suffice{reason}; give a smaller --block, --batch or --batch-size if there is one"
+    return str(error)
 
 
 @contextlib.contextmanager
@@ -204,18 +227,20 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
     elif isinstance(command, Theory):
         from experiments.tools.teaching import theory
 
-        print(f"page: {theory(command.out)}")
+        with held(command.out):
+            print(f"page: {theory(command.out)}")
     elif isinstance(command, Sample):
         from experiments.tools.pictures import sample_pictures
 
-        made = sample_pictures(
-            command.weights,
-            command.settings,
-            command.out,
-            overwrite=command.overwrite,
-            command=line,
-            progress=not command.quiet,
-        )
+        with held(command.out):
+            made = sample_pictures(
+                command.weights,
+                command.settings,
+                command.out,
+                overwrite=command.overwrite,
+                command=line,
+                progress=not command.quiet,
+            )
         print(f"pictures: {command.out / 'grid.png'} ({made['grid']['shows']})")
     elif isinstance(command, Info):
         return _info(command)
@@ -236,16 +261,25 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
 
 
 def _report(folder: Path) -> Path:
+    from experiments.frame.collection import OTHERS, TRAINING, runs_in, what_else
     from experiments.frame.store import RunFolder, StoreError
     from experiments.frame.study import joint_page, report, study_of
 
-    if folder.is_dir() and not (folder / "manifest.json").exists():
-        return joint_page(folder, studies.find)
+    if not folder.is_dir():
+        raise StoreError(f"there is no folder {folder}; give the --out folder of a study, or a folder of such folders")
+    if (what := what_else(folder)) in (*OTHERS.values(), TRAINING):
+        raise StoreError(f"{folder} holds {what}, of which there is no report; studies have one")
+    if not (folder / "manifest.json").exists():
+        page, (_, others) = joint_page(folder, studies.find), runs_in(folder)
+        if others:
+            print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
+        return page
     run = RunFolder.open(folder, writable=True)
     study = studies.find(study_of(run))
     if study is None:
         raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
-    return report(study, run)
+    with held(folder):
+        return report(study, run)
 
 
 def _info(command: Info) -> int:

@@ -12,17 +12,25 @@ from flax import nnx
 from dit_jax.checkpoint import load_manifest, load_model, shipped_model
 from dit_jax.config import ControlConfig, NetworkConfig
 from dit_jax.controls import Network, make_network
+from dit_jax.disk import CheckpointError
 from dit_jax.model import DiT
+from dit_jax.platform import host_device
 from experiments.frame.settings import Dtype
+from ou_theory.keys import random_key
 
 
 def model_folder(weights: str) -> Path:
     """The folder `weights`, or that of the shipped model of this name.
 
     Raises:
-      CheckpointError: neither exists.
+      CheckpointError: neither exists; it is a file; it is a training run, whose model is inside.
     """
-    return Path(weights) if Path(weights).is_dir() else shipped_model(weights)
+    path = Path(weights)
+    if not path.is_dir():
+        return shipped_model(weights)
+    if (path / "model" / "manifest.json").is_file() and not (path / "manifest.json").exists():
+        raise CheckpointError(f"{weights} is a training run; its model is {path / 'model'}")
+    return path
 
 
 def model_name(folder: Path) -> str:
@@ -64,7 +72,7 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
       ValueError: there is no such model, or its folder cannot be used.
     """
     source = model_folder(weights)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]) if on_host else nullcontext():
+    with jax.default_device(host_device()) if on_host else nullcontext():
         model = cast(DiT, load_model(source, dtype, params=dtype))
         return Subject(model_name(source), model, load_manifest(source))
 
@@ -80,11 +88,11 @@ def check_dit(subject: Subject, study: str) -> None:
 
 def untrained_model(config: NetworkConfig, seed: int) -> Network:
     """A network with random weights everywhere, see `Subject.untrained`."""
-    model = make_network(config, nnx.Rngs(seed))
+    model = make_network(config, nnx.Rngs(random_key(seed)))
     state = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     drawn = [
-        jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape, leaf.dtype)
+        jax.random.normal(jax.random.fold_in(random_key(seed), i), leaf.shape, leaf.dtype)
         * np.sqrt(2 / (leaf.shape[-1] + leaf.shape[-2]))
         if leaf.ndim >= 2 and not jnp.any(leaf)
         else leaf
