@@ -1,6 +1,7 @@
 """The devices that JAX runs on. What is wrong with the platform is said as such, and blamed on no file."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 
@@ -9,16 +10,16 @@ class PlatformError(ValueError):
     """JAX has no device on the platform that it is set to."""
 
 
-def devices() -> list[jax.Device]:
+def devices() -> list[Any]:
     """All devices, the default one first.
 
     Raises:
       PlatformError: there is none; the message names the platform and the remedy.
     """
-    return _ask(jax.config.jax_platforms, jax.devices)
+    return _ask(_settings().jax_platforms, jax.devices)
 
 
-def host_device() -> jax.Device:
+def host_device() -> Any:
     """The host's own device, whose memory is that of the CPU.
 
     Raises:
@@ -27,12 +28,16 @@ def host_device() -> jax.Device:
     return _ask("cpu", lambda: jax.local_devices(backend="cpu"))[0]
 
 
-def _ask(platform: str | None, find: Callable[[], list[jax.Device]]) -> list[jax.Device]:
+def _settings() -> Any:
+    return cast(Any, jax.config)  # whose names JAX adds as it runs
+
+
+def _ask(platform: str | None, find: Callable[[], list[Any]]) -> list[Any]:
     try:
         return find()
     except (RuntimeError, AssertionError) as error:  # the latter where a platform has no plugin
         reason = f" ({str(error).strip().splitlines()[0]})" if str(error).strip() else ""
-        setting = f"JAX_PLATFORMS={jax.config.jax_platforms or ''}"
+        setting = f"JAX_PLATFORMS={_settings().jax_platforms or ''}"
         if platform == "cpu":
             remedy = f"set {setting},cpu, or leave it out"
         else:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
     Raises:
       PlatformError: JAX has no device.
     """
-    device = devices()[0]
+    device, settings = devices()[0], cast(Any, jax.config)  # whose names JAX adds as it runs
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -53,8 +53,8 @@ def environment() -> dict[str, Any]:
         "git_revision": git_revision(Path(__file__).parent),
         NUMERICS: {
             "generator": GENERATOR,
-            "x64": jax.config.jax_enable_x64,
-            "matmul_precision": jax.config.jax_default_matmul_precision,
+            "x64": settings.jax_enable_x64,
+            "matmul_precision": settings.jax_default_matmul_precision,
         },
     }
 
