@@ -118,9 +118,14 @@ def load_model(
     changes: dict[str, Any] = {"dtype": dtype, "timestep_convention": timestep_convention}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(cast(Any, config), **changes)
-    if "float64" in (config.dtype, params) and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-        raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
+    require_x64(config.dtype, params)
     return _consume(config, weights, params)
+
+
+def require_x64(*dtypes: str | None) -> None:
+    """Raises CheckpointError if one of the dtypes is float64 and JAX would make float32 of it."""
+    if "float64" in dtypes and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or give dtype float32")
 
 
 def load_weights(directory: str | Path) -> tuple[NetworkConfig, Arrays, dict]:

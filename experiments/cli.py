@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -297,6 +297,7 @@ def _info(command: Info) -> int:
 
 
 def _train(command: Train, line: str) -> Path:
+    from dit_jax.checkpoint import require_x64
     from dit_jax.config import config_from_dict
     from dit_jax.covariance import MOST, data_covariance, save_covariance
     from dit_jax.images import load_images
@@ -304,42 +305,41 @@ def _train(command: Train, line: str) -> Path:
     from dit_jax.transforms import training_data, transformation_name
     from experiments.studies.solvable.data import SolvableData
 
+    for name in ("size", "checkpoint_every"):  # what is wrong is said before the images are read, which takes a while
+        if getattr(command, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(command, name)}")
     solvable = command.data == Path("solvable")
-    transform = transformation_name(command.transform)  # checked before the images are read, which takes a while
-    size = _size(command)
-    if solvable and transform != "natural":
-        raise ValueError("--transform applies to folders and zip files of images, not to solvable data; leave it out")
-    if solvable:
-        data = SolvableData()
-    else:
-        data = training_data(load_images(command.data, command.size, not command.quiet), transform)
-    model = config_from_dict(
-        size
-        | {
-            "input_size": command.size,
-            "in_channels": data.shape[-1],
-            "num_classes": len(data.class_names),
-            # the theory of solvable data is that of the posterior variance, and flow matching learns no variance
-            "learn_sigma": not solvable and command.path == "ddpm",
-            "prediction": command.prediction,
-            "path": command.path,
-            "dtype": command.dtype,
-        }
-    )
     settings = TrainConfig(
         steps=command.steps,
         batch_size=command.batch_size,
         learning_rate=command.learning_rate,
         decay_fraction=command.decay_fraction,
         weight_cap=command.weight_cap,
-        flip=data.may_mirror,
         label_dropout=0.0 if solvable else 0.1,
         seed=command.seed,
     )
+    transform = transformation_name(command.transform)
+    entries = _size(command) | {
+        "input_size": command.size,
+        # the theory of solvable data is that of the posterior variance, and flow matching learns no variance
+        "learn_sigma": not solvable and command.path == "ddpm",
+        "prediction": command.prediction,
+        "path": command.path,
+        "dtype": command.dtype,
+    }
+    config_from_dict(entries | {"in_channels": 1, "num_classes": 1})
+    require_x64(command.dtype)
+    if solvable and transform != "natural":
+        raise ValueError("--transform applies to folders and zip files of images, not to solvable data; leave it out")
+    if solvable:
+        data = SolvableData()
+    else:
+        data = training_data(load_images(command.data, command.size, not command.quiet), transform)
+    model = config_from_dict(entries | {"in_channels": data.shape[-1], "num_classes": len(data.class_names)})
     trained = train(
         data,
         model,
-        settings,
+        replace(settings, flip=data.may_mirror),
         command.out,
         resume=command.resume,
         checkpoint_every=command.checkpoint_every,
