@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -60,31 +61,33 @@ class TrainConfig:
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up, constant, linear decay to zero at the last step.
 
-    A run that was made longer goes on from the rate that it had reached. The rate rises from there as fast as in the
-    warm-up, is constant, and decays to zero at the new last step; where no decay had begun, that is the schedule of a
-    run that was as long from the start.
+    A run that was made longer before its decay has the schedule of one that was as long from the start. One that was
+    made longer later goes on from the rate that it had reached: it rises as fast as in the warm-up, to the constant
+    rate or to the line of the decay to zero at the new last step.
     """
+    peak, warmup = config.learning_rate, config.warmup_steps
     decay = max(1, round(config.steps * config.decay_fraction))
     if config.extensions:
         *earlier, (at, planned) = config.extensions
-        before = learning_rate(dataclasses.replace(config, steps=planned, extensions=tuple(earlier)))
-        reached = float(np.asarray(before(at)))
-        risen = at + round((1 - reached / config.learning_rate) * config.warmup_steps)
-        falls = max(risen, config.steps - decay)
-        return optax.join_schedules(
-            [
-                before,
-                optax.linear_schedule(reached, config.learning_rate, max(1, risen - at)),
-                optax.constant_schedule(config.learning_rate),
-                optax.linear_schedule(config.learning_rate, 0.0, max(1, config.steps - falls)),
-            ],
-            [at, risen, falls],
-        )
+        shorter = dataclasses.replace(config, steps=planned, extensions=tuple(earlier))
+        if earlier or at > max(warmup, planned - max(1, round(planned * config.decay_fraction))):
+            return _longer(learning_rate(shorter), at, config.steps, peak, peak / max(1, warmup), peak / decay)
     return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
-            optax.constant_schedule(config.learning_rate),
-            optax.linear_schedule(config.learning_rate, 0.0, decay),
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, decay),
         ],
-        [config.warmup_steps, max(config.warmup_steps, config.steps - decay)],
+        [warmup, max(warmup, config.steps - decay)],
     )
+
+
+def _longer(before: optax.Schedule, at: int, steps: int, peak: float, rising: float, falling: float) -> optax.Schedule:
+    """The schedule `before` up to step `at`; from there without a jump, at these slopes, to zero at `steps`."""
+    reached = float(np.asarray(before(at)))
+
+    def schedule(step):
+        rate = jnp.minimum(reached + rising * (step - at), jnp.maximum(falling * (steps - step), 0.0))
+        return jnp.where(step < at, before(step), jnp.minimum(rate, peak))
+
+    return schedule
