@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ def replacing(directory: Path) -> Iterator[Path]:
                 os.replace(directory, previous)
             os.replace(partial, directory)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if recover(directory):
             shutil.rmtree(previous, ignore_errors=True)
 
@@ -67,6 +68,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 @contextmanager
 def writing(directory: str | Path) -> Iterator[None]:
     """While something is written to a folder. A refusal of the disk is one message, with the folder and the remedy.
+    Errors that name a file elsewhere stay as they are.
 
     Raises:
       CheckpointError: the place is full, read-only, below a file, or cannot be written otherwise.
@@ -74,7 +76,17 @@ def writing(directory: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not _concerns(Path(directory).absolute(), error.filename):
+            raise
         raise CheckpointError(f"{directory} cannot be written: {_reason(directory, error)}") from error
+
+
+def _concerns(directory: Path, name: Any) -> bool:
+    """Whether a file of this name lies in the folder, beside it or above it, or has no name."""
+    if not isinstance(name, str | os.PathLike):
+        return True
+    path = Path(name).absolute()
+    return path.is_relative_to(directory.parent) or directory.is_relative_to(path)
 
 
 def _reason(directory: str | Path, error: OSError) -> str:
@@ -94,6 +106,15 @@ def from_home(argument: str) -> str:
     ``--out=~/x`` as it is."""
     option, path = re.fullmatch(r"(--?[\w-]+=)?(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
     return (option or "") + (os.path.expanduser(path) if path.startswith("~") else path)
+
+
+def _remove(directory: Path, tries: int = 20) -> None:
+    """Removes a folder into which threads of a write that has failed may still be writing."""
+    for _ in range(tries):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.05)
 
 
 def occupied(directory: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 import tyro
 
 from dit_jax.conversion import convert_checkpoint
-from dit_jax.disk import from_home
+from dit_jax.disk import from_home, writing
 from dit_jax.lock import held
 from experiments import studies
 from experiments.tools.settings import SampleConfig
@@ -219,16 +219,16 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
         name = command.study
         out = command.out or Path("runs") / name
         run = run_each if isinstance(getattr(command.settings, "weights", None), tuple) else run_study
-        page = run(
-            studies.find(name), command.settings, out, resume=command.resume, command=line, progress=not command.quiet
-        )
+        options = {"resume": command.resume, "command": line, "progress": not command.quiet}
+        with writing(out):
+            page = run(studies.find(name), command.settings, out, **options)
         print(f"report: {page}")
     elif isinstance(command, Report):
         print(f"report: {_report(command.run)}")
     elif isinstance(command, Theory):
         from experiments.tools.teaching import theory
 
-        with held(command.out):
+        with held(command.out), writing(command.out):
             print(f"page: {theory(command.out)}")
     elif isinstance(command, Sample):
         from experiments.tools.pictures import sample_pictures
@@ -279,7 +279,7 @@ def _report(folder: Path) -> Path:
     study = studies.find(study_of(run))
     if study is None:
         raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
-    with held(folder):
+    with held(folder), writing(folder):
         return report(study, run)
 
 
