@@ -3,14 +3,30 @@
 Importing this module loads nothing heavy, so that a command line can describe the command at once.
 """
 
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from dit_jax.config import NoisePath, Prediction, TimestepConvention, Which
+from dit_jax.lock import held
 
 
+def _alone(convert: Callable[..., int]) -> Callable[..., int]:
+    """The conversion, in a place that no other process writes meanwhile."""
+
+    @functools.wraps(convert)
+    def holding(source: Path, out: Path, *, dry_run: bool = False, **options: Any) -> int:
+        with nullcontext() if dry_run else held(out):
+            return convert(source, out, dry_run=dry_run, **options)
+
+    return holding
+
+
+@_alone
 def convert_checkpoint(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],

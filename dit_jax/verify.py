@@ -15,6 +15,7 @@ from dit_jax.checkpoint import stored_dtypes
 from dit_jax.config import DiTConfig, Which
 from dit_jax.inside import keep
 from dit_jax.model import DiT
+from dit_jax.platform import host_device
 from dit_jax.readers import open_source
 from dit_jax.tensors import Entry, WeightsError
 from dit_jax.weights import TABLE, official_entries
@@ -82,7 +83,7 @@ def _jax_stages(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> dict
         out, taps = model(x, t, y, tap=keep(*IN_BLOCK))
         return model.embed(x), model.condition(t, y), taps, out
 
-    cpu = jax.devices("cpu")[0]
+    cpu = host_device()
     embedded, conditioning, taps, out = jax.device_get(run(*jax.device_put((model, x, t, y), cpu)))
     stages = {"embedded": embedded, "conditioning": conditioning}
     for i in range(model.config.depth):

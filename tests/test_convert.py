@@ -1,7 +1,9 @@
 """``convert_weights.py`` and ``syncgap convert`` from file to function."""
 
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -293,3 +295,42 @@ def test_syncgap_convert_is_the_same_command(run, tmp_path, capsys):
     assert load_manifest(tmp_path / "command") == load_manifest(tmp_path / "script")
     assert main(["convert", str(TINY), str(tmp_path / "command"), *options]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    out, limit = tmp_path / "model", 20_000  # bytes of a file
+    script = f"""
+import resource, signal, sys
+from experiments.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(main(["convert", {str(TINY)!r}, {str(out)!r}, "--num-heads", "6"]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    told = "the disk is full (File too large); make room, or choose a folder on another disk"
+    assert done.stderr == f"syncgap: {out} cannot be written: {told}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_where_nothing_can_be_written_are_named_before_the_file_is_read(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    status, out, errors = run(tmp_path / "nothing.pt", tmp_path / "file" / "model")
+    assert (status, out) == (2, "")
+    assert f"model cannot be written: {tmp_path / 'file'} is a file; choose another folder" in errors
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    status, _, errors = run(tmp_path / "nothing.pt", tmp_path / "model")
+    assert status == 2
+    assert "model cannot be written: its place is read-only (Read-only file system); choose another folder" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_may_begin_with_the_home_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(TINY, "~/model", "--num-heads", 6)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -11,6 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 ARRAYS = "arrays"  # attribute of a group: the names of its arrays, so that a missing one is noticed
+NOT_DAMAGE = (MemoryError, PermissionError)  # errors of the machine, which say nothing of the file
 CODECS = (ZstdCodec(), Crc32cCodec())  # of every chunk; the checksum covers the compressed bytes
 
 
@@ -38,6 +39,8 @@ def readable(group: Path) -> bool:
         found = {path.name for path, *_ in _arrays(group)}
         named: Any = zarr.open_group(group, mode="r").attrs.get(ARRAYS, found)
         return found == set(named)
+    except NOT_DAMAGE:
+        raise
     except Exception:  # zarr raises many kinds
         return False
 
@@ -94,6 +97,8 @@ def damaged(group: Path, done: Sequence[int] | None = None, *, only: str | None 
             if _checked(array) and not file.is_file():
                 raise FileNotFoundError(file)
             array[region]
+        except NOT_DAMAGE:
+            raise
         except Exception:  # zarr and its codecs raise many kinds
             bad.add(block or 0)
     return sorted(bad)

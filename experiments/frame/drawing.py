@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ COUPLING_LABEL = "coupling  $g$"
 def draw_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> None:
     """Draws ``{name: how}`` in the common style as ``<name>.png`` and ``.svg``, each in one move."""
     folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         for name, draw in figures.items():
             figure = draw()
             _save(figure, folder / f"{name}.png", dpi=DPI, metadata={"Software": None})

@@ -1,7 +1,8 @@
 """A run on disk: one folder with a manifest, labelled arrays, figures and a report.
 
     manifest.json   settings, versions and device, and which blocks of pairs are finished
-    data.zarr       one group per dataset, opened by any xarray: ``xr.open_datatree(folder / "data.zarr")``
+    data.zarr       one group per dataset, opened by any xarray:
+                    ``xr.open_datatree(folder / "data.zarr", engine="zarr", consolidated=False)``
 
 A block counts once the manifest names it. A process that dies before that leaves the manifest and the blocks it names
 unchanged; the block is written again when the run is resumed. Every stored chunk carries a checksum, which is verified
@@ -21,6 +22,7 @@ import zarr
 
 from dit_jax.disk import recover, write_json
 from experiments.frame.chunks import (
+    NOT_DAMAGE,
     blocks_of,
     damaged,
     fill_of,
@@ -30,9 +32,10 @@ from experiments.frame.chunks import (
     pairs_of,
     readable,
     write_group,
-)
+)  # fmt: skip
 from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
 from experiments.frame.manifest import (
+    ADDED,
     DIGESTS,
     FORMAT,
     FORMAT_VERSION,
@@ -85,7 +88,7 @@ class RunFolder:
         """
         path = Path(path)
         asked = json_form({"settings": dict(settings), **(extra or {})}, "settings and extra")
-        taken = sorted(set(extra or {}) & set(OWN_ENTRIES))
+        taken = sorted(set(extra or {}) & {*OWN_ENTRIES, *ADDED})
         if taken:
             raise StoreError(f"manifest entries {', '.join(taken)} are the store's own; rename those in extra")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -115,17 +118,15 @@ class RunFolder:
         manifest = read_manifest(path)
         if not resume:
             raise StoreError(f"{path} holds another run; continue it with --resume, or choose another --out")
-        before = {
-            name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, DIGESTS)
-        }
+        before = {name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, *ADDED)}
         changed = differences(comparable(before), comparable(asked))
         if changed:
             raise StoreError(
                 f"{path} holds a run with other settings ({'; '.join(changed)}); "
                 "resume it with the settings it was started with, or choose another --out"
             )
-        here = environment()
-        moved = differences({name: manifest.get(name) for name in here}, here)
+        here = {name: value for name, value in environment().items() if name in manifest}  # older runs lack some
+        moved = differences({name: manifest[name] for name in here}, here)
         run = cls(path, manifest, writable=True)
         run.moved = moved
         run._sweep()
@@ -275,6 +276,8 @@ class RunFolder:
             there = set(done or ()) if LAYOUT in altered else set(blocks_of(target))
             missing = missing_chunks(target, done and [first for first in done if first in there])
             found = self._open(group).load()
+        except NOT_DAMAGE:
+            raise
         except Exception as error:  # zarr and its codecs raise many kinds for a damaged group
             raise StoreError(f"{self._damage(group)} ({type(error).__name__}: {error})") from error
         invented = sorted(set(done or ()) - there)

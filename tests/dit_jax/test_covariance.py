@@ -111,7 +111,7 @@ def test_the_command_adds_it_and_refuses_other_images(folder, images, tmp_path, 
     with pytest.raises(ValueError, match="trained on other images"):
         covariance_for({"data": {"sha256": "0" * 64}}, images)
     assert main(["covariance", str(tmp_path / "nothing"), str(folder), "--quiet"]) == 2
-    assert "no shipped model" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_the_command_reads_classes_in_the_order_of_the_model(folder, tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import xarray as xr
@@ -79,6 +81,7 @@ def test_manifest_says_what_was_run(tmp_path):
     assert manifest["versions"]["numpy"] == np.__version__
     assert manifest["versions"].keys() >= {"jax", "flax", "xarray", "zarr", "syncgap"}
     assert manifest.keys() >= {"python", "device", "platform", "git_revision", "started"}
+    assert manifest["numerics"] == {"generator": "threefry2x32", "x64": False, "matmul_precision": None}
     run.note(sampling_s=1.5)
     run.finish()
     manifest = json.loads((run.path / "manifest.json").read_text())
@@ -236,8 +239,12 @@ def test_a_put_that_was_killed_between_its_moves_is_undone(tmp_path):
 def test_any_xarray_reads_the_arrays(tmp_path):
     run = RunFolder.create(tmp_path / "run", SETTINGS)
     run.put("analysis", measured())
-    tree = xr.open_datatree(run.path / "data.zarr", engine="zarr", consolidated=False)
+    (call,) = re.findall(r"``(xr\.open_datatree\(.*?\))``", store.__doc__)
+    with warnings.catch_warnings(action="error"):
+        tree = eval(call, {"xr": xr, "folder": run.path})
     np.testing.assert_array_equal(tree["analysis"].energy, measured().energy)
+    shown = call.replace('folder / "data.zarr"', '"runs/small/data.zarr"')
+    assert f"`{shown}`" in (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
 
 
 def test_labels_select_after_loading(tmp_path):
@@ -270,6 +277,18 @@ def test_resume_records_what_changed_around_it(tmp_path, monkeypatch):
     again = RunFolder.create(run.path, SETTINGS, resume=True)
     assert again.manifest["resumed"][0]["changed"] == [f"versions.jax: {here['versions']['jax']} -> 99.0"]
     assert again.manifest["versions"] == here["versions"]
+
+
+def test_resume_records_other_settings_of_jax(tmp_path):
+    run = RunFolder.create(tmp_path / "run", SETTINGS)
+    with jax.default_matmul_precision("highest"):
+        again = RunFolder.create(run.path, SETTINGS, resume=True)
+    assert again.moved == ["numerics.matmul_precision: None -> highest"]
+    assert RunFolder.create(run.path, SETTINGS, resume=True).moved == []
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    del manifest["numerics"]  # as older runs
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    assert RunFolder.create(run.path, SETTINGS, resume=True).moved == []
 
 
 def test_resume_starts_where_nothing_is(tmp_path):
