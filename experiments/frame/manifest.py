@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.frame.settings import RENAMED
+from experiments.frame.settings import ADDED, RENAMED
 
 FORMAT = "syncgap-run"
 FORMAT_VERSION = 1
@@ -122,7 +122,7 @@ def _is_digests(entries: Any) -> bool:
 
 def comparable(entries: Mapping) -> dict:
     """The entries of a manifest by which runs are told apart. Settings have their present names, numbers are rounded to
-    single precision, in which networks run, and entries that older runs lack are left out."""
+    single precision, in which networks run, and entries that older runs lack are left out or have the value of old."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -132,7 +132,7 @@ def comparable(entries: Mapping) -> dict:
         return {name: rounded(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     kept = {name: value for name, value in entries.items() if name not in ("kind", "subject")}
-    settings = {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
+    settings = ADDED | {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
     return {**kept, "settings": rounded(settings)}
 
 

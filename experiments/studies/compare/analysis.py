@@ -28,6 +28,7 @@ from experiments.frame.exact import exact_statistics
 from experiments.frame.measured import Definitions, Measured
 from experiments.frame.steps import WINDOW_START
 from experiments.frame.streams import numpy_stream
+from experiments.studies.compare.modes import ends
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import (
     Gains,
@@ -41,10 +42,12 @@ from ou_theory import estimator as oc
 from ou_theory.attention import GateKind
 from ou_theory.bootstrap import basic_interval
 from ou_theory.clock import Clock
-from ou_theory.modes import Bands
+from ou_theory.modes import Bands, Directions
 
 SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
 SHUFFLES = 999  # times
+
+_KEPT = ("band", "radius", "band_name", "count", "step", "ell", "timestep")  # coordinates of what is measured
 
 DEFINITIONS: Definitions = {
     "tau": ("commitment level of a band", "nat"),
@@ -95,16 +98,27 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
     ``data`` where the run has it."""
     config, groups = measured.config, measured.sources("network", "untrained", "wiener")
     data = measured.load("data") if measured.run.holds("data") else None
+    bands, between = measured.bands, (LOW, HIGH)
+    if config.modes != "dct":  # their groups are enough here
+        bands = Directions(np.empty((0, 0, 0, 0)), groups["network"].direction_band.values)
+        between = ends(config.modes, len(bands))
     with jax.enable_x64(True):
         found = estimates(
             measured.clock,
-            measured.bands,
+            bands,
             **groups,
             data=data,
             eta=config.eta,
             seed=config.seed,
             kind=config.gate_kind,
+            between=between,
         )
+    if config.modes != "dct":
+        found = found.assign_attrs(modes=config.modes)
+        found["gap"].attrs = {
+            "long_name": f"level of group {between[1]} less that of group {between[0]}",
+            "units": "nat",
+        }
     return found.assign_attrs(
         model=measured.subject_name,
         prediction=measured.model.prediction,
@@ -117,7 +131,7 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
 
 def estimates(
     clock: Clock,
-    bands: Bands,
+    bands: Bands | Directions,
     network: xr.Dataset,
     untrained: xr.Dataset,
     wiener: xr.Dataset,
@@ -126,6 +140,7 @@ def estimates(
     eta: float,
     seed: int,
     kind: GateKind = "joint",
+    between: tuple[int, int] = (LOW, HIGH),
 ) -> xr.Dataset:
     """The analysis in double precision, see `analyse`.
 
@@ -134,6 +149,7 @@ def estimates(
       eta: stochasticity of the recursion: 0 for DDIM, 1 for the ancestral sampler.
       seed: of the resampling.
       kind: of the gate, whose gain the ideal model has.
+      between: first and last band of the gap.
     """
     ell, couplings, stochastic = clock.log_snr, network.coupling.values, eta > 0
     energy = _difference(network)
@@ -143,14 +159,15 @@ def estimates(
     grids: dict[str, np.ndarray] = {}
 
     def levels(energy: ArrayLike, inner: ArrayLike | None = None) -> Drawn:
-        found = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
+        found = commitment_of(energy, ell, inner=inner, stochastic=stochastic, ends=between)
         return {"tau": found.tau, "decided": found.decided, "gap": found.gap}
 
     def add(name: str, statistics: Callable[..., tuple[ArrayLike, ArrayLike]], grid: np.ndarray, values=()):
         """Adds a theory. `statistics` maps means of `values` to energies and inner products; without `values` there is
         nothing to resample."""
         energy, inner = statistics(*(np.asarray(v, np.float64).mean(0) for v in values))
-        sources[name], grids[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic), grid
+        found = commitment_of(energy, ell, inner=inner, stochastic=stochastic, ends=between)
+        sources[name], grids[name] = found, grid
         if values:
             weights = pair_draws(seed, len(values[0]))  # of its own: a draw of all pairs might hold none of these
             draws[name] = bootstrap(lambda *m: levels(*statistics(*m)), values, weights, numbers=np.size(energy))[1]
@@ -159,7 +176,7 @@ def estimates(
         """Adds what was measured, by the part of its energy that lies along its own outcome."""
         values = (_difference(group), group.projection.values)
         energy, inner = (v.mean(1, dtype=np.float64) for v in values)
-        sources[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
+        sources[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic, ends=between)
         grids[name] = group.coupling.values
         draws[name] = bootstrap(levels, values, pair_draws(seed, group.sizes["pair"]), 1)[1]
 
@@ -197,9 +214,8 @@ def estimates(
         add(exact, lambda variance: band_statistics(couplings, variance, clock, eta, kind), couplings, (ends,))
     run("untrained", untrained)
     run("wiener", wiener)
-    filtered = band_statistics(wiener.coupling.values, wiener.variance.values, clock, eta, kind)
-    add("wiener theory", lambda: filtered, wiener.coupling.values)
-    dataset = _dataset(clock, network, sources, draws, grids)
+    add("wiener theory", lambda: _filtered(wiener, bands, clock, eta, kind), wiener.coupling.values)
+    dataset = _dataset(clock, network, sources, draws, grids, between)
     for name, found in per_pass.items():
         dataset[name] = (("source", "coupling", "step", "band"), _full(dataset, "network", found, left.shape[1:]))
     end = mean[0, -1]
@@ -212,7 +228,9 @@ def estimates(
 
     values, weights = (energy, network.projection.values), pair_draws(seed, network.sizes["pair"])
     by, drawn_by = bootstrap(
-        lambda energy, inner: {"gap": companions(energy, inner, ell, WINDOW_START, stochastic=stochastic)},
+        lambda energy, inner: {
+            "gap": companions(energy, inner, ell, WINDOW_START, stochastic=stochastic, ends=between)
+        },
         values,
         weights,
         1,
@@ -232,12 +250,12 @@ def estimates(
     images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
     dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
-    _add_claimed(dataset, sources, draws, grids)
+    _add_claimed(dataset, sources, draws, grids, between)
     beside = bootstrap(levels, values, joined_draws(seed, gain_pairs, network.sizes["pair"]), 1)[1]
     _add_excess(dataset, sources, draws, {**dict.fromkeys(recursions, beside), exact: draws["network"]})
     return dataset.assign_attrs(
-        low_band=LOW,
-        high_band=dataset.sizes["band"] + HIGH,
+        low_band=between[0],
+        high_band=between[1] % dataset.sizes["band"],
         ell_start=WINDOW_START,
         steps=len(clock),
         pairs=network.sizes["pair"],
@@ -248,7 +266,19 @@ def estimates(
     )
 
 
-def shuffled_orders(network: xr.Dataset, bands: Bands, ell: np.ndarray, seed: int, *, stochastic: bool) -> np.ndarray:
+def _filtered(
+    wiener: xr.Dataset, bands: Bands | Directions, clock: Clock, eta: float, kind: GateKind
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energies and inner products of the exact denoiser of the controls, by band."""
+    energy, inner = band_statistics(wiener.coupling.values, wiener.variance.values, clock, eta, kind)
+    if isinstance(bands, Bands):
+        return energy, inner
+    return energy @ bands.averaging, inner @ bands.averaging  # it is made for the variance along each direction
+
+
+def shuffled_orders(
+    network: xr.Dataset, bands: Bands | Directions, ell: np.ndarray, seed: int, *, stochastic: bool
+) -> np.ndarray:
     """Kendall's tau-b (`SHUFFLES`,) of the network's levels when its coefficients are assigned to bands at random: what
     the claim about order is worth. The pairs are those whose coefficients are stored: none in runs of older versions.
     """
@@ -264,7 +294,8 @@ def shuffled_orders(network: xr.Dataset, bands: Bands, ell: np.ndarray, seed: in
     found = []
     for chosen in in_chunks(orders, mean["energy"].size):
         energy, inner = (np.moveaxis(v[:, chosen] @ averaging, 0, 1)[:, None] for v in mean.values())
-        found.append(order(commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]))
+        tau = commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]
+        found.append(order(tau if isinstance(bands, Bands) else _all_counted(tau)))
     return np.concatenate(found)
 
 
@@ -296,7 +327,11 @@ def _add_excess(
 
 
 def _add_claimed(
-    dataset: xr.Dataset, sources: dict[str, Estimates], draws: dict[str, Drawn], grids: dict[str, np.ndarray]
+    dataset: xr.Dataset,
+    sources: dict[str, Estimates],
+    draws: dict[str, Drawn],
+    grids: dict[str, np.ndarray],
+    between: tuple[int, int],
 ) -> None:
     """Adds what the claims rest on: what remains of the gap, and the order of the bands, of every source that has
     draws."""
@@ -305,11 +340,12 @@ def _add_claimed(
     share, strongest = np.full((2, len(names)), np.nan)
     for i, (name, drawn) in enumerate(draws.items()):
         row = list(dataset.source.values).index(name)
-        known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, [LOW, HIGH]].any(-1)
+        known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, list(between)].any(-1)
         of_grid = np.searchsorted(grids[name], dataset.coupling.values[known])
         tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid])
         strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
-        tables["order"][i] = _order(sources[name].tau[0], drawn["tau"][:, 0])
+        levels = (sources[name].tau[0], drawn["tau"][:, 0])
+        tables["order"][i] = _order(*(levels if "radius" in dataset else map(_all_counted, levels)))
         share[i] = np.mean(drawn["gap"][:, 0] > 0)
     dataset["in_order"] = ("claimed", share)
     dataset["strongest"] = ("claimed", strongest)
@@ -331,6 +367,11 @@ def remaining_gap(gap: np.ndarray, draws: np.ndarray) -> np.ndarray:
         return np.array([ratio, *basic_interval(ratio, drawn)]) if np.isfinite(drawn).all() else np.full(3, np.nan)
 
 
+def _all_counted(levels: np.ndarray) -> np.ndarray:
+    """Levels (..., B) as `order` takes them where no group is left out, as DC is of bands: it ignores the first."""
+    return np.insert(levels, 0, np.nan, -1)
+
+
 def _order(levels: np.ndarray, draws: np.ndarray) -> np.ndarray:
     value = order(levels)
     return np.array([value, *np.clip(basic_interval(value, order(draws)), -1, 1)])
@@ -348,7 +389,7 @@ def _full(dataset: xr.Dataset, source: str, values: np.ndarray, tail: tuple[int,
     return table
 
 
-def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dataset:
+def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids, between: tuple[int, int]) -> xr.Dataset:
     couplings = network.coupling.values
     names = list(sources)
     tables: dict[str, np.ndarray] = {}
@@ -360,7 +401,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
 
     def steps_between(tau):  # the gap on the sampler's own scale
         step = clock.step(tau)
-        return step[..., HIGH] - step[..., LOW]
+        return step[..., between[1]] - step[..., between[0]]
 
     for name, point in sources.items():
         grid = grids[name]
@@ -400,7 +441,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
             "source": names,
             "coupling": couplings,
             "bound": ["low", "high"],
-            **{name: network[name] for name in ("band", "radius", "count", "step", "ell", "timestep")},
+            **{name: network[name] for name in _KEPT if name in network.coords},
         },
     )
     dataset["weak"] = dataset.decided <= dataset.floor

@@ -3,7 +3,8 @@
 from experiments.frame.study import Study
 from experiments.studies.compare.analysis import DEFINITIONS, analyse
 from experiments.studies.compare.measure import measure
+from experiments.studies.compare.modes import check
 from experiments.studies.compare.page import page
 from experiments.studies.compare.settings import CompareConfig
 
-STUDY = Study("compare", CompareConfig, measure, page, analyse, DEFINITIONS)
+STUDY = Study("compare", CompareConfig, measure, page, analyse, DEFINITIONS, check)
