@@ -14,9 +14,10 @@ if TYPE_CHECKING:  # what type checkers see; at run time the table below is used
     from dit_jax.attention import anisotropic_gate, symmetric_gate
     from dit_jax.checkpoint import load_manifest, load_model, save_model, save_weights, shipped_model
     from dit_jax.config import VARIANTS, DiTConfig, variant
-    from dit_jax.diffusion import DenoiserOutput, denoised_at, guided_output, network_denoiser, sample
+    from dit_jax.diffusion import DenoiserOutput, guided_output, network_denoiser, sample
     from dit_jax.export import export_model
     from dit_jax.model import DiT
+    from dit_jax.objective import denoised_at
     from dit_jax.replicas import pair_noise, run_pairs
     from dit_jax.weights import convert
     from ou_theory.clock import Clock, make_clock
@@ -27,9 +28,10 @@ _NAMES = {
     "dit_jax.attention": "anisotropic_gate symmetric_gate",
     "dit_jax.checkpoint": "load_manifest load_model save_model save_weights shipped_model",
     "dit_jax.config": "VARIANTS DiTConfig variant",
-    "dit_jax.diffusion": "DenoiserOutput denoised_at guided_output network_denoiser sample",
+    "dit_jax.diffusion": "DenoiserOutput guided_output network_denoiser sample",
     "dit_jax.export": "export_model",
     "dit_jax.model": "DiT",
+    "dit_jax.objective": "denoised_at",
     "dit_jax.replicas": "pair_noise run_pairs",
     "dit_jax.weights": "convert",
     "ou_theory.clock": "Clock make_clock",

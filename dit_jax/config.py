@@ -5,12 +5,18 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Prediction = Literal["epsilon", "v", "x0"]
+import numpy as np
+
+from ou_theory.clock import NUM_TRAIN_STEPS, Clock, make_clock, path_clock
+
+Prediction = Literal["epsilon", "v", "x0", "velocity", "score"]
+NoisePath = Literal["ddpm", "linear", "gvp", "vp"]
 TimestepConvention = Literal["official", "diffusers"]
 ControlArchitecture = Literal["unet", "mlp"]
 Which = Literal["ema", "model"]  # parts of a training checkpoint
 TIMESTEP_CONVENTIONS: tuple[TimestepConvention, ...] = ("official", "diffusers")
-PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0")
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0", "velocity", "score")
+NOISE_PATHS: tuple[NoisePath, ...] = ("ddpm", "linear", "gvp", "vp")
 DTYPES = ("float32", "bfloat16", "float64")
 CONTROL_ARCHITECTURES: tuple[ControlArchitecture, ...] = ("unet", "mlp")
 MOST_BLOCKS = 64  # of a control network: they are compiled one by one
@@ -29,6 +35,7 @@ class NetworkConfig:
     learn_sigma: bool
     prediction: Prediction
     dtype: str
+    path: NoisePath
     timestep_convention: TimestepConvention = "official"
 
     @property
@@ -36,7 +43,27 @@ class NetworkConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
+        """All entries; but no path if it is the schedule of DDPM, as in the manifests of before there were others."""
+        entries = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: value for name, value in entries.items() if (name, value) != ("path", "ddpm")}
+
+    def clock(self, steps: str | int) -> Clock:
+        """The noise levels of a sampler of the network's own path.
+
+        Args:
+          steps: see `make_clock`; on a path of flow matching a number of steps, see `path_clock`.
+
+        Raises:
+          ValueError: `steps` is not of these forms.
+        """
+        return make_clock(steps) if self.path == "ddpm" else path_clock(self.path, steps)
+
+    def training_clock(self) -> Clock:
+        """The noise levels of training: the full schedule of DDPM; or as many times of a path of flow matching, the
+        midpoints of equal parts of [0, 1], so that log-SNR and the velocity are finite at each."""
+        if self.path == "ddpm":
+            return make_clock(NUM_TRAIN_STEPS)
+        return path_clock(self.path, (np.arange(NUM_TRAIN_STEPS) + 0.5) / NUM_TRAIN_STEPS)
 
     @classmethod
     def from_dict(cls: type[C], entries: dict) -> C:
@@ -61,6 +88,11 @@ class NetworkConfig:
             raise ValueError(f"{own}.learn_sigma must be true or false, got {self.learn_sigma!r}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if self.path not in NOISE_PATHS:
+            raise ValueError(f"path {self.path!r} is not one of {', '.join(NOISE_PATHS)}")
+        if self.prediction == "velocity" and self.path == "ddpm":
+            flows = ", ".join(NOISE_PATHS[1:])
+            raise ValueError(f"prediction 'velocity' needs a path of flow matching: one of {flows}, not 'ddpm'")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
@@ -82,10 +114,11 @@ class DiTConfig(NetworkConfig):
     mlp_ratio: float = 4.0
     num_classes: int = 1000  # label `num_classes` is the null label of classifier-free guidance
     learn_sigma: bool = True  # the last half of the output's channels interpolates the variance (theory, eq. 2.7)
-    prediction: Prediction = "epsilon"  # what the first channels of the output predict (theory, eq. 1.3)
+    prediction: Prediction = "epsilon"  # what the first channels of the output predict (theory, eq. 1.3 and 2.10)
     # "diffusers" reproduces that library's code: timestep frequencies over 127, and 1e-5 as eps of the second norm
     timestep_convention: TimestepConvention = "official"
     dtype: str = "float32"  # of activations and matrix products; softmax and norms are computed in float32 or wider
+    path: NoisePath = "ddpm"  # how data and noise were mixed in training (theory, section 2.1)
 
     def __post_init__(self) -> None:
         self._check("patch_size", "num_heads")
@@ -132,6 +165,7 @@ class ControlConfig(NetworkConfig):
     learn_sigma: bool = True
     prediction: Prediction = "v"
     dtype: str = "float32"
+    path: NoisePath = "ddpm"
 
     def __post_init__(self) -> None:
         _check_architecture(self.architecture)

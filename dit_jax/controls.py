@@ -114,7 +114,8 @@ class Control(nnx.Module):
 
         Args:
           x: (N, H, W, C), or (R, N, H, W, C) for R replicas of N pairs.
-          t: (N,) timesteps on the original 0..999 grid; replicas share them.
+          t: (N,) timesteps on the original 0..999 grid, or times in [0, 1] of a network that was trained on a path of
+            flow matching (`DiTConfig.path`); replicas share them.
           y: (N,) int labels; `config.num_classes` is the null label.
           gate: None, or one that couples nothing: identity matrices (..., R, R), not traced.
           kind, attention, unroll: without effect.

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.attention import GateKind, Implementation
-from dit_jax.config import Prediction
 from dit_jax.controls import Network
 from dit_jax.model import Edit, Tap
-from dit_jax.objective import denoised_from, posterior_tables
+from dit_jax.objective import at_step, denoised_at, network_input, posterior_tables
 from ou_theory.clock import Clock
 
 GuidedChannels = Literal["official", "all"]
@@ -114,7 +113,8 @@ def network_denoiser(
 ) -> Denoiser:
     """The denoiser of a network: state (N, H, W, C) or (R, N, H, W, C), labels (N,).
 
-    The network is given the timestep of the step on the full schedule. Build the denoiser inside the jitted function
+    States are variance-preserving, also of a network that was trained on a path of flow matching: it is given the state
+    times `Clock.scale`, and `Clock.timesteps` of the step. Build the denoiser inside the jitted function
     that uses it, so that weights and gate are arguments of the compiled program and not constants in it.
 
     Args:
@@ -126,10 +126,13 @@ def network_denoiser(
       channels, guided_coupling: see `guided_output`.
 
     Raises:
-      ValueError: a gate by step is not as long as the clock.
+      ValueError: a gate by step is not as long as the clock; the clock is of another path than the network's.
     """
     timesteps = np.asarray(clock.timesteps)
     config = model.config
+    path = "ddpm" if clock.path is None else clock.path.name
+    if path != config.path:
+        raise ValueError(f"the clock is of the path {path}, the network of {config.path}: use model.config.clock")
     if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
         raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
     options: dict[str, Any] = {"kind": kind, "attention": attention, "tap": tap, "edit": edit}
@@ -138,13 +141,13 @@ def network_denoiser(
 
     def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         t = jnp.full(labels.shape, jnp.asarray(timesteps)[step])
-        now = gate
+        inputs, now = network_input(x, step, clock), gate
         if gate is not None and gate.ndim == 5:
             now = gate[0] if gate.shape[0] == 1 else gate[step]
         found = (
-            model(x, t, labels, now, **options)
+            model(inputs, t, labels, now, **options)
             if guidance == 1.0
-            else guided_output(model, x, t, labels, now, **options)
+            else guided_output(model, inputs, t, labels, now, **options)
         )
         out, taps = found if tap is not None else (found, None)
         out = out.astype(x.dtype)
@@ -153,23 +156,6 @@ def network_denoiser(
         return DenoiserOutput(denoised, fraction, taps)
 
     return denoise
-
-
-def denoised_at(clock: Clock, step: jax.Array, x: jax.Array, out: jax.Array, prediction: Prediction) -> jax.Array:
-    """The clean image (..., H, W, C) that the network's output `out` (..., H, W, C) predicts at state `x` of a step
-    (theory, eq. 1.3).
-
-    Args:
-      prediction: what `out` is, see `DiTConfig.prediction`.
-    """
-    if prediction != "epsilon":
-        return denoised_from(out, x, jnp.asarray(clock.alpha_bar, x.dtype)[step], prediction)
-    # 1 / alpha_bar - 1 is computed in float64: at the clean end it would lose three digits in float32
-    return _at(np.sqrt(1 / clock.alpha_bar), step, x) * x - _at(np.sqrt(1 / clock.alpha_bar - 1), step, x) * out
-
-
-def _at(table: np.ndarray, step: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.asarray(table, x.dtype)[step]
 
 
 def ddim_step(clock: Clock, eta: float = 0.0) -> Step:
@@ -182,9 +168,9 @@ def ddim_step(clock: Clock, eta: float = 0.0) -> Step:
 
     def update(step, x, found, noise):
         x0 = found.denoised
-        epsilon = (_at(from_x, step, x) * x - x0) / _at(from_x0, step, x)
-        mean = _at(keep, step, x) * x0 + _at(direction, step, x) * epsilon
-        return mean if noise is None else mean + _at(spread, step, x) * noise
+        epsilon = (at_step(from_x, step, x) * x - x0) / at_step(from_x0, step, x)
+        mean = at_step(keep, step, x) * x0 + at_step(direction, step, x) * epsilon
+        return mean if noise is None else mean + at_step(spread, step, x) * noise
 
     return update
 
@@ -196,11 +182,11 @@ def ancestral_step(clock: Clock) -> Step:
     noisy = np.append(np.ones(len(clock) - 1), 0.0)
 
     def update(step, x, found, noise):
-        mean = _at(weight_x0, step, x) * found.denoised + _at(weight_x, step, x) * x
-        log_variance = _at(low, step, x)
+        mean = at_step(weight_x0, step, x) * found.denoised + at_step(weight_x, step, x) * x
+        log_variance = at_step(low, step, x)
         if found.fraction is not None:
-            log_variance = found.fraction * _at(high, step, x) + (1 - found.fraction) * log_variance
-        return mean + _at(noisy, step, x) * jnp.exp(0.5 * log_variance) * noise
+            log_variance = found.fraction * at_step(high, step, x) + (1 - found.fraction) * log_variance
+        return mean + at_step(noisy, step, x) * jnp.exp(0.5 * log_variance) * noise
 
     return update
 

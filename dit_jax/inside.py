@@ -31,7 +31,7 @@ def lens(model: DiT) -> Tap:
     """The tap that applies the final layer to the residual stream after every block.
 
     It comes back as (depth, R, N, H, W, C_out); that of the last layer is the output of the network.
-    `dit_jax.diffusion.denoised_at` turns it into a denoised image per layer.
+    `dit_jax.objective.denoised_at` turns it into a denoised image per layer.
     """
     return lambda layer, activations: model.readout(activations["resid_post"], activations["conditioning"])
 

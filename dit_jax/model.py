@@ -334,7 +334,8 @@ class DiT(nnx.Module):
 
         Args:
           x: (N, H, W, C), or (R, N, H, W, C) for R replicas of N pairs.
-          t: (N,) timesteps on the original 0..999 grid; replicas share them.
+          t: (N,) timesteps on the original 0..999 grid, or times in [0, 1] of a network that was trained on a path of
+            flow matching (`DiTConfig.path`); replicas share them.
           y: (N,) int labels; `config.num_classes` is the null label.
           gate: (R, R), or any shape that broadcasts to (depth, N, R, R): one gate per layer, per pair, or both. None
             runs the replicas uncoupled.

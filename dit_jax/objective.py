@@ -11,6 +11,7 @@ import numpy as np
 
 from dit_jax.config import Prediction
 from ou_theory.clock import Clock
+from ou_theory.paths import ProbabilityPath
 
 
 class Loss(NamedTuple):
@@ -20,35 +21,87 @@ class Loss(NamedTuple):
     vb: jax.Array
 
 
-def _level(values: np.ndarray, step: jax.Array, x: jax.Array) -> jax.Array:
-    """Per-sample constants (N, 1, 1, 1) in the dtype of `x`, gathered from a float64 table."""
-    return jnp.asarray(values, x.dtype)[step][:, None, None, None]
+def at_step(table: np.ndarray, step: jax.Array, x: jax.Array) -> jax.Array:
+    """Constants of a float64 table in the dtype of `x`: of one step for all of `x`, or of steps (N,) for images
+    `x` (N, H, W, C)."""
+    values = jnp.asarray(table, x.dtype)[step]
+    return values[:, None, None, None] if values.ndim else values
 
 
 def add_noise(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock) -> jax.Array:
     """The noisy state ``sqrt(ab) x0 + sqrt(1 - ab) noise`` of clean images (N, H, W, C) at sampler steps (N,)."""
     ab = clock.alpha_bar
-    return _level(np.sqrt(ab), step, x0) * x0 + _level(np.sqrt(1 - ab), step, x0) * noise
+    return at_step(np.sqrt(ab), step, x0) * x0 + at_step(np.sqrt(1 - ab), step, x0) * noise
+
+
+def network_input(x: jax.Array, step: jax.Array, clock: Clock) -> jax.Array:
+    """What the network is given in place of the variance-preserving state `x` (theory, eq. 2.9)."""
+    return x if clock.path is None else at_step(clock.scale, step, x) * x
 
 
 def target(x0: jax.Array, noise: jax.Array, step: jax.Array, clock: Clock, prediction: Prediction) -> jax.Array:
-    """What the first channels of the network should predict, (N, H, W, C) (theory, eq. 1.3)."""
+    """What the first channels of the network should predict, (N, H, W, C) (theory, eq. 1.3 and 2.8).
+
+    Raises:
+      ValueError: a velocity is asked for on the clock of a schedule, which has no path.
+    """
     if prediction == "epsilon":
         return noise
     if prediction == "x0":
         return x0
     ab = clock.alpha_bar
-    return _level(np.sqrt(ab), step, x0) * noise - _level(np.sqrt(1 - ab), step, x0) * x0
+    if prediction == "score":
+        return -noise / at_step(_noise_weight(clock), step, x0)
+    if prediction == "velocity":
+        from_x0, from_noise = _path(clock).rates(clock.timesteps)
+    else:
+        from_x0, from_noise = -np.sqrt(1 - ab), np.sqrt(ab)
+    return at_step(from_noise, step, x0) * noise + at_step(from_x0, step, x0) * x0
 
 
-def denoised_from(out: jax.Array, x: jax.Array, alpha_bar: jax.Array, prediction: Prediction) -> jax.Array:
-    """The predicted clean image, from the network's prediction `out` and the state `x` that it saw at signal power
-    `alpha_bar` (theory, eq. 1.3)."""
+def _path(clock: Clock) -> ProbabilityPath:
+    if clock.path is None:
+        raise ValueError("a velocity is defined on a path of flow matching: use the clock of one, see path_clock")
+    return clock.path
+
+
+def _noise_weight(clock: Clock) -> np.ndarray:
+    """(n,) standard deviation of the noise in what the network sees."""
+    return clock.scale * np.sqrt(1 - clock.alpha_bar)
+
+
+def denoising_weights(clock: Clock, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
+    """The denoised image is linear in the variance-preserving state and the network's output: its weights of both,
+    (n,) float64 each (theory, eq. 1.3 and 2.10). They are tables in float64, as ``1 / alpha_bar - 1`` would lose three
+    digits at the clean end in float32."""
+    ab = clock.alpha_bar
     if prediction == "epsilon":
-        return jnp.sqrt(1 / alpha_bar) * x - jnp.sqrt(1 / alpha_bar - 1) * out
+        return np.sqrt(1 / ab), -np.sqrt(1 / ab - 1)
+    if prediction == "score":
+        return np.sqrt(1 / ab), np.sqrt(1 / ab - 1) * _noise_weight(clock)
+    if prediction == "x0":
+        return np.zeros_like(ab), np.ones_like(ab)
+    if prediction == "v":
+        return np.sqrt(ab), -np.sqrt(1 - ab)
+    from_state, from_velocity = _path(clock).denoising_weights(clock.timesteps)
+    return from_state * clock.scale, from_velocity
+
+
+def denoised_at(clock: Clock, step: jax.Array, x: jax.Array, out: jax.Array, prediction: Prediction) -> jax.Array:
+    """The clean image (..., H, W, C) that the network's output `out` (..., H, W, C) predicts.
+
+    Args:
+      step: of the clock, () for all of `x`, or (N,) for images `x` (N, H, W, C).
+      x: variance-preserving state.
+      prediction: what `out` is, see `DiTConfig.prediction`.
+
+    Raises:
+      ValueError: `out` is a velocity, and the clock that of a schedule, which has no path.
+    """
     if prediction == "x0":
         return out
-    return jnp.sqrt(alpha_bar) * x - jnp.sqrt(1 - alpha_bar) * out
+    from_state, from_output = denoising_weights(clock, prediction)
+    return at_step(from_state, step, x) * x + at_step(from_output, step, x) * out
 
 
 def posterior_tables(clock: Clock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -81,12 +134,15 @@ def losses(
     """
     channels = x0.shape[-1]
     mean_part, variance_part = out[..., :channels], out[..., channels:]
-    mse = jnp.square(target(x0, noise, step, clock, prediction) - mean_part).mean((1, 2, 3))
+    error = target(x0, noise, step, clock, prediction) - mean_part
+    if prediction == "score":  # in units of the noise, as in SiT: the score itself grows without bound
+        error *= at_step(_noise_weight(clock), step, x0)
+    mse = jnp.square(error).mean((1, 2, 3))
     if not variance_part.size:
         return Loss(mse, jnp.zeros_like(mse))
     x = add_noise(x0, noise, step, clock)
-    denoised = denoised_from(jax.lax.stop_gradient(mean_part), x, _level(clock.alpha_bar, step, x), prediction)
-    weight_x0, weight_x, low, high = (_level(table, step, x) for table in posterior_tables(clock))
+    denoised = denoised_at(clock, step, x, jax.lax.stop_gradient(mean_part), prediction)
+    weight_x0, weight_x, low, high = (at_step(table, step, x) for table in posterior_tables(clock))
     fraction = (variance_part + 1) / 2
     log_variance = fraction * high + (1 - fraction) * low
     true_mean = weight_x0 * x0 + weight_x * x

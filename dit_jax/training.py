@@ -26,9 +26,9 @@ from dit_jax.controls import Network, make_network
 from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.disk import recover, write_json
 from dit_jax.images import ImageSet, image_grid, standardize, to_pixels
-from dit_jax.objective import add_noise, losses
+from dit_jax.objective import add_noise, losses, network_input
 from dit_jax.training_log import LossLog
-from ou_theory.clock import Clock, make_clock
+from ou_theory.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def make_update(model_config: NetworkConfig, config: TrainConfig, graph: nnx.Gra
     def loss_fn(params, x0, labels, noise, t):
         model = nnx.merge(graph, params, constants)
         timesteps = jnp.asarray(clock.timesteps)[t]
-        out = model(add_noise(x0, noise, t, clock), timesteps, labels, unroll=unroll)
+        x = network_input(add_noise(x0, noise, t, clock), t, clock)
+        out = model(x, timesteps, labels, unroll=unroll)
         terms = losses(out.astype(x0.dtype), x0, noise, t, clock, model_config.prediction)
         return (jnp.asarray(weight, x0.dtype)[t] * terms.mse + terms.vb).mean(), terms
 
@@ -257,7 +258,7 @@ def train(
     """
     out = Path(out)
     data = Photographs(data) if isinstance(data, ImageSet) else data
-    clock = make_clock(1000)
+    clock = model_config.training_clock()
     _check_fit(data, model_config, config)
     record = {
         "model": model_config.to_dict(),
@@ -339,7 +340,7 @@ def _open_run(out: Path, record: dict, resume: bool) -> None:
 def _sample_grid(model: Network, data: TrainingData, per_class: int = 8, steps: int = 50, seed: int = 0) -> Image.Image:
     """One row of uncoupled DDIM samples per class (the first ten classes)."""
     config = model.config
-    clock = make_clock(steps)
+    clock = config.clock(steps)
     rows = min(10, config.num_classes)
     labels = jnp.repeat(jnp.arange(rows), per_class)
     shape = (rows * per_class, config.input_size, config.input_size, config.in_channels)

@@ -31,7 +31,8 @@ class Train:
     out: tyro.conf.Positional[Path]  # folder of the training run
     transform: str = "natural"  # of the images: natural (none), whitened, reversed, power:A, permuted or gaussian
     size: int = 16  # images are cropped and resized to size x size
-    prediction: Literal["epsilon", "v", "x0"] = "v"  # what the network predicts
+    prediction: Literal["epsilon", "v", "x0", "velocity", "score"] = "v"  # what the network predicts
+    path: Literal["ddpm", "linear", "gvp", "vp"] = "ddpm"  # schedule of the noise: DDPM's, or a path of flow matching
     architecture: Literal["dit", "unet", "mlp"] = "dit"  # a DiT, or a control without attention
     depth: int | None = None  # by default 12 for a dit, 1 for a unet, 2 for an mlp
     hidden_size: int | None = None  # by default 96 for a dit, 48 for a unet, 256 for an mlp
@@ -284,8 +285,10 @@ def _train(command: Train, line: str) -> Path:
             "input_size": command.size,
             "in_channels": data.shape[-1],
             "num_classes": len(data.class_names),
-            "learn_sigma": not solvable,  # the theory is that of the posterior variance
+            # the theory of solvable data is that of the posterior variance, and flow matching learns no variance
+            "learn_sigma": not solvable and command.path == "ddpm",
             "prediction": command.prediction,
+            "path": command.path,
             "dtype": command.dtype,
         }
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see; at run time the table below is used
     from ou_theory.attention import first_order_difference, rho, rho_n
-    from ou_theory.clock import Clock, log_snr, make_clock, ou_time
+    from ou_theory.clock import Clock, log_snr, make_clock, ou_time, path_clock
     from ou_theory.cloning import clone_correlation, same_cluster_probability
     from ou_theory.cluster_laws import Clusters, clusters, mmse
     from ou_theory.collapse import collapse_time, collapse_time_modes, pair_collapse_times
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # what type checkers see; at run time the table below is used
 
 _NAMES = {
     "ou_theory.attention": "first_order_difference rho rho_n",
-    "ou_theory.clock": "Clock log_snr make_clock ou_time",
+    "ou_theory.clock": "Clock log_snr make_clock ou_time path_clock",
     "ou_theory.cloning": "clone_correlation same_cluster_probability",
     "ou_theory.cluster_laws": "Clusters clusters mmse",
     "ou_theory.collapse": "collapse_time collapse_time_modes pair_collapse_times",

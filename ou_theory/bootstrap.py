@@ -16,24 +16,34 @@ def resample(seed: int, num_pairs: int, draws: int) -> np.ndarray:
     return rng.multinomial(num_pairs, np.full(num_pairs, 1 / num_pairs), size=draws)
 
 
-def basic_interval(estimate, draws, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The basic bootstrap interval ``[2 e - q_high, 2 e - q_low]`` (theory, eq. 7.7).
+def percentile_interval(draws, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile bootstrap interval: the middle part of the draws (theory, eq. 7.7).
 
     Args:
-      estimate: (...) point estimates e.
-      draws: (draws, ...) the same estimates on resampled pairs.
+      draws: (draws, ...) estimates on resampled pairs.
       level: nominal coverage.
 
     Returns:
-      lower and upper ends (...); NaN where the estimate or any draw is not finite.
+      lower and upper ends (...); NaN where any draw is not finite.
 
     Raises:
       ValueError: `level` is not in (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
-    estimate, draws = np.asarray(estimate, np.float64), np.asarray(draws, np.float64)
-    finite = np.isfinite(estimate) & np.isfinite(draws).all(0)
+    draws = np.asarray(draws, np.float64)
     tail = (1 - level) / 2
-    low, high = np.quantile(np.where(finite, draws, np.nan), [tail, 1 - tail], axis=0)  # NaN in, NaN out
-    return 2 * estimate - high, 2 * estimate - low
+    low, high = np.quantile(np.where(np.isfinite(draws).all(0), draws, np.nan), [tail, 1 - tail], axis=0)
+    return low, high  # NaN in, NaN out
+
+
+def family_level(tests: int, level: float = 0.95) -> float:
+    """The level of each of several intervals at which all of them together hold the truth with `level` or more,
+    however they depend on each other (Bonferroni; theory, section 7.6).
+
+    Raises:
+      ValueError: `tests` is less than 1.
+    """
+    if tests < 1:
+        raise ValueError(f"a family has at least one test, got {tests}")
+    return 1 - (1 - level) / tests

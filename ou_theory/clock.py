@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ou_theory.paths import PATHS, ProbabilityPath
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
@@ -113,13 +115,16 @@ class Clock:
     """The noise levels that a sampler visits, in the order of generation: step 0 sees pure noise.
 
     Attributes:
-      timesteps: (n,) int64, decreasing: index on the full schedule, which is what a network is given at step k.
-      alpha_bar: (n,) float64, increasing: signal power of the state that the network sees at step k. After the
-        last step the level is ``alpha_bar = 1`` exactly.
+      timesteps: (n,) what a network is given at step k: the index on the full schedule, int64, decreasing; or the time
+        in [0, 1] on a path of flow matching, float64, increasing.
+      alpha_bar: (n,) float64, increasing: signal power of the variance-preserving state at step k. After the last step
+        the level is ``alpha_bar = 1`` exactly.
+      path: the path of flow matching that the network was trained on; None for the schedule of DDPM.
     """
 
-    timesteps: IntArray
+    timesteps: IntArray | FloatArray
     alpha_bar: FloatArray
+    path: ProbabilityPath | None = None
 
     def __post_init__(self) -> None:
         if self.timesteps.shape != self.alpha_bar.shape or self.timesteps.ndim != 1 or not self.timesteps.size:
@@ -131,6 +136,11 @@ class Clock:
 
     def __len__(self) -> int:
         return self.timesteps.size
+
+    @cached_property
+    def scale(self) -> FloatArray:
+        """(n,) factor from the variance-preserving state to the state that the network sees (theory, eq. 2.9)."""
+        return np.ones(len(self)) if self.path is None else self.path.scale(self.timesteps)
 
     @cached_property
     def sigma(self) -> FloatArray:
@@ -173,3 +183,27 @@ def make_clock(spec: str | int = "50", betas: FloatArray | None = None) -> Clock
     kept = respace(spec, betas.size)
     alpha_bar = np.cumprod(1 - betas, dtype=np.float64)
     return Clock(kept[::-1].copy(), alpha_bar[kept][::-1].copy())
+
+
+def path_clock(path: str, steps: str | int | ArrayLike) -> Clock:
+    """The clock of a sampler on a path of flow matching.
+
+    Args:
+      path: one of `ou_theory.paths.PATHS`.
+      steps: a number of steps, for as many levels uniform in t from the path's `first_time`, the last a step before
+        t = 1; or the times themselves, increasing, with a finite log-SNR each.
+
+    Raises:
+      ValueError: unknown path; not a number of steps; times at which log-SNR is not finite, or does not increase.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path {path!r} is not one of {', '.join(PATHS)}")
+    chosen = PATHS[path]
+    if isinstance(steps, str | int):
+        text = str(steps).strip()
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"steps {text!r}: a sampler on the {path} path takes a number of steps, for example 50")
+        t = np.linspace(chosen.first_time, 1, int(text) + 1)[:-1]
+    else:
+        t = np.asarray(steps, np.float64)
+    return Clock(t, chosen.alpha_bar(t), chosen)

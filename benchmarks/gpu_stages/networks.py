@@ -28,7 +28,7 @@ ENDING = 20.0  # seconds for saving and packing
 class Network:
     """What is trained."""
 
-    prediction: Literal["epsilon", "v"]
+    prediction: Literal["epsilon", "v", "velocity"]
     transform: str = "natural"
     seed: int = 0
 
@@ -60,6 +60,14 @@ GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
         Shape(),
         {
             f"{transform}-epsilon-{seed}": Network("epsilon", transform, seed)
+            for transform, seeds in (("natural", 3), ("reversed", 1))
+            for seed in range(seeds)
+        },
+    ),
+    "velocity": (
+        Shape(),
+        {
+            f"{transform}-velocity-{seed}": Network("velocity", transform, seed)
             for transform, seeds in (("natural", 3), ("reversed", 1))
             for seed in range(seeds)
         },
@@ -119,6 +127,8 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
         in_channels=3,
         num_classes=len(found.class_names),
         prediction=prediction,
+        path="linear" if prediction == "velocity" else "ddpm",
+        learn_sigma=prediction != "velocity",  # the loss of flow matching is that of the velocity alone
         depth=shape.depth,
         hidden_size=shape.hidden_size,
         num_heads=shape.num_heads,
@@ -174,13 +184,12 @@ def side_by_side(config, settings: list, data: list, seconds: float) -> tuple[li
 
     from dit_jax.model import DiT
     from dit_jax.training import batch_indices, initial_state, make_update
-    from ou_theory.clock import make_clock
 
     first = settings[0]
     drawn = jax.jit(lambda seed: DiT(config, nnx.Rngs(jax.random.key(seed))))
     split = [nnx.split(drawn(each.seed), nnx.Param, ...) for each in settings]
     graph, _, constants = split[0]
-    update = jax.vmap(make_update(config, first, graph, constants, make_clock(1000)))
+    update = jax.vmap(make_update(config, first, graph, constants, config.training_clock()))
     states = [initial_state(params, first) for _, params, _ in split]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     sources = list({id(d): d for d in data}.values())

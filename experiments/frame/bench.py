@@ -20,7 +20,6 @@ from experiments.frame.measured import NUM_BANDS, Definitions, Measured, describ
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import Subject, check_dit, load_subject
-from ou_theory.clock import make_clock
 from ou_theory.modes import Bands, radial_bands
 
 C = TypeVar("C")
@@ -88,7 +87,7 @@ class Bench(Measured[C]):
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):
                 raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {self.classes}")
-            make_clock(config.steps)
+            model.clock(config.steps)
             radial_bands(model.input_size, model.input_size, NUM_BANDS)
             if self.mesh is not None and config.block % self.mesh.size:
                 raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ou_theory.bootstrap import basic_interval, resample
+from ou_theory.bootstrap import percentile_interval, resample
 
 DRAWS = 1000
 CEILING = 2**27  # bytes of resampled measurements and what is computed from them; an analysis stays under 2**30 in all
@@ -95,11 +95,18 @@ def both(found: tuple[Drawn, Drawn]) -> Drawn:
     return {name: np.concatenate([np.asarray(value, np.float64)[None], draws[name]]) for name, value in point.items()}
 
 
-def with_interval(point: Any, draws: np.ndarray) -> np.ndarray:
-    """(..., 3) float64: the estimate and the ends of its 95 % interval, from draws (draws, ...)."""
-    return np.stack([np.asarray(point, np.float64), *basic_interval(point, draws)], -1)
+def interval_ends(point: Any, draws: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """(..., 2) float64: the ends of the interval of an estimate, from draws (draws, ...). NaN where the estimate is not
+    finite: there is nothing that an interval could be of."""
+    ends = np.stack(percentile_interval(draws, level), -1)
+    return np.where(np.isfinite(np.asarray(point, np.float64))[..., None], ends, np.nan)
 
 
-def packed(values: np.ndarray) -> np.ndarray:
-    """(..., 3): the estimate and its 95 % interval, from `mean_and_draws` or what follows from it (1 + draws, ...)."""
-    return with_interval(values[0], values[1:])
+def with_interval(point: Any, draws: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """(..., 3) float64: the estimate and the ends of its interval, 95 % by default, from draws (draws, ...)."""
+    return np.concatenate([np.asarray(point, np.float64)[..., None], interval_ends(point, draws, level)], -1)
+
+
+def packed(values: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """(..., 3): the estimate and its interval, from `mean_and_draws` or what follows from it (1 + draws, ...)."""
+    return with_interval(values[0], values[1:], level)

@@ -140,9 +140,10 @@ def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: f
     return start
 
 
-def order(levels: np.ndarray) -> np.ndarray:
-    """Kendall's tau-b of commitment levels (..., B) against band order, DC left out; NaN where all levels tie."""
-    levels = np.asarray(levels)[..., LOW:]
+def order(levels: np.ndarray, lowest: int = LOW) -> np.ndarray:
+    """Kendall's tau-b of commitment levels (..., B) against band order, from the band `lowest` on, which leaves DC out
+    by default; NaN where all levels tie."""
+    levels = np.asarray(levels)[..., lowest:]
     first, second = np.triu_indices(levels.shape[-1], 1)
     sign = np.sign(levels[..., second] - levels[..., first])
     untied = np.count_nonzero(sign, axis=-1)

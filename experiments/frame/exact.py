@@ -10,6 +10,23 @@ from ou_theory.clock import Clock
 from ou_theory.gain_model import wiener_gain
 from ou_theory.recursion import recursion_statistics
 
+TRANSFORMED = {
+    "natural": "the photographs as they are",
+    "whitened": "photographs whose every DCT coefficient has variance 1",
+    "reversed": "photographs whose spectrum is turned round, low for high",
+    "permuted": "photographs whose pixels are permuted, the same way in all",
+    "gaussian": "Gaussian images of the photographs' mean and covariance",
+}
+
+
+def data_in_words(transformation: str) -> str:
+    """What a network was trained on, by the name of the transformation that its covariance records."""
+    if transformation in TRANSFORMED:
+        return TRANSFORMED[transformation]
+    return f"photographs with a spectrum proportional to r^−{float(transformation.removeprefix('power:')):g}".replace(
+        "−-", ""
+    )
+
 
 def covariance_group(found: DataCovariance, share: np.ndarray | None = None) -> xr.Dataset:
     """The principal components of a network's data, as a run stores them: variances (component,) and their shares

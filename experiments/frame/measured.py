@@ -11,7 +11,7 @@ import xarray as xr
 from dit_jax.config import DiTConfig, config_from_dict
 from experiments.frame.settings import RENAMED
 from experiments.frame.store import RunFolder, StoreError
-from ou_theory.clock import Clock, make_clock
+from ou_theory.clock import Clock
 from ou_theory.modes import Bands, radial_bands
 
 C = TypeVar("C")
@@ -56,8 +56,8 @@ class Measured(Generic[C]):
 
     @cached_property
     def clock(self) -> Clock:
-        """The sampler's noise levels."""
-        return make_clock(self.config.steps)  # type: ignore[attr-defined]
+        """The sampler's noise levels, on the network's own path."""
+        return self.model.clock(self.config.steps)  # type: ignore[attr-defined]
 
     @cached_property
     def model(self) -> DiTConfig:

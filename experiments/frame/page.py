@@ -42,7 +42,11 @@ class Table:
 
 @dataclass
 class Section:
-    """The findings of a study."""
+    """The findings of a study.
+
+    Raises:
+      ValueError: the verdicts are not right together with 95 %; `ou_theory.bootstrap.family_level` is their level.
+    """
 
     title: str
     question: str  # one or two sentences
@@ -53,6 +57,14 @@ class Section:
     methods: list[str] = field(default_factory=list)  # how it was measured, a paragraph each
     limits: list[str] = field(default_factory=list)
     definitions: dict[str, str] = field(default_factory=dict)  # what words mean, in order
+
+    def __post_init__(self) -> None:
+        wrong = sum(1 - claim.level for claim in self.claims if claim.verdict != "not tested")
+        if wrong > 0.05 * (1 + 1e-9):
+            raise ValueError(
+                f"the verdicts of {self.title!r} may be wrong with a chance of {wrong:.3f} in all; give each of its "
+                "claims the level family_level(number of claims)"
+            )
 
 
 class Page(NamedTuple):
@@ -233,6 +245,7 @@ def claim_entry(claim: Mapping) -> dict[str, Any]:
         "tested": verdict != "not tested",
         "value": number(claim["value"]),
         "interval": interval(claim["interval"]),
+        "level": f"{100 * claim.get('level', 0.95):.3g} %",  # stored by older versions without
         "controls": controls,
         "also": [control["name"] for control in controls if control["also"] == "yes"],
     }

@@ -3,8 +3,8 @@
 The noise of the trajectories is keyed by the seed alone (`dit_jax.replicas.pair_noise`); every other purpose folds a
 number of its own into that key first. These numbers are larger than any pair's index, so that no purpose shares a key
 with a pair, and no seed shares one with another seed. `pair_noise` folds pair, step and replica into the key that it is
-given. Three uses have keys of an older form, so that stored runs keep their bits: the weights of the untrained control,
-the shuffled bands, and the draws of the study ``modalities``.
+given. Two uses have generators of an older form, so that stored runs keep their bits: the shuffled bands of ``depth``,
+and the draws of the study ``modalities``. Neither shares its numbers with a key.
 """
 
 import jax
@@ -22,6 +22,7 @@ PURPOSES = {  # these numbers never change; a new purpose takes a new one
     "clean states": 6,  # draws of a known law
     "state noise": 7,  # noise that is put on the clean states
     "shuffles": 8,  # random assignments of coefficients to bands
+    "untrained weights": 9,  # weights of the control network
 }
 
 

@@ -14,6 +14,7 @@ from dit_jax.config import ControlConfig, NetworkConfig
 from dit_jax.controls import Network, make_network
 from dit_jax.model import DiT
 from experiments.frame.settings import Dtype
+from experiments.frame.streams import stream
 
 
 def model_folder(weights: str) -> Path:
@@ -80,11 +81,11 @@ def check_dit(subject: Subject, study: str) -> None:
 
 def untrained_model(config: NetworkConfig, seed: int) -> Network:
     """A network with random weights everywhere, see `Subject.untrained`."""
-    model = make_network(config, nnx.Rngs(seed))
+    model = make_network(config, nnx.Rngs(stream(seed, "untrained weights", 0)))
     state = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     drawn = [
-        jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape, leaf.dtype)
+        jax.random.normal(stream(seed, "untrained weights", 1, i), leaf.shape, leaf.dtype)
         * np.sqrt(2 / (leaf.shape[-1] + leaf.shape[-2]))
         if leaf.ndim >= 2 and not jnp.any(leaf)
         else leaf

@@ -1,7 +1,8 @@
 """Claims as statements about a run: verdict, value, interval and controls.
 
-A claim holds when its 95 % interval lies wholly on the claimed side, does not hold when it lies wholly on the other,
-and is undecided in between. The same rule is applied to the controls.
+A claim holds when its interval lies wholly on the claimed side, does not hold when it lies wholly on the other, and is
+undecided in between. The same rule is applied to the controls. The intervals of all claims of a page hold the truth
+together with 95 %, so each has the level of `ou_theory.bootstrap.family_level` (docs/theory.md, section 7.6).
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class Claim:
     interval: list[float] | None
     statement: str
     controls: list[Control] = field(default_factory=list)
+    level: float = 0.95  # of the interval, and of those of the controls
 
 
 def above(interval: ArrayLike | None, threshold: float = 0.0) -> Verdict:

@@ -45,6 +45,7 @@ def describe(directory: str | Path) -> str:
         "tokens": str(config.num_tokens) if is_dit else None,
         "parameters": _number(manifest.get("parameters")) + (", position embedding included" if is_dit else ""),
         "prediction": config.prediction + (" and variance" if config.learn_sigma else ""),
+        "path": None if config.path == "ddpm" else config.path,
         "timesteps": f"{config.timestep_convention} convention",
         "dtype": f"stored {_stored_dtypes(directory)}, computes in {config.dtype}",
         "on disk": _bytes(sum(path.lstat().st_size for path in directory.rglob("*") if path.is_file())),

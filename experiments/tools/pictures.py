@@ -22,7 +22,7 @@ from experiments.frame.manifest import environment
 from experiments.frame.subject import model_folder
 from experiments.tools.info import read_manifest
 from experiments.tools.settings import SampleConfig
-from ou_theory.clock import Clock, make_clock
+from ou_theory.clock import Clock
 
 FORMAT = "syncgap-pictures"
 FORMAT_VERSION = 1
@@ -63,7 +63,7 @@ def sample_pictures(
     if config.vae is not None and not is_latent(manifest):
         raise PicturesError(f"--vae decodes latents of the official models, which {source.name} does not produce")
     decoder = None if config.vae is None else vae_decoder(config.vae)
-    clock = make_clock(config.steps)
+    clock = model_config.clock(config.steps)
     known = names(manifest)
     asked = config.classes or tuple(map(str, range(min(model_config.num_classes, DEFAULT_CLASSES))))
     labels = np.array(resolve(asked, known, model_config.num_classes), np.int32)

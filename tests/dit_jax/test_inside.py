@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from models import random_model
 
+from dit_jax import denoised_at
 from dit_jax.attention import GATE_KINDS, anisotropic_gate, symmetric_gate
 from dit_jax.config import DiTConfig
-from dit_jax.diffusion import denoised_at, guided_output, network_denoiser, sample
+from dit_jax.diffusion import guided_output, network_denoiser, sample
 from dit_jax.inside import ablate, chain, close_heads, copy_replica, keep, lens, replace, residual_norm, share
 from dit_jax.model import ACTIVATIONS
 from dit_jax.replicas import run_pairs

@@ -14,9 +14,9 @@ from dit_jax.config import DiTConfig
 from dit_jax.images import ImageSet
 from dit_jax.model import DiT
 from dit_jax.training import TrainConfig, batch_indices, learning_rate, make_step, optimizer, train
-from ou_theory.clock import make_clock
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=2, prediction="v")
+FLOW = replace(MODEL, prediction="velocity", path="linear", learn_sigma=False)
 FAST = TrainConfig(steps=6, batch_size=4, warmup_steps=2, learning_rate=1e-2, seed=3)
 
 pytestmark = pytest.mark.slow
@@ -98,15 +98,16 @@ def test_impossible_settings_are_refused(bad):
         TrainConfig(**bad)
 
 
-def state_of(config):
-    graph, params, constants = nnx.split(DiT(MODEL, nnx.Rngs(0)), nnx.Param, ...)
+def state_of(config, model=MODEL):
+    graph, params, constants = nnx.split(DiT(model, nnx.Rngs(0)), nnx.Param, ...)
     state = {"params": params, "ema": jax.tree.map(np.array, params), "opt": optimizer(config).init(params)}
-    return {**state, "step": np.zeros((), np.int32)}, make_step(MODEL, config, graph, constants, make_clock(1000))
+    return {**state, "step": np.zeros((), np.int32)}, make_step(model, config, graph, constants, model.training_clock())
 
 
-def test_the_loss_falls(images):
+@pytest.mark.parametrize("model", [MODEL, FLOW], ids=["v", "velocity"])
+def test_the_loss_falls(images, model):
     config = TrainConfig(steps=200, batch_size=12, warmup_steps=5, learning_rate=5e-3)
-    state, step = state_of(config)
+    state, step = state_of(config, model)
     x0 = training.standardize(images.pixels, images.mean, images.std)
     history = []
     for _ in range(60):

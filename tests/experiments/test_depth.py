@@ -153,7 +153,7 @@ def analysis_of(gap, share, edges=((0, 0), (0, 0))):
     return xr.Dataset(
         {
             "network_readout_gap": (("coupling", "layer", "bound"), np.tile(np.asarray(gap, float), (1, 11, 1))),
-            "network_readout_share": (("bound",), np.asarray(share, float)),
+            "network_readout_share_claimed": (("bound",), np.asarray(share, float)),
             "network_readout_edge": (("coupling", "layer", "band"), edge),
         },
         coords={"layer": np.arange(11)},

@@ -69,7 +69,7 @@ def test_labels_of_curves_do_not_overlap(analysis):
 
 
 def test_an_interval_may_leave_out_its_estimate(analysis):
-    """A basic bootstrap interval can; error bars given as distances would fail."""
+    """A bootstrap interval of a biased estimate can; error bars given as distances would fail."""
     skewed = analysis.copy(deep=True)
     skewed.gap_interval.loc[{"source": "network"}] = [9.0, 9.5]
     ax = plain(figures.figure_gap(skewed)).axes[0]

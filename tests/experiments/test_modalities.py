@@ -100,7 +100,7 @@ def test_gaps_and_deviations():
     theory = np.array([[0.7, 0.4], [1.0, np.nan]])
     np.testing.assert_allclose(deviations(found, theory), [1.0, 0.0, np.nan])
     low, high = with_bounds(np.array([1.0, 0.1]))
-    assert (low, high) == pytest.approx((0.804, 1.196), abs=1e-3)
+    assert (low, high) == pytest.approx((0.727, 1.273), abs=1e-3)  # 99.4 % each, for eight claims
 
 
 # --- schedules

@@ -14,9 +14,11 @@ from experiments.frame import page as frame
 from experiments.frame.gates import RHO, told
 from experiments.frame.page import stored_section, write_page
 from experiments.frame.store import RunFolder, StoreError
+from experiments.frame.study import joint_page
 from experiments.studies.compare.claims import _exact_remains
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.page import limits, section
+from experiments.studies.compare.study import STUDY
 from ou_theory.attention import rho
 
 pytestmark = pytest.mark.slow  # the figures are drawn once
@@ -251,6 +253,25 @@ def test_the_page_speaks_of_the_gate_that_was_run(kind, analysis, stored_run):
     assert told(kind) in text
     assert ("times too large" in text) == (kind in ("additive", "tanh"))
     assert any("between 0.97 and 1.04 times the energy of an uncoupled one" in limit for limit in found.limits)
+
+
+def test_runs_side_by_side_and_what_counts_as_a_training(drawn_run, tmp_path):
+    """Three runs that were measured alike are trainings of one network; another seed of the noise is something else."""
+    for name in ("one", "two", "three", "other"):
+        shutil.copytree(drawn_run.path, tmp_path / name)
+    path = tmp_path / "other" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["seed"] = 7
+    path.write_text(json.dumps(manifest))
+    text = joint_page(tmp_path, {"compare": STUDY}.get).read_text()
+    assert text.index('id="compare-together"') < text.index('id="one"')
+    tables = Page(text).tables
+    rows = tables["compare-together-table-1"][1:]
+    assert [row[0].strip() for row in rows] == ["one", "other", "three", "two"]
+    assert {row[7].strip() for row in rows} == {"0", "7"}
+    again = tables["compare-together-table-2"][1:]
+    assert {row[0].split(": ")[1].strip() for row in again} == {"one, three, two"}
+    assert {row[4].strip() for row in again} == {"0.00"}  # one run is no spread
 
 
 def test_limits_speak_of_this_run(written):

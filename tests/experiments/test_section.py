@@ -1,6 +1,7 @@
 """Sections and their pages, and the frame that studies share."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,12 +10,13 @@ from matplotlib.figure import Figure
 
 from experiments.frame.bench import Bench
 from experiments.frame.draws import pair_draws, resampled_mean, with_interval
-from experiments.frame.page import Page, Section, Table, formatted, store_page, stored_section
+from experiments.frame.page import Page, Section, Table, formatted, store_page, stored_section, write_page
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.study import Study, joint_page, report
 from experiments.frame.subject import load_subject
 from experiments.frame.verdict import Claim, Control
+from ou_theory.bootstrap import family_level
 
 VARIABLES = {"level": (("step", "band"), "something")}
 
@@ -63,6 +65,23 @@ def test_figures_without_captions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two"):
         store_page(run, Page(section(), {"one": Figure, "two": Figure}))
     assert not (tmp_path / "run" / "section.json").exists()
+
+
+def test_verdicts_of_a_page_are_right_together_with_95_percent():
+    claim = section().claims[0]
+    untested = replace(claim, verdict="not tested")
+    Section("One", "?", "!", [claim, untested])
+    with pytest.raises(ValueError, match="family_level"):
+        Section("Two", "?", "!", [claim, claim])
+    Section("Two", "?", "!", [replace(claim, level=family_level(2))] * 2)
+
+
+def test_a_claim_is_shown_with_the_level_of_its_interval(tmp_path):
+    claim = replace(section().claims[0], level=family_level(3))
+    run = RunFolder.create(tmp_path / "run", {"weights": "x"}, extra={"subject": "x", "kind": "depth"})
+    store_page(run, Page(Section("Depth", "?", "!", [claim]), {}))
+    text = write_page(tmp_path / "page.html", [stored_section(run)]).read_text()
+    assert "(interval: 98.3 %)" in text
 
 
 def test_runs_of_a_folder_are_joined_by_claim(tmp_path):

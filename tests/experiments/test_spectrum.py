@@ -21,8 +21,9 @@ from experiments.frame.gaussian import ddim_factors, wiener_gains
 from experiments.frame.instrument import coupled_wiener, trajectories
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import untrained_model
+from experiments.frame.trainings import over_networks, trained_again
 from experiments.studies.compare.theory import measured_statistics, regression_gains
-from experiments.studies.spectrum.family import line, more_than_data, order_beyond_data, over_networks, trained_again
+from experiments.studies.spectrum.family import line, more_than_data, order_beyond_data, trainings
 from experiments.studies.spectrum.settings import SHIPPED, SpectrumConfig
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
@@ -132,7 +133,9 @@ def network(theory, gap, order=1.0, half=0.1, transformation="natural"):
     return xr.Dataset(
         {
             "gap": (("coupling", "bound"), [[gap, gap - half, gap + half]]),
+            "gap_claimed": (("bound",), [gap, gap - 1.2 * half, gap + 1.2 * half]),
             "order": (("coupling", "bound"), [[order] * 3]),
+            "order_claimed": (("bound",), [order] * 3),
             "gap_draws": ("draw", gap + half / 2 * rng.standard_normal(200)),
             "theory_gap": theory,
         },
@@ -234,12 +237,12 @@ def test_trainings_are_compared_within_one_form_and_one_kind_of_data():
         )
         for name, gap in gaps.items()
     }
-    (table,) = trained_again(runs, found)
+    (table,) = trained_again(trainings(runs, found))
     (row,) = table.rows
     assert row[0].endswith("a, b, c")
     reach = 0.5 / np.sqrt(3) * 4.3027  # Student's t of two degrees of freedom
     assert row[1:] == ["0", "3.50", f"[{3.5 - reach:.2f}, {3.5 + reach:.2f}]", "0.50", "0.20"]
-    assert trained_again(runs[3:], found) == []
+    assert trained_again(trainings(runs[3:], found)) == []
 
 
 def test_networks_are_added_and_finished_ones_left(finished, folders, capsys):

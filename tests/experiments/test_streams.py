@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from dit_jax.config import DiTConfig
+from dit_jax.model import DiT
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments.frame.streams import FIRST, PURPOSES, numpy_stream, stream
+from experiments.frame.subject import untrained_model
 from experiments.studies.modalities.clone_reading import Draws
 
 SEEDS, PAIRS, STEPS, INDICES = 20, 6, 5, 6
@@ -56,6 +60,20 @@ def test_noise_is_that_of_its_key_and_of_no_seed():
         assert not np.isclose(clones, np.asarray(pair_noise(seed, pairs, 1, shape))).any()
     np.testing.assert_array_equal(clones, pair_noise(stream(0, "clones", 2), pairs, 1, shape))
     np.testing.assert_array_equal(pair_noise(7, pairs, 1, shape), pair_noise(jax.random.key(7), pairs, 1, shape))
+
+
+def test_the_untrained_network_has_random_numbers_of_its_own():
+    """Its weights were once drawn from the keys that the noise of the pairs is folded from."""
+    config = DiTConfig(input_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2)
+    weights, other = (jax.tree.leaves(nnx.state(untrained_model(config, seed), nnx.Param)) for seed in (0, 1))
+    initial = jax.tree.leaves(nnx.state(DiT(config, nnx.Rngs(0)), nnx.Param))
+    drawn = [i for i, leaf in enumerate(weights) if np.ptp(leaf) > 0]
+    assert len(drawn) > 10
+    for i in drawn:
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), weights[i].shape)
+        for known in (noise, initial[i], other[i]):
+            if np.ptp(known) > 0:
+                assert abs(np.corrcoef(np.ravel(weights[i]), np.ravel(known))[0, 1]) < 0.9
 
 
 def test_a_stream_may_be_traced_and_has_a_known_purpose():

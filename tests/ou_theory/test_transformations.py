@@ -208,7 +208,7 @@ EXEMPT = {
     "tables in NumPy's double precision, constants of a run": """
         clock.linear_betas clock.ou_time clock.sigma2 clock.log_snr clock.alpha_bar_of_log_snr clock.schedule_index
         clock.respace clock.make_clock clock.Clock.step modes.radial_bands modes.Bands.with_index
-        cloning.half_energy_bias bootstrap.resample bootstrap.basic_interval""",
+        cloning.half_energy_bias bootstrap.resample bootstrap.percentile_interval bootstrap.family_level""",
     "Python numbers": """
         estimator.threshold_gap gain_model.effective_variance gain_model.critical_rho
         replica_speciation.marginal_threshold""",

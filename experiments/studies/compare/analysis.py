@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
-from experiments.frame.draws import DRAWS, Drawn, bootstrap, in_chunks, pair_draws
+from experiments.frame.draws import DRAWS, Drawn, bootstrap, in_chunks, interval_ends, pair_draws, with_interval
 from experiments.frame.eigenmodes import band_share
 from experiments.frame.estimator import (
     ESTIMATORS,
@@ -40,12 +40,13 @@ from experiments.studies.compare.theory import (
 )
 from ou_theory import estimator as oc
 from ou_theory.attention import GateKind
-from ou_theory.bootstrap import basic_interval
+from ou_theory.bootstrap import family_level
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands, Directions
 
 SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
 SHUFFLES = 999  # times
+CLAIMS = 3  # verdicts of the page, whose intervals hold the truth together with 95 %
 
 _KEPT = ("band", "radius", "band_name", "count", "step", "ell", "timestep")  # coordinates of what is measured
 
@@ -82,10 +83,12 @@ DEFINITIONS: Definitions = {
     "floor": ("noise floor: error energy where the window opens, in units of the band's uncoupled end", "1"),
     "projection_level": ("log-SNR at which the predicted difference has half of its energy along the final one", "nat"),
     "strongest": ("strongest coupling at which both bands of the gap decide more than their error", "1"),
+    "uncoupled": ("synchronization gap without coupling, as the claims have it", "nat"),
+    "uncoupled_interval": ("its interval, at the level at which those of all claims hold together with 95 %", "nat"),
     "remains": ("gap at that coupling over the gap without", "1"),
-    "remains_interval": ("its 95 % interval", "1"),
+    "remains_interval": ("its interval, at the level of the claims", "1"),
     "order": ("Kendall's tau-b of commitment level against frequency, DC left out, without coupling", "1"),
-    "order_interval": ("its 95 % interval", "1"),
+    "order_interval": ("its interval, at the level of the claims", "1"),
     "in_order": ("share of the resampled runs in which the lowest band commits before the highest", "1"),
     "shuffled_order": ("Kendall's tau-b with coefficients assigned to bands at random", "1"),
     "shuffle": ("number of the random assignment", "1"),
@@ -239,13 +242,13 @@ def estimates(
     dataset["gap_by"] = (("estimator", "coupling"), by["gap"])
     dataset["gap_by_interval"] = (
         ("estimator", "coupling", "bound"),
-        np.stack(basic_interval(by["gap"], drawn_by["gap"]), -1),
+        interval_ends(by["gap"], drawn_by["gap"]),
     )
     point, ends = bootstrap(lambda last: {"ratio": last / last[..., :1, :]}, energy[:, :, -1], weights, 1)
     dataset["end_energy"] = (("coupling", "band"), point["ratio"])
     dataset["end_energy_interval"] = (
         ("coupling", "band", "bound"),
-        np.stack(basic_interval(point["ratio"], ends["ratio"]), -1),
+        interval_ends(point["ratio"], ends["ratio"]),
     )
     images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
     dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
@@ -263,6 +266,7 @@ def estimates(
         untrained_pairs=untrained.sizes["pair"],
         draws=DRAWS,
         floor_limit=FLOOR_LIMIT,
+        claim_level=family_level(CLAIMS),
     )
 
 
@@ -295,7 +299,7 @@ def shuffled_orders(
     for chosen in in_chunks(orders, mean["energy"].size):
         energy, inner = (np.moveaxis(v[:, chosen] @ averaging, 0, 1)[:, None] for v in mean.values())
         tau = commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]
-        found.append(order(tau if isinstance(bands, Bands) else _all_counted(tau)))
+        found.append(order(tau, LOW if isinstance(bands, Bands) else 0))
     return np.concatenate(found)
 
 
@@ -320,7 +324,7 @@ def _add_excess(
             of_theory = getattr(sources[theory], name)
             point.append(getattr(sources["network"], name) - of_theory)
             drawn = network[name] - (draws[theory][name] if theory in draws else of_theory)
-            interval.append(np.stack(basic_interval(point[-1], drawn), -1))
+            interval.append(interval_ends(point[-1], drawn))
         dataset[f"{name}_excess"] = (("theory", *dims), np.stack(point))
         dataset[f"{name}_excess_interval"] = (("theory", *dims, "bound"), np.stack(interval))
     dataset.coords["theory"] = list(beside)
@@ -333,19 +337,21 @@ def _add_claimed(
     grids: dict[str, np.ndarray],
     between: tuple[int, int],
 ) -> None:
-    """Adds what the claims rest on: what remains of the gap, and the order of the bands, of every source that has
-    draws."""
-    names = list(draws)
-    tables = {"remains": np.full((len(names), 3), np.nan), "order": np.full((len(names), 3), np.nan)}
+    """Adds what the claims rest on, of every source that has draws: the gap without coupling, what remains of it, and
+    the order of the bands. Their intervals hold together, see `CLAIMS`."""
+    names, level = list(draws), family_level(CLAIMS)
+    tables = {name: np.full((len(names), 3), np.nan) for name in ("uncoupled", "remains", "order")}
     share, strongest = np.full((2, len(names)), np.nan)
     for i, (name, drawn) in enumerate(draws.items()):
         row = list(dataset.source.values).index(name)
         known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, list(between)].any(-1)
         of_grid = np.searchsorted(grids[name], dataset.coupling.values[known])
-        tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid])
+        tables["uncoupled"][i] = with_interval(sources[name].gap[0], drawn["gap"][:, 0], level)
+        tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
         strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
-        levels = (sources[name].tau[0], drawn["tau"][:, 0])
-        tables["order"][i] = _order(*(levels if "radius" in dataset else map(_all_counted, levels)))
+        first = LOW if "radius" in dataset else 0
+        levels = (order(v, first) for v in (sources[name].tau[0], drawn["tau"][:, 0]))
+        tables["order"][i] = with_interval(*levels, level)
         share[i] = np.mean(drawn["gap"][:, 0] > 0)
     dataset["in_order"] = ("claimed", share)
     dataset["strongest"] = ("claimed", strongest)
@@ -357,24 +363,14 @@ def _add_claimed(
     dataset["order_p"] = ((), (1 + reached.sum()) / (1 + reached.size) if reached.size else np.nan)
 
 
-def remaining_gap(gap: np.ndarray, draws: np.ndarray) -> np.ndarray:
+def remaining_gap(gap: np.ndarray, draws: np.ndarray, level: float = 0.95) -> np.ndarray:
     """The gap (C,) at the strongest coupling over that at the first, and its interval, (3,), from draws (draws, C)."""
     gap, draws = gap[np.isfinite(gap)], draws[:, np.isfinite(draws).all(0)]
     if min(gap.size, draws.shape[1]) < 2:
         return np.full(3, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):  # a network that has none has nothing that could remain
         ratio, drawn = gap[-1] / gap[0], draws[:, -1] / draws[:, 0]
-        return np.array([ratio, *basic_interval(ratio, drawn)]) if np.isfinite(drawn).all() else np.full(3, np.nan)
-
-
-def _all_counted(levels: np.ndarray) -> np.ndarray:
-    """Levels (..., B) as `order` takes them where no group is left out, as DC is of bands: it ignores the first."""
-    return np.insert(levels, 0, np.nan, -1)
-
-
-def _order(levels: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    value = order(levels)
-    return np.array([value, *np.clip(basic_interval(value, order(draws)), -1, 1)])
+        return with_interval(ratio, drawn, level) if np.isfinite(drawn).all() else np.full(3, np.nan)
 
 
 def _difference(dataset: xr.Dataset) -> np.ndarray:
@@ -422,7 +418,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids, between: 
                 "gap_steps": (steps_between(point.tau), steps_between(draw["tau"])),
             }
             for variable, (centre, drawn) in pairs.items():
-                fill(name, grid, f"{variable}_interval", np.stack(basic_interval(centre, drawn), -1))
+                fill(name, grid, f"{variable}_interval", interval_ends(centre, drawn))
     tail = {
         "tau": ("band",),
         "tau_steps": ("band",),

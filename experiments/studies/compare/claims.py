@@ -27,14 +27,13 @@ def _gap(analysis: xr.Dataset, source: str) -> tuple[float, list[float]]:
 
 
 def _gap_exists(analysis: xr.Dataset) -> Claim:
-    value, interval = _gap(analysis, "network")
+    value, interval = _claimed(analysis, "uncoupled", "network")
     steps = float(analysis.gap_steps.sel(source="network").isel(coupling=0))
-    blank, blank_interval = _gap(analysis, "untrained")
+    blank, blank_interval = _claimed(analysis, "uncoupled", "untrained")
     exact, _ = _gap(analysis, "wiener")
     theory = float(analysis.gap.sel(source="wiener theory").isel(coupling=0))
-    (recursion, recursion_interval), (known, known_interval) = (
-        _gap(analysis, source) for source in (recursion_of(analysis), exact_of(analysis))
-    )
+    recursion, recursion_interval = _claimed(analysis, "uncoupled", recursion_of(analysis))
+    known, known_interval = _gap(analysis, exact_of(analysis))
     return Claim(
         1,
         "The synchronization gap is there without coupling",
@@ -75,6 +74,7 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
                 "The recursion of the sampler under the network's one-pass gain, nothing fitted.",
             ),
         ],
+        analysis.attrs["claim_level"],
     )
 
 
@@ -88,7 +88,7 @@ def _gap_collapses(analysis: xr.Dataset) -> Claim:
     value, interval = _claimed(analysis, "remains", "network")
     network = analysis.sel(source="network").sel(coupling=strongest)
     low, high = (float(network.decided[analysis.attrs[name]]) for name in ("low_band", "high_band"))
-    _, blank_gap = _gap(analysis, "untrained")
+    _, blank_gap = _claimed(analysis, "uncoupled", "untrained")
     controls = []
     if above(blank_gap) == "holds":
         blank, blank_interval = _claimed(analysis, "remains", "untrained")
@@ -123,6 +123,7 @@ def _gap_collapses(analysis: xr.Dataset) -> Claim:
         f"replicas decide individually is {100 * low:.1f} % of the uncoupled in the lowest band and "
         f"{100 * high:.1f} % in the highest.",
         controls,
+        analysis.attrs["claim_level"],
     )
 
 
@@ -191,4 +192,5 @@ def _order(analysis: xr.Dataset) -> Claim:
                 f"The same architecture with random weights; its levels span {np.ptp(blank):.3f} nats in all.",
             ),
         ],
+        analysis.attrs["claim_level"],
     )

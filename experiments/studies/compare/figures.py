@@ -260,7 +260,7 @@ def _curve(
 ) -> None:
     """A curve over the couplings where it is defined, with its interval as a band or as whiskers.
 
-    A basic interval need not contain its point estimate, so whiskers are drawn from bound to bound.
+    An interval need not contain its point estimate, so whiskers are drawn from bound to bound.
     """
     known = np.isfinite(values.values)
     g, y = values.coupling.values[known], values.values[known]

@@ -10,7 +10,8 @@ from experiments.frame.measured import Definitions, Measured
 from experiments.frame.steps import spaced_steps
 from experiments.studies.depth.readings import localisation, probe_readings, readings
 from experiments.studies.depth.scaled import scaled_readings
-from experiments.studies.depth.settings import DepthConfig
+from experiments.studies.depth.settings import CLAIMS, DepthConfig
+from ou_theory.bootstrap import family_level
 from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 DEFINITIONS: Definitions = {
@@ -21,6 +22,7 @@ DEFINITIONS: Definitions = {
         "1",
     ),
     "share": ("share of the final uncoupled gap that is made in the last fifth of the layers", "1"),
+    "share_claimed": ("that share, with its interval at the level of the claims", "1"),
     "half": ("relative depth beyond which the uncoupled gap stays above half of its final value", "1"),
     "r2": ("share of the pair's outcome that the reader explains", "1"),
     "gained": ("how much earlier a band commits after a layer than in the noisy state, by regression on both", "nat"),
@@ -117,3 +119,5 @@ def _fill(data, source, reading, found, band, coupling="coupling", layer="layer"
     if layer == "layer":
         for what, values in zip(("share", "half"), localisation(gap[:, 0]), strict=True):
             data[f"{name}_{what}"] = (("bound",), packed(values))
+            if what == "share":
+                data[f"{name}_share_claimed"] = (("bound",), packed(values, family_level(CLAIMS)))

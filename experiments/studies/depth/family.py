@@ -15,7 +15,13 @@ from experiments.frame.verdict import Verdict
 from experiments.studies.depth.settings import CLAIMED, LAST, DepthConfig
 from experiments.studies.depth.verdicts import READINGS, final_gap, known_gap, verdict_of
 
-PREDICTIONS = {"epsilon": ("the noise", "#0072B2"), "v": ("v", "#D55E00"), "x0": ("the image", "#009E73")}
+PREDICTIONS = {
+    "epsilon": ("the noise", "#0072B2"),
+    "v": ("v", "#D55E00"),
+    "x0": ("the image", "#009E73"),
+    "velocity": ("the velocity", "#CC79A7"),
+    "score": ("the score", "#E69F00"),
+}
 SHOWN = ("readout", "scaled")  # panels
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion import denoised_at
 from dit_jax.model import DiT
+from dit_jax.objective import denoised_at
 from dit_jax.replicas import run_pairs
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.instrument import shuffled_bands, stream_modes, token_bands

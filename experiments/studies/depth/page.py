@@ -18,8 +18,9 @@ from experiments.studies.depth.figures import (
     figure_levels,
     figure_modes,
 )
-from experiments.studies.depth.settings import CLAIMED, LAST, DepthConfig
+from experiments.studies.depth.settings import CLAIMED, CLAIMS, LAST, DepthConfig
 from experiments.studies.depth.verdicts import READINGS, censored, final_gap, grid_of, verdict_of
+from ou_theory.bootstrap import family_level
 from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 NOT_KNOWN = "not known"
@@ -106,7 +107,7 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
 
 
 def _claim(analysis: xr.Dataset, reading: str) -> Claim:
-    share, low, high = (float(v) for v in analysis[f"network_{reading}_share"].values)
+    share, low, high = (float(v) for v in analysis[f"network_{reading}_share_claimed"].values)
     final = final_gap(analysis, "network", reading)
     there = final[1] > 0
     verdict, doubt = verdict_of(analysis, reading)
@@ -116,9 +117,9 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
         ("untrained", reading, "The same architecture with random weights."),
         ("network", f"{reading}_shuffled", "Coefficients assigned to bands at random."),
     ):
-        if f"{source}_{name}_share" not in analysis:
+        if f"{source}_{name}_share_claimed" not in analysis:
             continue
-        gap, values = final_gap(analysis, source, name), analysis[f"{source}_{name}_share"].values
+        gap, values = final_gap(analysis, source, name), analysis[f"{source}_{name}_share_claimed"].values
         has_gap = bool(gap[1] > 0)
         controls.append(
             Control(
@@ -145,6 +146,7 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
         if there
         else f"The final gap in this reading is {formatted(final)} nats: there is none to be localised.",
         controls,
+        family_level(CLAIMS),
     )
 
 

@@ -15,8 +15,8 @@ import xarray as xr
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from dit_jax.diffusion import denoised_at
 from dit_jax.model import DiT
+from dit_jax.objective import denoised_at
 from dit_jax.replicas import pair_labels, run_pairs
 from experiments.frame.bench import Bench
 from experiments.frame.instrument import shuffled_bands, stream_modes, token_bands

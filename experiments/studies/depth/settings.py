@@ -6,6 +6,7 @@ from experiments.frame.settings import StudyConfig, check_grid
 
 FOLDS = 4  # of the probe's pairs: it is fitted on three, and scored on the fourth
 LAST = 0.2  # share of the layers that counts as the last ones
+CLAIMS = 4  # verdicts of the page at most, whose intervals hold the truth together with 95 %
 CLAIMED = 0.5  # share of the gap that must be made in the last fifth of the layers for it to be localised there
 
 

@@ -53,7 +53,7 @@ def verdict_of(analysis: xr.Dataset, reading: str, source: str = "network") -> t
     where it is the low band, from above where it is the high one. A lower bound on that gap is an upper bound on the
     share, and the reverse.
     """
-    share, low, high = (float(v) for v in analysis[f"{source}_{reading}_share"].values)
+    share, low, high = (float(v) for v in analysis[f"{source}_{reading}_share_claimed"].values)
     if not final_gap(analysis, source, reading)[1] > 0 or not np.isfinite([share, low, high]).all():
         return "undecided", "there is no gap to be localised"
     verdict = above([low, high], CLAIMED)

@@ -12,8 +12,10 @@ from experiments.frame.verdict import Claim, Control, Verdict, above
 from experiments.studies.modalities import cases
 from experiments.studies.modalities import figures as draw
 from experiments.studies.modalities.settings import PARTS, ModalitiesConfig
+from ou_theory.bootstrap import family_level
 from ou_theory.speciation import gap_large_spread, speciation_gap
 
+CLAIMS = 8  # verdicts of the page: two by intervals, six by the chance of their largest deviation
 LEVEL = 0.001  # a claim fails if deviations so large have less than this chance under the theory
 
 
@@ -55,8 +57,8 @@ def largest(z: np.ndarray) -> float:
 
 
 def with_bounds(reading: np.ndarray) -> list[float]:
-    """95 % interval of one reading."""
-    reach = norm.ppf(0.975) * float(reading[1])
+    """Interval of one reading, at the level of the claims."""
+    reach = norm.isf((1 - family_level(CLAIMS)) / 2) * float(reading[1])
     return [float(reading[0] - reach), float(reading[0] + reach)]
 
 
@@ -66,7 +68,9 @@ def _agreement(title: str, z: np.ndarray, what: str, controls: list[Control]) ->
         f"{what} {np.isfinite(z).sum()} of {z.size} values could be read. If theory is right, one of them deviates "
         f"this much with a probability of at most {chance:.2g}. The claim does not hold if this is below {LEVEL}."
     )
-    return Claim(0, title, verdict, "largest deviation, standard errors", largest(z), None, statement, controls)
+    return Claim(
+        0, title, verdict, "largest deviation, standard errors", largest(z), None, statement, controls, 1 - LEVEL
+    )
 
 
 def _control(name: str, z: np.ndarray, statement: str) -> Control:
@@ -120,6 +124,7 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
                     "The same simulation at g = 0, where both modes are equal.",
                 )
             ],
+            family_level(CLAIMS),
         ),
         _agreement(
             "The relaxation rates are b − g and b + g",
@@ -178,6 +183,7 @@ def section(settings: ModalitiesConfig, parts: dict[str, xr.Dataset]) -> Section
                 Control("reversed", float(closed[0]), with_bounds(closed), None, "Coupled at every noise, with a "
                         "change of sign that theory chooses so that no gap is left."),
             ],
+            family_level(CLAIMS),
         ),
     ]  # fmt: skip
     return Section(

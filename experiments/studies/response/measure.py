@@ -25,7 +25,7 @@ from experiments.frame.streams import stream
 from experiments.frame.subject import Subject
 from experiments.studies.response.analysis import band_variance
 from experiments.studies.response.settings import LEAST, PLACES, PROBES, ResponseConfig
-from ou_theory.clock import Clock, make_clock
+from ou_theory.clock import Clock
 from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
 
@@ -34,7 +34,7 @@ def check(config: ResponseConfig, subject: Subject) -> None:
     if config.vectors > np.prod(subject.image_shape):
         size = np.prod(subject.image_shape)
         raise ValueError(f"vectors must be at most {size}, the size of an image, got {config.vectors}")
-    window(make_clock(config.steps), LEAST)
+    window(subject.model.config.clock(config.steps), LEAST)
 
 
 class ResponseInstrument:

@@ -10,9 +10,10 @@ import xarray as xr
 from experiments.frame.draws import mean_and_draws, packed, pair_draws
 from experiments.frame.measured import Definitions, Measured
 from experiments.frame.steps import WINDOW_START
-from experiments.studies.solvable.settings import SolvableConfig
+from experiments.studies.solvable.settings import CLAIMS, SolvableConfig
 from experiments.studies.solvable.theory import band_theory, clone_theory, sign_curves, sign_theory
 from ou_theory import estimator as oc
+from ou_theory.bootstrap import family_level
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands
 
@@ -22,13 +23,15 @@ _CLONES = "correlation of two clones' ends"
 DEFINITIONS: Definitions = {
     "q": ("relative energy of the denoised difference, by band", "1"),
     "tau": ("commitment level of a band of the Gaussian law", "nat"),
+    "tau_claimed": ("the same, with its interval at the level of the claims", "nat"),
     "speciation": ("log-SNR at which a difference along a sign's centre begins to grow", "nat"),
     "speciation_step": ("sampler step at which a difference along a sign's centre begins to grow", "sampler steps"),
+    "speciation_step_claimed": ("the same, with its interval at the level of the claims", "sampler steps"),
     "speciation_gap": ("speciation level of the pair's weak sign minus that of its strong one", "nat"),
     "growth": ("growth rate of a difference along a sign's centre, per nat of ln(1 / sigma)", "1 / nat"),
     "sign_q": ("relative energy of the denoised difference along a sign's centre", "1"),
     "clone": (f"{_CLONES}, by band of the Gaussian law", "1"),
-    "clone_band": (f"{_CLONES}, by band, with a simultaneous 95 % band", "1"),
+    "clone_band": (f"{_CLONES}, by band, with a simultaneous band at the level of the claims", "1"),
     "clone_sign": (f"{_CLONES}, along the centres of the pair's signs", "1"),
     "clone_sign_shift": (f"{_CLONES} along the signs' centres minus that of the exact denoiser", "1"),
     "law": ("which of the three laws", "1"),
@@ -45,12 +48,12 @@ def crossing_level(growth: np.ndarray, ell: np.ndarray) -> np.ndarray:
 def simultaneous(values: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Estimates with a band that holds the truth at all points at once.
 
-    The half-width is a multiple of the standard error, chosen so that 95 % of resampled curves lie within it at every
-    point.
+    The half-width is a multiple of the standard error, chosen so that a share of `level` of the resampled curves lies
+    within it at every point.
 
     Args:
       values: (1 + draws, ...), the estimate first.
-      level: the share of resampled curves that lie within it, in place of 95 %.
+      level: 95 % by default.
     """
     point, draws = values[0], values[1:]
     spread = np.maximum(draws.std(0), SPREAD)
@@ -71,20 +74,23 @@ def estimates(dataset: xr.Dataset, clock: Clock, seed: int) -> dict[str, tuple[t
     q = energy / energy[:, :, -1:]
     with jax.enable_x64(True):
         tau = np.asarray(oc.commitment(jnp.asarray(q[:, 0]), ell, WINDOW_START).level)
-    speciation = crossing_level(growth, ell)
+    speciation, level = crossing_level(growth, ell), family_level(CLAIMS)
+    step = np.asarray(clock.step(speciation))
     signed = drawn("sign_energy")
     with np.errstate(invalid="ignore"):
         clone, clone_sign = drawn("clone_product") / drawn("clone_square"), drawn("sign_product") / drawn("sign_square")
         return {
             "q": (("law", "step", "band", "bound"), packed(q)),
             "tau": (("band", "bound"), packed(tau)),
+            "tau_claimed": (("band", "bound"), packed(tau, level)),
             "speciation": (("sign", "bound"), packed(speciation)),
-            "speciation_step": (("sign", "bound"), packed(np.asarray(clock.step(speciation)))),
+            "speciation_step": (("sign", "bound"), packed(step)),
+            "speciation_step_claimed": (("sign", "bound"), packed(step, level)),
             "speciation_gap": (("bound",), packed(speciation[:, 2] - speciation[:, 1])),
             "growth": (("step", "sign", "bound"), packed(growth)),
             "sign_q": (("step", "sign", "bound"), packed(signed / signed[:, -1:])),
             "clone": (("branch", "band", "bound"), packed(clone)),
-            "clone_band": (("branch", "band", "bound"), simultaneous(clone)),
+            "clone_band": (("branch", "band", "bound"), simultaneous(clone, level)),
             "clone_sign": (("branch", "part", "bound"), packed(clone_sign)),
         }
 
@@ -100,7 +106,7 @@ def sign_shift(dataset: xr.Dataset, exact: xr.Dataset, seed: int) -> np.ndarray:
         product, square = (mean_and_draws(values, weights) for values in parts)
         return product / square
 
-    return simultaneous(correlation(dataset) - correlation(exact))
+    return simultaneous(correlation(dataset) - correlation(exact), family_level(CLAIMS))
 
 
 def analyse(measured: Measured[SolvableConfig]) -> xr.Dataset:

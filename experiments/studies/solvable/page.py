@@ -23,7 +23,8 @@ from experiments.frame.page import Page, Section, Table, formatted
 from experiments.frame.settings import SAMPLER_NAMES
 from experiments.frame.steps import WINDOW_START
 from experiments.frame.verdict import Claim, Control, Verdict, bounds, within
-from experiments.studies.solvable.settings import SolvableConfig
+from experiments.studies.solvable.settings import CLAIMS, SolvableConfig
+from ou_theory.bootstrap import family_level
 
 TAU_WITHIN = 0.15  # nats
 STEPS_WITHIN = 1.0  # sampler steps
@@ -42,9 +43,14 @@ def page(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Page:
     return Page(section(measured, analysis), figures)
 
 
-def deviations(analysis: xr.Dataset, source: str) -> np.ndarray:
-    """Commitment level minus theory by band, with interval (B, 3)."""
-    return analysis[f"{source}_tau"].values - analysis.theory_tau.values[:, None]
+def deviations(analysis: xr.Dataset, source: str, name: str = "tau") -> np.ndarray:
+    """Commitment level minus theory by band, with interval (B, 3); ``tau_claimed`` has the intervals of the claims."""
+    return analysis[f"{source}_{name}"].values - analysis.theory_tau.values[:, None]
+
+
+def step_shifts(analysis: xr.Dataset, source: str) -> np.ndarray:
+    """Step of speciation minus theory by sign, with the interval of the claims (sign, 3)."""
+    return analysis[f"{source}_speciation_step_claimed"].values - analysis.theory_speciation_step.values[:, None]
 
 
 def floors(analysis: xr.Dataset, source: str, start: float = WINDOW_START) -> np.ndarray:
@@ -70,9 +76,9 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
     if not clean.any():
         clean = ~clean  # then every band counts, and the claim fails by itself
     names = band_names(analysis)
-    shift = deviations(analysis, "network")
+    shift = deviations(analysis, "network", "tau_claimed")
     worst = int(np.argmax(np.where(clean, np.abs(shift[:, 0]), -1)))
-    speciation = analysis.network_speciation_step.values - analysis.theory_speciation_step.values[:, None]
+    speciation = step_shifts(analysis, "network")
     last = int(np.argmax(np.abs(speciation[:, 0])))
     verdicts = (
         within(shift[clean, 1:], TAU_WITHIN),
@@ -90,6 +96,7 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             "Nothing is fitted: the recursion knows the law and the sampler, not the network."
             + ("" if clean.all() else f" Left out because of their noise floor: {', '.join(np.array(names)[~clean])}."),
             [_tau_control(analysis, source, clean) for source in ("exact", "untrained")],
+            family_level(CLAIMS),
         ),
         Claim(
             0,
@@ -101,6 +108,7 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             "A sign is decided at the step where a difference along its centre begins to grow. Theory puts this step "
             "where κ, the signal-to-noise ratio along the centre, is 1.",
             [_speciation_control(analysis, source) for source in ("exact", "untrained")],
+            family_level(CLAIMS),
         ),
         Claim(
             0,
@@ -109,11 +117,12 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
             "largest deviation of a correlation",
             verdicts[2][1],
             None,
-            "The claim holds if the curves' simultaneous 95 % bands contain the exact values at every branch. For the "
+            "The claim holds if the curves' simultaneous bands contain the exact values at every branch. For the "
             "Gaussian law, the exact values are those of this sampler in closed form. For the pair's signs, they are "
             "those of the exact denoiser from the same states and noise. The mean deviation is "
             f"{verdicts[2][2]:.3f}.",
             [_clone_control(analysis, source) for source in ("exact", "untrained")],
+            family_level(CLAIMS),
         ),
     ]
     gap = analysis.network_speciation_gap.values
@@ -157,7 +166,7 @@ def section(measured: Measured[SolvableConfig], analysis: xr.Dataset) -> Section
 
 
 def _tau_control(analysis: xr.Dataset, source: str, clean: np.ndarray) -> Control:
-    shift = deviations(analysis, source)[clean]
+    shift = deviations(analysis, source, "tau_claimed")[clean]
     worst = int(np.argmax(np.abs(shift[:, 0])))
     also = within(shift[:, 1:], TAU_WITHIN) == "holds"
     interval = bounds(shift[worst])
@@ -165,7 +174,7 @@ def _tau_control(analysis: xr.Dataset, source: str, clean: np.ndarray) -> Contro
 
 
 def _speciation_control(analysis: xr.Dataset, source: str) -> Control:
-    shift = analysis[f"{source}_speciation_step"].values - analysis.theory_speciation_step.values[:, None]
+    shift = step_shifts(analysis, source)
     if not np.isfinite(shift[:, 0]).any():
         return Control(SOURCES[source], None, None, False, "No difference along a centre begins to grow at any step.")
     worst = int(np.nanargmax(np.abs(shift[:, 0])))

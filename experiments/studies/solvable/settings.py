@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from experiments.frame.settings import StudyConfig
 
 SIGNS = (("clusters", 0), ("pair", 0), ("pair", 1))  # law, and which of its signs
+CLAIMS = 3  # verdicts of the page, whose intervals hold the truth together with 95 %
 SIGN_NAMES = ("clusters", "pair, common mode", "pair, difference mode")
 
 

@@ -8,7 +8,8 @@ from experiments.frame.draws import bootstrap, pair_draws, with_interval
 from experiments.frame.estimator import HIGH, LOW, commitment_of, order
 from experiments.frame.exact import exact_statistics
 from experiments.frame.measured import Definitions, Measured
-from experiments.studies.spectrum.settings import SpectrumConfig
+from experiments.studies.spectrum.settings import CLAIMS, SpectrumConfig
+from ou_theory.bootstrap import family_level
 
 DEFINITIONS: Definitions = {
     "tau": ("commitment level of a band", "nat"),
@@ -16,6 +17,8 @@ DEFINITIONS: Definitions = {
     "gap": ("synchronization gap", "nat"),
     "gap_by_energy": ("synchronization gap by all energy, not only that along the outcome", "nat"),
     "order": ("Kendall's tau-b of commitment level against frequency, DC left out", "1"),
+    "gap_claimed": ("synchronization gap without coupling, its interval at the level of the claims", "nat"),
+    "order_claimed": ("Kendall's tau-b without coupling, its interval at the level of the claims", "1"),
     "gap_draws": ("synchronization gap without coupling of resampled pairs", "nat"),
     "draw": ("index of the bootstrap draw", "1"),
     "theory_tau": ("commitment level of a band, exact denoiser of the data's covariance", "nat"),
@@ -44,9 +47,11 @@ def analyse(measured: Measured[SpectrumConfig]) -> xr.Dataset:
         theory = commitment_of(energy, ell, inner=inner)
     dims = {"tau": ("coupling", "band"), "decided": ("coupling", "band")}
     found = {name: with_interval(value, draws[name]) for name, value in point.items()}
-    found["order"] = np.clip(found["order"], -1, 1)
+    level = family_level(CLAIMS)
+    claimed = {f"{name}_claimed": with_interval(point[name][0], draws[name][:, 0], level) for name in ("gap", "order")}
     return xr.Dataset(
         {
+            **{name: (("bound",), values) for name, values in claimed.items()},
             **{name: ((*dims.get(name, ("coupling",)), "bound"), values) for name, values in found.items()},
             "gap_draws": ("draw", draws["gap"][:, 0]),
             "theory_tau": ("band", theory.tau[0]),

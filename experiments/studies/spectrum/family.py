@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.frame.drawing import FAINT, INK, band_names, coupling_axis, curve, new_figure
+from experiments.frame.draws import with_interval
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, interval, number
+from experiments.frame.trainings import Training, over_networks, trained_again
 from experiments.frame.verdict import Claim, Control, above, bounds
 from experiments.studies.spectrum.page import data_of
-from experiments.studies.spectrum.settings import LIMIT, SpectrumConfig
-from ou_theory.bootstrap import basic_interval
+from experiments.studies.spectrum.settings import CLAIMS, LIMIT, SpectrumConfig
+from ou_theory.bootstrap import family_level, percentile_interval
 
 ARCHITECTURES = {"dit": ("transformer", "o"), "unet": ("U-Net", "s"), "mlp": ("MLP", "^")}
 Networks = dict[str, xr.Dataset]  # the analysis of each network, by name
@@ -48,15 +50,8 @@ def line(theory: np.ndarray, gaps: np.ndarray, draws: np.ndarray) -> Line | None
         (centre, covariance) = np.polyfit(theory, gaps, 1, cov=True)  # of the residuals, divided by n - 2
         reach = stats.t.ppf(0.975, len(theory) - 2) * np.sqrt(np.diag(covariance))
         across = np.stack([centre - reach, centre + reach], -1)
-    over_pairs = [np.stack([v, *basic_interval(v, d)], -1) for v, d in zip((slope, intercept), drawn, strict=True)]
+    over_pairs = [with_interval(v, d) for v, d in zip((slope, intercept), drawn, strict=True)]
     return Line(*over_pairs, *across)
-
-
-def over_networks(values: np.ndarray) -> np.ndarray:
-    """95 % interval (2,) of the mean of independently trained networks, by Student's t; NaN for fewer than three."""
-    if values.size < 3:
-        return np.full(2, np.nan)
-    return np.array(stats.t.interval(0.95, values.size - 1, values.mean(), stats.sem(values)))
 
 
 def widest(*intervals: np.ndarray) -> list[float]:
@@ -79,7 +74,7 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
             "the data?",
             answer=answer(theory, gaps, fit),
             claims=[more_than_data(found), order_beyond_data(found)],
-            tables=[network_table(found), *trained_again(runs, found), *band_tables(found)],
+            tables=[network_table(found), *trained_again(trainings(runs, found)), *band_tables(found)],
             captions={
                 "spectrum": "Gap of every network without coupling against that of an exact denoiser of its data's "
                 "covariance, with 95 % intervals over pairs. Line: least squares. Dashed: equal gaps.",
@@ -93,7 +88,8 @@ def together(runs: Sequence[Measured[SpectrumConfig]]) -> Page:
                 f"data have a gap of less than {LIMIT:g} nats. It holds if the whole interval of their mean gap is "
                 f"above {LIMIT:g} nats, and does not hold if it is wholly below. The interval contains that over pairs "
                 "and, from three such networks on, that over networks. The claim that low frequencies commit first "
-                "whatever the data is tested on networks whose data have the opposite order.",
+                "whatever the data is tested on networks whose data have the opposite order. Each interval has the "
+                f"level {100 * family_level(CLAIMS):.1f} %, so that both hold the truth together with 95 %.",
             ],
             limits=[
                 "The interval over networks treats each network as one independent draw around the line. Networks of "
@@ -136,7 +132,8 @@ def more_than_data(found: Networks) -> Claim:
         return Claim(1, title, "not tested", measure, None, None, statement)
     gaps = np.array([float(at.gap[0, 0]) for at in flat.values()])
     drawn = np.mean([at.gap_draws.values for at in flat.values()], 0)
-    ends = widest(np.array(basic_interval(gaps.mean(), drawn)), over_networks(gaps))
+    level = family_level(CLAIMS)
+    ends = widest(np.array(percentile_interval(drawn, level)), over_networks(gaps, level))
     strongest, at = max(found.items(), key=lambda item: float(item[1].theory_gap))
     return Claim(
         1,
@@ -151,11 +148,12 @@ def more_than_data(found: Networks) -> Claim:
             Control(
                 strongest,
                 float(at.gap[0, 0]),
-                bounds(at.gap[0]),
+                bounds(at.gap_claimed),
                 None,
                 f"The network whose data have the largest gap, {number(float(at.theory_gap))} nats.",
             )
         ],
+        level,
     )
 
 
@@ -167,7 +165,7 @@ def order_beyond_data(found: Networks) -> Claim:
     if not opposite:
         statement = "No network here was trained on data whose high frequencies are stronger."
         return Claim(4, title, "not tested", measure, None, None, statement)
-    orders = np.array([at.order[0].values for at in opposite.values()])
+    orders = np.array([at.order_claimed.values for at in opposite.values()])
     ends = [float(orders[:, 1].min()), float(orders[:, 2].max())]
     return Claim(
         4,
@@ -178,10 +176,11 @@ def order_beyond_data(found: Networks) -> Claim:
         ends,
         f"In the data of {', '.join(opposite)} high frequencies are stronger. The interval contains all of theirs.",
         [
-            Control(name, float(at.order[0, 0]), bounds(at.order[0]), None, f"Trained on {data_of(at)}.")
+            Control(name, float(at.order_claimed[0]), bounds(at.order_claimed), None, f"Trained on {data_of(at)}.")
             for name, at in found.items()
             if float(at.theory_gap) > LIMIT
         ],
+        family_level(CLAIMS),
     )
 
 
@@ -204,46 +203,18 @@ def network_table(found: Networks) -> Table:
     return Table("Networks without coupling", [*head, "Kendall's tau-b of the data", "Kendall's tau-b"], rows)
 
 
-def trained_again(runs: Sequence[Measured[SpectrumConfig]], found: Networks) -> list[Table]:
-    """How the gap varies between trainings of one form of network on one kind of data, beside how it varies over pairs;
-    no table where none was trained twice."""
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for run in runs:
-        name, form = run.subject_name, run.model.to_dict()
-        known = sorted((key, str(value)) for key, value in form.items() if key != "dtype")
-        alike.setdefault((found[name].attrs["transformation"], *map("=".join, known)), []).append(name)
-    rows = []
-    for names in alike.values():
-        if len(names) < 2:
-            continue
-        members = [found[name] for name in names]
-        kind = f"{ARCHITECTURES[members[0].attrs.get('architecture', 'dit')][0]} on {data_of(members[0])}"
-        for g in members[0].coupling.values:
-            gaps = np.array([at.gap.sel(coupling=g).values for at in members])
-            over = over_networks(gaps[:, 0])
-            rows.append(
-                [
-                    f"{kind}: {', '.join(names)}",
-                    f"{g:g}",
-                    number(float(gaps[:, 0].mean())),
-                    interval(over.tolist()) if np.isfinite(over).all() else "–",
-                    number(float(gaps[:, 0].std(ddof=1))),
-                    number(float((gaps[:, 2] - gaps[:, 1]).mean() / (2 * stats.norm.ppf(0.975)))),
-                ]
-            )
-    head = [
-        "trained again",
-        "g",
-        "mean gap, nats",
-        "95 % interval over trainings",
-        "spread over trainings",
-        "over pairs",
+def trainings(runs: Sequence[Measured[SpectrumConfig]], found: Networks) -> list[Training]:
+    """The networks as `trained_again` takes them; they were all measured alike."""
+    known = [(run.model.to_dict(), run.subject_name, found[run.subject_name]) for run in runs]
+    return [
+        Training(name, f"{architecture_of(at)} on {data_of(at)}", form, {}, at.coupling.values, at.gap.values)
+        for form, name, at in known
     ]
-    note = (
-        "Spreads are standard deviations, that over pairs from the mean width of the intervals. Networks of a row "
-        "differ in training seed, or in how they were trained. The 95 % interval needs three."
-    )
-    return [Table("Gap of networks that were trained again", head, rows, note)] if rows else []
+
+
+def architecture_of(analysis: xr.Dataset) -> str:
+    """The kind of network, in a word."""
+    return ARCHITECTURES[analysis.attrs.get("architecture", "dit")][0]
 
 
 def band_tables(found: Networks) -> list[Table]:

@@ -7,26 +7,17 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.frame.drawing import FAINT, INK, QUIET, band_names, coupling_axis, curve, new_figure
+from experiments.frame.exact import data_in_words
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, number
 from experiments.studies.spectrum.settings import SpectrumConfig
 
 COLOR = "#0072B2"
-TRANSFORMED = {
-    "natural": "the photographs as they are",
-    "whitened": "photographs whose every DCT coefficient has variance 1",
-    "reversed": "photographs whose spectrum is turned round, low for high",
-    "permuted": "photographs whose pixels are permuted, the same way in all",
-    "gaussian": "Gaussian images of the photographs' mean and covariance",
-}
 
 
 def data_of(analysis: xr.Dataset) -> str:
     """What the network was trained on, in words."""
-    name = analysis.attrs["transformation"]
-    if name in TRANSFORMED:
-        return TRANSFORMED[name]
-    return f"photographs with a spectrum proportional to r^{-float(name.removeprefix('power:')):g}".replace("^-", "^−")
+    return data_in_words(analysis.attrs["transformation"])
 
 
 def page(measured: Measured[SpectrumConfig], analysis: xr.Dataset) -> Page:

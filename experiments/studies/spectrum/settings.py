@@ -10,6 +10,7 @@ from experiments.frame.settings import StudyConfig, check_grid
 
 SHIPPED = ("photos8-natural", "photos8-whitened", "photos8-reversed")
 LIMIT = 0.5  # nats; a smaller gap counts as none
+CLAIMS = 2  # verdicts over all networks, whose intervals hold the truth together with 95 %
 
 
 @dataclass(frozen=True)
