@@ -350,8 +350,7 @@ def _add_claimed(
         tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
         strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
         first = LOW if "radius" in dataset else 0
-        levels = (order(v, first) for v in (sources[name].tau[0], drawn["tau"][:, 0]))
-        tables["order"][i] = with_interval(*levels, level)
+        tables["order"][i] = with_interval(order(sources[name].tau[0], first), order(drawn["tau"][:, 0], first), level)
         share[i] = np.mean(drawn["gap"][:, 0] > 0)
     dataset["in_order"] = ("claimed", share)
     dataset["strongest"] = ("claimed", strongest)
