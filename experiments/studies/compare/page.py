@@ -46,6 +46,8 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
     by_gain = _cell(analysis.sel(source=recursion).isel(coupling=-1), "gap")
     strongest, (early, late) = f"g = {float(analysis.coupling[-1]):.4g}", first_and_last(analysis)
     kind = modes_of(analysis)
+    if kind != "dct":
+        low, high = early, late
     return Section(
         title=f"Synchronization gap of {attrs['model']}",
         question=QUESTIONS[kind],

@@ -30,7 +30,7 @@ SORTED = {
     "colour": "colour and spatial frequency",
     "class": "direction between classes",
 }
-_FORMS = {"pca": "the band of components {}", "colour": "{} frequencies", "class": "the band of directions {}"}
+_RANKED = {"pca": "components", "class": "directions"}
 
 
 def modes_of(analysis: xr.Dataset) -> str:
@@ -43,5 +43,7 @@ def first_and_last(analysis: xr.Dataset) -> tuple[str, str]:
     kind, names = modes_of(analysis), band_names(analysis)
     if kind == "dct":
         return "the lowest", "the highest band"
-    first, last = (_FORMS[kind].format(names[analysis.attrs[f"{end}_band"]]) for end in ("low", "high"))
-    return first, last
+    first, last = (names[analysis.attrs[f"{end}_band"]] for end in ("low", "high"))
+    if kind == "colour":
+        return tuple(f"{name.replace(' ', ' at ')} frequencies" for name in (first, last))
+    return f"the band of {_RANKED[kind]} {first}", f"that of {_RANKED[kind]} {last}"
