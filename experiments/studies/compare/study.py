@@ -1,7 +1,8 @@
 """The main study as one object."""
 
 from experiments.frame.study import Study
-from experiments.studies.compare.analysis import DEFINITIONS, analyse
+from experiments.studies.compare.analysis import analyse
+from experiments.studies.compare.definitions import DEFINITIONS
 from experiments.studies.compare.family import together
 from experiments.studies.compare.measure import measure
 from experiments.studies.compare.modes import check

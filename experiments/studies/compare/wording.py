@@ -2,8 +2,6 @@
 
 import xarray as xr
 
-from experiments.frame.drawing import band_names
-
 QUESTIONS = {
     "dct": "When does a diffusion transformer decide each spatial frequency of an image, what does coupling two "
     "of its trajectories do to that, and does the solvable theory say the same?",
@@ -40,10 +38,11 @@ def modes_of(analysis: xr.Dataset) -> str:
 
 def first_and_last(analysis: xr.Dataset) -> tuple[str, str]:
     """The two bands of the gap as a sentence has them, the first and the last."""
-    kind, names = modes_of(analysis), band_names(analysis)
+    kind = modes_of(analysis)
     if kind == "dct":
         return "the lowest", "the highest band"
-    first, last = (names[analysis.attrs[f"{end}_band"]] for end in ("low", "high"))
+    first, last = (str(analysis.band_name.values[analysis.attrs[f"{end}_band"]]) for end in ("low", "high"))
     if kind == "colour":
-        return tuple(f"{name.replace(' ', ' at ')} frequencies" for name in (first, last))
+        first, last = (f"{name.replace(' ', ' at ')} frequencies" for name in (first, last))
+        return first, last
     return f"the band of {_RANKED[kind]} {first}", f"that of {_RANKED[kind]} {last}"

@@ -1,0 +1,48 @@
+"""Meaning and units of what the main study derives, by name."""
+
+from experiments.frame.measured import Definitions
+
+DEFINITIONS: Definitions = {
+    "tau": ("commitment level of a band", "nat"),
+    "tau_interval": ("its 95 % interval", "nat"),
+    "tau_steps": ("commitment level on the sampler's own scale", "sampler steps"),
+    "decided": (
+        "decided fraction of a band: what replicas decide individually, in units of its uncoupled variation; above 1 "
+        "where coupling amplifies their difference",
+        "1",
+    ),
+    "decided_interval": ("its 95 % interval", "1"),
+    "gap": ("synchronization gap: level of the highest band less that of the lowest above DC", "nat"),
+    "gap_interval": ("its 95 % interval", "nat"),
+    "gap_steps": ("synchronization gap on the sampler's own scale", "sampler steps"),
+    "gap_steps_interval": ("its 95 % interval", "sampler steps"),
+    "latched_gap": ("gap of the levels that are not normalised by the decided fraction", "nat"),
+    "relative_energy": ("energy of the denoised difference over that of its uncoupled end", "1"),
+    "end_energy": ("energy of the difference of the final images over that of the uncoupled ones", "1"),
+    "end_energy_interval": ("its 95 % interval", "1"),
+    "image_energy": ("energy of a final image, mean of both replicas, over that of an uncoupled one", "1"),
+    "weak": ("whether no more is decided than the error where the window opens, so that the level is not known", "1"),
+    "estimator": ("what is accumulated until a band counts as decided; the first is the headline", "1"),
+    "gap_by": ("synchronization gap of the network by other estimators, too", "nat"),
+    "gap_by_interval": ("its 95 % interval", "nat"),
+    "gain": ("one-pass gain rho: what one denoising leaves of a difference, relative to no coupling", "1"),
+    "residual": ("share of the denoised difference's energy that does not lie along the difference of the states", "1"),
+    "tau_excess": ("commitment level of the network less that of a theory", "nat"),
+    "tau_excess_interval": ("its 95 % interval", "nat"),
+    "gap_excess": ("synchronization gap of the network less that of a theory", "nat"),
+    "gap_excess_interval": ("its 95 % interval", "nat"),
+    "theory": ("source that the network is compared with", "1"),
+    "floor": ("noise floor: error energy where the window opens, in units of the band's uncoupled end", "1"),
+    "projection_level": ("log-SNR at which the predicted difference has half of its energy along the final one", "nat"),
+    "strongest": ("strongest coupling at which both bands of the gap decide more than their error", "1"),
+    "uncoupled": ("synchronization gap without coupling, as the claims have it", "nat"),
+    "uncoupled_interval": ("its interval, at the level at which those of all claims hold together with 95 %", "nat"),
+    "remains": ("gap at that coupling over the gap without", "1"),
+    "remains_interval": ("its interval, at the level of the claims", "1"),
+    "order": ("Kendall's tau-b of commitment level against frequency, DC left out, without coupling", "1"),
+    "order_interval": ("its interval, at the level of the claims", "1"),
+    "in_order": ("share of the resampled runs in which the lowest band commits before the highest", "1"),
+    "shuffled_order": ("Kendall's tau-b with coefficients assigned to bands at random", "1"),
+    "shuffle": ("number of the random assignment", "1"),
+    "order_p": ("share of random assignments, the true one among them, with at least the network's order", "1"),
+}
