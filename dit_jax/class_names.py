@@ -1,6 +1,7 @@
 """Classes by name: those of a trained model's manifest, or ImageNet-1k's for the official models."""
 
 import difflib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -53,13 +54,13 @@ def _resolve(entry: str, known: Mapping[str, list[int]], names: Sequence[str] | 
         return label
     if not names:
         raise ValueError(f"class {entry!r}: the classes of this model have no names; give labels 0..{num_classes - 1}")
-    found = known.get(entry.casefold(), [])
+    found = known.get(_plain(entry), [])
     if len(found) == 1:
         return found[0]
     if found:
         several = ", ".join(f"{label} ({names[label]})" for label in found)
         raise ValueError(f"class {entry!r} is the name of several classes: {several}; give the number")
-    near = difflib.get_close_matches(entry.casefold(), known, NEAREST, cutoff=0.5)
+    near = difflib.get_close_matches(_plain(entry), known, NEAREST, cutoff=0.5)
     numbers = "; ".join(f"{label} ({names[label]})" for label in dict.fromkeys(n for name in near for n in known[name]))
     raise ValueError(f"no class is named {entry!r}; " + (f"nearest: {numbers}" if near else "none is near"))
 
@@ -67,9 +68,14 @@ def _resolve(entry: str, known: Mapping[str, list[int]], names: Sequence[str] | 
 def _labels_by_name(names: Sequence[str]) -> dict[str, list[int]]:
     known: dict[str, list[int]] = {}
     for label, name in enumerate(names):
-        for synonym in {name.strip().casefold(), *(part.strip().casefold() for part in name.split(","))}:
+        for synonym in {_plain(name), *map(_plain, name.split(","))}:
             known.setdefault(synonym, []).append(label)
     return known
+
+
+def _plain(name: str) -> str:
+    """A name without regard to case, and with its accents in one of their two spellings."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
 @cache

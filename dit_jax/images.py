@@ -1,21 +1,16 @@
 """Training images: a folder, or a zip, of class folders, decoded, cropped and resized once into memory."""
 
 import hashlib
-import io
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-
-
-class DataError(ValueError):
-    """Images that cannot be trained on."""
+from dit_jax.image_decoding import decode
+from dit_jax.image_files import find_images
+from dit_jax.image_listing import DataError
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,7 @@ class ImageSet:
             "images": len(self.pixels),
             "size": self.pixels.shape[1],
             "class_names": list(self.class_names),
+            "class_counts": np.bincount(self.labels, minlength=len(self.class_names)).tolist(),
             "resize": "centre crop to a square, area average (PIL BOX)",
             "scaling": "x = (pixel / 127.5 - 1 - mean) / std",
             "mean": [float(m) for m in self.mean],
@@ -57,34 +53,46 @@ def to_pixels(x: np.ndarray, mean, std) -> np.ndarray:
     return np.clip(np.round((np.asarray(x, np.float64) * std + np.asarray(mean) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def load_images(source: str | Path, size: int, progress: bool = True) -> ImageSet:
+def load_images(
+    source: str | Path,
+    size: int,
+    progress: bool = True,
+    *,
+    labels: Sequence[str] | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> ImageSet:
     """Reads ``<class>/<image>`` files in sorted order, so that the result depends on the files alone.
+
+    `find_images` says which files are read and what the classes are, `decode` how an image is read.
 
     Args:
       source: a folder, or a .zip file, of class folders.
       size: side of the square images.
+      labels: class folders in the order of their labels; others are left out. By default all, sorted.
+      tell: is given what was found, in lines, before the images are read.
 
     Raises:
-      DataError: the source is missing, holds no images in class folders, or one of its images cannot be read.
+      DataError: as `find_images`; one of the images cannot be read; all together take more memory than there is.
     """
-    source = Path(source)
-    if not source.exists():
-        raise DataError(f"no such folder or zip file: {source}")
-    files = _files_in_folder(source) if source.is_dir() else _files_in_zip(source)
-    if not files:
-        raise DataError(f"{source}: no images ({', '.join(sorted(SUFFIXES))}) in class folders <class>/<image>")
-    names = sorted({name.parent.name for name in files})
-    pixels = np.empty((len(files), size, size, 3), np.uint8)
-    labels = np.array([names.index(name.parent.name) for name in files], np.int32)
-    reader = _read(source, files)
-    for i, (name, data) in enumerate(tqdm(reader, total=len(files), desc="reading images", disable=not progress)):
+    if size < 1:
+        raise DataError(f"the side of the images must be at least 1 pixel, got {size}")
+    files = find_images(source, labels)
+    if tell is not None:
+        tell(files.describe())
+    try:
+        pixels = np.empty((len(files), size, size, 3), np.uint8)
+    except MemoryError as error:
+        raise DataError(
+            f"{source}: {len(files)} images of {size} x {size} pixels take {len(files) * size**2 * 3:,} bytes of "
+            f"memory, more than there is; take a smaller size or fewer images"
+        ) from error
+    reader = tqdm(files.read(), total=len(files), desc="reading images", disable=not progress)
+    for i, (path, content) in enumerate(reader):
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{source}: {name} is not a readable image ({error})") from error
-        pixels[i] = np.asarray(fitted)
-    return image_set(pixels, labels, tuple(names), str(source))
+            pixels[i] = decode(content, size)
+        except ValueError as error:
+            raise DataError(f"{source}: {path} is not a readable image ({error})") from error
+    return image_set(pixels, np.array(files.labels, np.int32), files.class_names, str(source))
 
 
 def image_set(pixels: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], source: str) -> ImageSet:
@@ -100,36 +108,6 @@ def image_set(pixels: np.ndarray, labels: np.ndarray, class_names: tuple[str, ..
         raise DataError(f"{source}: all images are the same flat colour")
     digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
     return ImageSet(pixels, labels, class_names, mean, std, digest)
-
-
-def _is_image(name: PurePosixPath) -> bool:
-    return name.suffix.lower() in SUFFIXES and len(name.parts) >= 2 and not name.name.startswith(".")
-
-
-def _files_in_folder(folder: Path) -> list[PurePosixPath]:
-    names = (PurePosixPath(*path.relative_to(folder).parts) for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if _is_image(name))
-
-
-def _files_in_zip(path: Path) -> list[PurePosixPath]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sorted(name for name in map(PurePosixPath, archive.namelist()) if _is_image(name))
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is neither a folder nor a readable zip file ({error})") from error
-
-
-def _read(source: Path, files: list[PurePosixPath]) -> Iterator[tuple[PurePosixPath, bytes]]:
-    if source.is_dir():
-        for name in files:
-            yield name, (source / name).read_bytes()
-        return
-    with zipfile.ZipFile(source) as archive:
-        for name in files:
-            try:
-                yield name, archive.read(str(name))
-            except zipfile.BadZipFile as error:
-                raise DataError(f"{source}: {name} is damaged ({error})") from error
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:

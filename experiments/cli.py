@@ -8,16 +8,19 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import tyro
 
 from dit_jax.conversion import convert_checkpoint
 from experiments import studies
 from experiments.tools.settings import SampleConfig
+
+if TYPE_CHECKING:
+    from dit_jax.images import ImageSet
 
 _BORDER = re.compile(r"(.*?)((?:\x1b\[[\d;]*m|│| )*)")  # a line in a box, and the box's right border
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the signal
@@ -29,6 +32,7 @@ class Train:
 
     data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable with --size 8
     out: tyro.conf.Positional[Path]  # folder of the training run
+    labels: Path | None = None  # text file of class folders, one a line, in label order; by default all, sorted
     transform: str = "natural"  # of the images: natural (none), whitened, reversed, power:A, permuted or gaussian
     size: int = 16  # images are cropped and resized to size x size
     prediction: Literal["epsilon", "v", "x0", "velocity", "score"] = "v"  # what the network predicts
@@ -114,6 +118,7 @@ class Covariance:
 
     weights: tyro.conf.Positional[str]  # folder of the model
     images: tyro.conf.Positional[Path]  # the images it was trained on: a folder or zip file of <class>/<image>
+    labels: Path | None = None  # text file of class folders, one a line, in label order; by default as in training
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
@@ -223,13 +228,14 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
         return _info(command)
     elif isinstance(command, Covariance):
         from dit_jax.checkpoint import load_manifest
+        from dit_jax.class_names import names
         from dit_jax.covariance import covariance_for, save_covariance
-        from dit_jax.images import load_images
         from experiments.frame.subject import model_folder
 
         folder = model_folder(command.weights)
         manifest = load_manifest(folder)
-        images = load_images(command.images, manifest["config"]["input_size"], not command.quiet)
+        trained_on = names(manifest) if manifest.get("data") else None
+        images = _images(command, command.images, manifest["config"]["input_size"], trained_on)
         save_covariance(folder, covariance_for(manifest, images))
         print(f"covariance: {folder / 'covariance.npz'}")
     else:
@@ -266,7 +272,6 @@ def _info(command: Info) -> int:
 def _train(command: Train, line: str) -> Path:
     from dit_jax.config import config_from_dict
     from dit_jax.covariance import MOST, data_covariance, save_covariance
-    from dit_jax.images import load_images
     from dit_jax.training import TrainConfig, train
     from dit_jax.transforms import training_data, transformation_name
     from experiments.studies.solvable.data import SolvableData
@@ -274,12 +279,13 @@ def _train(command: Train, line: str) -> Path:
     solvable = command.data == Path("solvable")
     transform = transformation_name(command.transform)  # checked before the images are read, which takes a while
     size = _size(command)
-    if solvable and transform != "natural":
-        raise ValueError("--transform applies to folders and zip files of images, not to solvable data; leave it out")
+    for option, given in (("--transform", transform != "natural"), ("--labels", command.labels is not None)):
+        if solvable and given:
+            raise ValueError(f"{option} applies to folders and zip files of images, not to solvable data; leave it out")
     if solvable:
         data = SolvableData()
     else:
-        data = training_data(load_images(command.data, command.size, not command.quiet), transform)
+        data = training_data(_images(command, command.data, command.size), transform)
     model = config_from_dict(
         size
         | {
@@ -319,6 +325,17 @@ def _train(command: Train, line: str) -> Path:
         else:
             print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
     return trained
+
+
+def _images(command: Train | Covariance, source: Path, size: int, labels: Sequence[str] | None = None) -> "ImageSet":
+    """The images of a command, after saying what they are; in classes as --labels has them, or else as `labels`."""
+    from dit_jax.image_files import read_labels
+    from dit_jax.images import load_images
+
+    if command.labels is not None:
+        labels = read_labels(command.labels)
+    say = functools.partial(print, flush=True)
+    return load_images(source, size, not command.quiet, labels=labels, tell=say)
 
 
 def _size(command: Train) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -42,9 +42,12 @@ class Shape:
     num_heads: int = 6
     batch_size: int = 128
     learning_rate: float = 1.5e-3
+    patch_size: int = 2
+    images: str = "images.zip"  # beside the images that are given
 
 
 DEEP = Shape(depth=28, batch_size=256, learning_rate=1e-3)
+PAIR = Shape(depth=10, hidden_size=192, learning_rate=1e-3, images="pair.zip")  # two classes at 32 x 32
 GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
     "deep-epsilon": (DEEP, {f"deep-epsilon-{seed}": Network("epsilon", seed=seed) for seed in range(2)}),
     "deep-v": (DEEP, {f"deep-v-{seed}": Network("v", seed=seed) for seed in range(2)}),
@@ -72,6 +75,8 @@ GROUPS: dict[str, tuple[Shape, dict[str, Network]]] = {
             for seed in range(seeds)
         },
     ),
+    "deep-velocity": (DEEP, {f"deep-velocity-{seed}": Network("velocity", seed=seed) for seed in range(2)}),
+    "pair": (PAIR, {f"pair-v-{seed}": Network("v", seed=seed) for seed in range(2)}),
 }
 
 
@@ -117,13 +122,14 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
     from dit_jax.transforms import training_data
 
     shape, networks = GROUPS[name]
-    found = gpu_carry.unpack(images)
+    found = gpu_carry.unpack(images.with_name(shape.images))
     data = {network.transform: training_data(found, network.transform) for network in networks.values()}
     prediction = next(iter(networks.values())).prediction  # one kind a group, as a program has one loss
     if rehearse:
-        shape = Shape(depth=1, hidden_size=32, num_heads=2, batch_size=8)
+        shape = replace(shape, depth=1, hidden_size=32, num_heads=2, batch_size=8)
     config = DiTConfig(
-        input_size=gpu_carry.SIZE,
+        input_size=found.pixels.shape[1],
+        patch_size=shape.patch_size,
         in_channels=3,
         num_classes=len(found.class_names),
         prediction=prediction,

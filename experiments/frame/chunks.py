@@ -154,3 +154,13 @@ def write_group(dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping]
     if options.get("mode") == "w":
         dataset = dataset.assign_attrs({ARRAYS: sorted(map(str, dataset.variables))})
     dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
+
+
+def layout_of(dataset: xr.Dataset) -> dict[str, dict]:
+    """Dimensions and shape of every variable."""
+    return {str(name): {"dims": variable.dims, "shape": variable.shape} for name, variable in dataset.data_vars.items()}
+
+
+def fill_of(dtype: np.dtype) -> float | int:
+    """What a group starts out with: NaN, or 0 for integers."""
+    return np.nan if np.issubdtype(dtype, np.floating) else 0

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 import zarr
 
@@ -24,6 +23,8 @@ from dit_jax.disk import recover, write_json
 from experiments.frame.chunks import (
     blocks_of,
     damaged,
+    fill_of,
+    layout_of,
     missing_chunks,
     opened,
     pairs_of,
@@ -168,19 +169,20 @@ class RunFolder:
         if group in self.manifest["blocks"] and recover(self._group(group)):
             self._mend_coordinates(group, template)
             stored = self._open(group)
-            if _layout(stored) != _layout(template) or not stored.coords.to_dataset().equals(
+            if layout_of(stored) != layout_of(template) or not stored.coords.to_dataset().equals(
                 template.coords.to_dataset()
             ):
                 raise StoreError(f"{self._group(group)} has another layout than this run needs; choose another --out")
             return
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
-        empty = {name: xr.full_like(v, _fill(v.dtype)) for name, v in template.data_vars.items()}
+        empty = {name: xr.full_like(v, fill_of(v.dtype)) for name, v in template.data_vars.items()}
         chunks = {
             str(name): {"chunks": tuple(min(chunk, n) if dim == "pair" else n for dim, n in v.sizes.items())}
             for name, v in template.data_vars.items()
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
+        self._mend_coordinates(group, template)  # nor were coordinates that happen to be the fill value
         self._update(
             blocks={**self.manifest["blocks"], group: []},
             digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
@@ -202,9 +204,9 @@ class RunFolder:
         last = first + dataset.sizes.get("pair", 0)
         if not 0 <= first < last <= stored.sizes["pair"]:
             raise StoreError(f"group {group!r} has {stored.sizes['pair']} pairs, the block is [{first}, {last})")
-        expected = _layout(stored.isel(pair=slice(first, last)))
-        if _layout(dataset) != expected:
-            wrong = "; ".join(differences(expected, _layout(dataset)))
+        expected = layout_of(stored.isel(pair=slice(first, last)))
+        if layout_of(dataset) != expected:
+            wrong = "; ".join(differences(expected, layout_of(dataset)))
             raise StoreError(f"the block at pair {first} does not fit group {group!r}: {wrong}")
         for name, variable in stored.data_vars.items():
             chunk = variable.encoding["chunks"][variable.dims.index("pair")]
@@ -296,7 +298,7 @@ class RunFolder:
         if bad:
             mended = template.coords.to_dataset()
             mended = mended.drop_vars([name for name in mended.variables if name not in bad])
-            self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a")
+            self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a", write_empty_chunks=True)
             self._update(digests=self._with_digest(group, LAYOUT))
 
     @property
@@ -400,11 +402,3 @@ class RunFolder:
         unfinished = self.manifest["status"] != "complete"
         again = "the same command with --resume makes it again"
         return "its run is not finished, continue it with --resume" if unfinished else again
-
-
-def _layout(dataset: xr.Dataset) -> dict[str, dict]:
-    return {str(name): {"dims": variable.dims, "shape": variable.shape} for name, variable in dataset.data_vars.items()}
-
-
-def _fill(dtype: np.dtype) -> float | int:
-    return np.nan if np.issubdtype(dtype, np.floating) else 0

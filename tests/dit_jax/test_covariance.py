@@ -179,6 +179,20 @@ def test_the_command_adds_it_and_refuses_other_images(folder, images, tmp_path, 
     assert "no shipped model" in capsys.readouterr().err
 
 
+def test_the_command_reads_classes_in_the_order_of_the_model(folder, tmp_path, capsys):
+    turned, model = load_images(folder, SIZE, progress=False, labels=["dark", "bright"]), tmp_path / "model"
+    save_model(untrained_model(CONFIG, 0), model, extra={"data": turned.preparation()})
+    assert main(["covariance", str(model), str(folder), "--quiet"]) == 0
+    assert "0: dark (60), 1: bright (60)" in capsys.readouterr().out
+    assert load_covariance(model).about["data"] == turned.preparation()
+    order = tmp_path / "labels.txt"
+    order.write_text("bright\ndark\n")
+    assert main(["covariance", str(model), str(folder), "--quiet", "--labels", str(order)]) == 2
+    said = capsys.readouterr()
+    assert "0: bright (60), 1: dark (60)" in said.out
+    assert "trained on other images" in said.err
+
+
 def test_too_large_images_are_refused():
     data = ImageSet(np.zeros((2, 64, 64, 3), np.uint8), np.zeros(2, np.int32), ("a",), np.zeros(3), 1.0, "d")
     with pytest.raises(ValueError, match="too large"):

@@ -58,6 +58,49 @@ def test_halving_averages_two_by_two_pixels(tmp_path):
     assert np.abs(small - mean).max() <= 1  # rows and columns are rounded in turn
 
 
+def test_labels_order_the_classes_and_nothing_else(folder, images):
+    turned = load_images(folder, 8, progress=False, labels=["wasp", "ant"])
+    assert turned.class_names == ("wasp", "ant")
+    np.testing.assert_array_equal(turned.pixels, images.pixels)
+    np.testing.assert_array_equal(turned.labels, 1 - images.labels)
+    assert turned.digest != images.digest
+    counts = [load_images(folder, 8, False, labels=names).preparation()["class_counts"] for names in (None, ["wasp"])]
+    assert counts == [[3, 3], [3]]
+
+
+def test_what_is_read_is_told_before_it_is_read(folder, tmp_path):
+    copy, told = tmp_path / "copy", []
+    shutil.copytree(folder, copy)
+    (copy / "ant" / "0.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"ant/0\.jpg is not a readable image \(it is empty\)"):
+        load_images(copy, 8, progress=False, tell=told.append)
+    (said,) = told
+    assert "0: ant (3), 1: wasp (3)" in said
+    assert "ant/notes.txt" in said
+    assert "stray.png" in said
+
+
+def test_images_of_many_formats_are_one_set(folder, images, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for name, other in (("wasp/1.png", "1.TIF"), ("wasp/2.png", "2.bmp"), ("ant/1.png", "1.ppm")):
+        with Image.open(copy / name) as image:
+            image.save((copy / name).with_name(other))
+        (copy / name).unlink()
+    assert load_images(copy, 8, progress=False).digest == images.digest
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_images_have_a_side(folder, size):
+    with pytest.raises(DataError, match="at least 1 pixel"):
+        load_images(folder, size)
+
+
+def test_more_images_than_memory_holds_are_refused(folder):
+    with pytest.raises(DataError, match="more than there is"):
+        load_images(folder, 2**24, progress=False)
+
+
 def test_the_network_sees_mean_zero_and_variance_one(images):
     x = standardize(images.pixels, images.mean, images.std)
     assert x.dtype == np.float32

@@ -15,6 +15,7 @@ from dit_jax.images import ImageSet
 from dit_jax.model import DiT
 from dit_jax.training import TrainConfig, train
 from dit_jax.training_log import LossLog
+from ou_theory.clock import make_clock
 
 MODEL = DiTConfig(input_size=4, in_channels=3, hidden_size=8, depth=1, num_heads=1, num_classes=2, prediction="v")
 STEPS, LINE, CHECKPOINT = 10, 3, 4  # lines at 3, 6, 9 and 10, checkpoints at 4, 8 and 10
@@ -166,14 +167,14 @@ def test_repeated_and_torn_lines_of_older_runs_are_mended(images, stub, tmp_path
 
 
 def test_rows_are_kept_as_they_are(tmp_path):
-    log = LossLog(tmp_path / "log.jsonl", training.make_clock(10), lambda step: 0.0)
+    log = LossLog(tmp_path / "log.jsonl", make_clock(10), lambda step: 0.0)
     rows = [
         {"t": np.arange(3, dtype=np.int32), "loss": np.float32(i / 3), "norm": jnp.bfloat16(i / 3)} for i in range(2)
     ]
     for row in rows:
         log.add(row)
     log.keep(5)
-    again = LossLog(log.path, training.make_clock(10), lambda step: 0.0)
+    again = LossLog(log.path, make_clock(10), lambda step: 0.0)
     again.rewind(5)
     for row, kept in zip(rows, again.rows, strict=True):
         jax.tree.map(np.testing.assert_array_equal, {**row, "norm": np.float32(row["norm"])}, kept)

@@ -114,6 +114,20 @@ def test_a_declared_group_is_empty_and_described(tmp_path):
     assert not np.isnan(run.load("network", partial=True).state_energy.values[2:4]).any()
 
 
+def test_coordinates_may_be_all_zero(tmp_path):
+    """A network of one layer has the coordinate 0 and nothing else, which is also what stands for a missing chunk."""
+    run = RunFolder.create(tmp_path / "run", SETTINGS)
+    coords = {"layer": [0], "label": ("pair", [0] * PAIRS), "level": [0.0], "name": [""]}
+    dims = ("pair", "layer", "level", "name")
+    run.declare("network", xr.Dataset({"found": (dims, np.empty((PAIRS, 1, 1, 1)))}, coords=coords), chunk=PAIRS)
+    run.write("network", xr.Dataset({"found": (dims, np.ones((PAIRS, 1, 1, 1)))}), 0)
+    found = RunFolder.open(run.path).load("network")
+    assert found.layer.values.tolist() == [0]
+    assert found.label.values.tolist() == [0] * PAIRS
+    assert found.level.values.tolist() == [0.0]
+    assert found.name.values.tolist() == [""]
+
+
 def test_values_of_the_template_do_not_count(tmp_path):
     run = RunFolder.create(tmp_path / "run", SETTINGS)
     run.declare("network", measured())
