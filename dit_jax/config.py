@@ -1,13 +1,15 @@
-"""The configuration of a network: of a diffusion transformer, with the official variants by name, or of a control."""
+"""The configuration of a network: of a diffusion transformer, with the official variants by name, or of a control.
+
+Importing this module loads nothing heavy: the command line takes its choices from here.
+"""
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
-
-from ou_theory.clock import NUM_TRAIN_STEPS, Clock, make_clock, path_clock
+if TYPE_CHECKING:
+    from ou_theory.clock import Clock
 
 Prediction = Literal["epsilon", "v", "x0", "velocity", "score"]
 NoisePath = Literal["ddpm", "linear", "gvp", "vp"]
@@ -47,7 +49,7 @@ class NetworkConfig:
         entries = dataclasses.asdict(self)  # type: ignore[call-overload]
         return {name: value for name, value in entries.items() if (name, value) != ("path", "ddpm")}
 
-    def clock(self, steps: str | int) -> Clock:
+    def clock(self, steps: str | int) -> "Clock":
         """The noise levels of a sampler of the network's own path.
 
         Args:
@@ -56,14 +58,18 @@ class NetworkConfig:
         Raises:
           ValueError: `steps` is not of these forms.
         """
+        from ou_theory.clock import make_clock, path_clock
+
         return make_clock(steps) if self.path == "ddpm" else path_clock(self.path, steps)
 
-    def training_clock(self) -> Clock:
+    def training_clock(self) -> "Clock":
         """The noise levels of training: the full schedule of DDPM; or as many times of a path of flow matching, the
         midpoints of equal parts of [0, 1], so that log-SNR and the velocity are finite at each."""
+        from ou_theory.clock import NUM_TRAIN_STEPS, make_clock, path_clock
+
         if self.path == "ddpm":
             return make_clock(NUM_TRAIN_STEPS)
-        return path_clock(self.path, (np.arange(NUM_TRAIN_STEPS) + 0.5) / NUM_TRAIN_STEPS)
+        return path_clock(self.path, [(k + 0.5) / NUM_TRAIN_STEPS for k in range(NUM_TRAIN_STEPS)])
 
     @classmethod
     def from_dict(cls: type[C], entries: dict) -> C:
