@@ -205,6 +205,8 @@ def estimates(
         ("coupling", "band", "bound"),
         interval_ends(point["ratio"], ends["ratio"]),
     )
+    if isinstance(bands, Directions):
+        _add_data_variance(dataset, wiener.variance.values @ bands.averaging, energy[0, :, -1], weights)
     images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
     dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
@@ -223,6 +225,13 @@ def estimates(
         floor_limit=FLOOR_LIMIT,
         claim_level=family_level(CLAIMS),
     )
+
+
+def _add_data_variance(dataset: xr.Dataset, variance: np.ndarray, ends: np.ndarray, weights: np.ndarray) -> None:
+    """Adds the variance (B,) of the data in each group, and the energy of the uncoupled ends (P, B) in units of it."""
+    point, drawn = bootstrap(lambda mean: {"ratio": mean / variance}, ends, weights)
+    dataset["data_variance"], dataset["end_variance"] = ("band", variance), ("band", point["ratio"])
+    dataset["end_variance_interval"] = (("band", "bound"), interval_ends(point["ratio"], drawn["ratio"]))
 
 
 def _filtered(

@@ -267,16 +267,17 @@ def band_table(analysis: xr.Dataset) -> Table:
     rows = []
     for band, name in enumerate(band_names(analysis)):
         at, here = network.isel(band=band), analysis.isel(coupling=0, band=band)
-        row = [name, str(int(analysis["count"][band])), _cell(at, "tau"), number(at.tau_steps.item(), 1)]
+        row = [name, str(int(analysis["count"][band]))]
+        if "data_variance" in analysis:
+            row += [f"{at.data_variance.item():.2g}", _cell(at, "end_variance")]
+        row += [_cell(at, "tau"), number(at.tau_steps.item(), 1)]
         for theory in theories:
             row += [_cell(here.sel(source=theory), "tau"), _cell(here.sel(theory=theory), "tau_excess")]
         rows.append([*row, number(at.projection_level.item()), number(at.floor.item(), 3)])
-    head = [
-        "band",
-        "coefficients per channel" if modes_of(analysis) == "dct" else "directions",
-        "τ, nats",
-        "τ, sampler step",
-    ]
+    head = ["band", "coefficients per channel" if modes_of(analysis) == "dct" else "directions"]
+    if "data_variance" in analysis:
+        head += ["variance of the data", "network's over that"]
+    head += ["τ, nats", "τ, sampler step"]
     for theory in theories:
         head += [f"τ, {theory}", "τ less that"]
     note = (

@@ -45,4 +45,4 @@ def first_and_last(analysis: xr.Dataset) -> tuple[str, str]:
     if kind == "colour":
         first, last = (f"{name.replace(' ', ' at ')} frequencies" for name in (first, last))
         return first, last
-    return f"the band of {_RANKED[kind]} {first}", f"that of {_RANKED[kind]} {last}"
+    return f"the band of {_RANKED[kind]} {first}", f"the band of {_RANKED[kind]} {last}"
