@@ -269,7 +269,7 @@ def band_table(analysis: xr.Dataset) -> Table:
         at, here = network.isel(band=band), analysis.isel(coupling=0, band=band)
         row = [name, str(int(analysis["count"][band]))]
         if "data_variance" in analysis:
-            row += [f"{at.data_variance.item():.2g}", _cell(at, "end_variance")]
+            row += [f"{at.data_variance.item():.3g}", _cell(at, "end_variance")]
         row += [_cell(at, "tau"), number(at.tau_steps.item(), 1)]
         for theory in theories:
             row += [_cell(here.sel(source=theory), "tau"), _cell(here.sel(theory=theory), "tau_excess")]
