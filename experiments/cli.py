@@ -115,7 +115,8 @@ class Info:
 
 @dataclass(frozen=True)
 class Covariance:
-    """Add the covariance of the training data to a model folder that lacks it; `syncgap spectrum` needs it."""
+    """Add covariance and principal directions of the training data to a model folder that lacks them; `syncgap
+    spectrum` and `syncgap compare --modes` need them."""
 
     weights: tyro.conf.Positional[str]  # folder of the model
     images: tyro.conf.Positional[Path]  # the images it was trained on: a folder or zip file of <class>/<image>

@@ -59,7 +59,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 
 def band_names(analysis: xr.Dataset) -> list[str]:
-    """Short names of the bands: DC, and the radial frequency of the others."""
+    """Short names of the bands: those that are stored, or DC and the radial frequency of the others."""
+    if "band_name" in analysis.coords:
+        return [str(name) for name in analysis.band_name.values]
     return ["DC" if radius == 0 else f"r = {radius:.2f}" for radius in analysis.radius.values]
 
 

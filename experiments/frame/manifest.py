@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dit_jax.platform import devices
-from experiments.frame.settings import RENAMED
+from experiments.frame.settings import ADDED, RENAMED
 from ou_theory.keys import GENERATOR
 
 FORMAT = "syncgap-run"
@@ -26,7 +26,7 @@ OWN_ENTRIES = (
 )
 DIGESTS = "digests"  # of what is stored; older runs have none
 NUMERICS = "numerics"  # what JAX is set to that changes numbers; older runs have none
-ADDED = (DIGESTS, NUMERICS)  # entries of the store's own that older runs lack
+NEWER = (DIGESTS, NUMERICS)  # entries of the store's own that older runs lack
 ENTRY_TYPES: dict[str, type] = {  # of what the code reads from a manifest
     "settings": dict, "timings": dict, "versions": dict, "blocks": dict, "resumed": list,
     "status": str, "command": str, "started": str, "device": str, "platform": str,
@@ -135,7 +135,7 @@ def _is_digests(entries: Any) -> bool:
 
 def comparable(entries: Mapping) -> dict:
     """The entries of a manifest by which runs are told apart. Settings have their present names, numbers are rounded to
-    single precision, in which networks run, and entries that older runs lack are left out."""
+    single precision, in which networks run, and entries that older runs lack are left out or have the value of old."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -145,7 +145,7 @@ def comparable(entries: Mapping) -> dict:
         return {name: rounded(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     kept = {name: value for name, value in entries.items() if name not in ("kind", "subject")}
-    settings = {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
+    settings = ADDED | {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
     return {**kept, "settings": rounded(settings)}
 
 

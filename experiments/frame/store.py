@@ -35,10 +35,10 @@ from experiments.frame.chunks import (
 )  # fmt: skip
 from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
 from experiments.frame.manifest import (
-    ADDED,
     DIGESTS,
     FORMAT,
     FORMAT_VERSION,
+    NEWER,
     OWN_ENTRIES,
     StoreError,
     comparable,
@@ -88,7 +88,7 @@ class RunFolder:
         """
         path = Path(path)
         asked = json_form({"settings": dict(settings), **(extra or {})}, "settings and extra")
-        taken = sorted(set(extra or {}) & {*OWN_ENTRIES, *ADDED})
+        taken = sorted(set(extra or {}) & {*OWN_ENTRIES, *NEWER})
         if taken:
             raise StoreError(f"manifest entries {', '.join(taken)} are the store's own; rename those in extra")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -118,7 +118,7 @@ class RunFolder:
         manifest = read_manifest(path)
         if not resume:
             raise StoreError(f"{path} holds another run; continue it with --resume, or choose another --out")
-        before = {name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, *ADDED)}
+        before = {name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, *NEWER)}
         changed = differences(comparable(before), comparable(asked))
         if changed:
             raise StoreError(

@@ -80,6 +80,23 @@ def test_the_folder_holds_what_was_measured(finished):
         assert run.load(group).sizes
 
 
+def test_bands_of_the_dct_keep_the_names_that_they_have_had(finished):
+    """Runs of any age open alike."""
+    run = RunFolder.open(finished)
+    coords = "count coupling ell label mode_band mode_count pair parity radius step timestep band column row mode"
+    network = run.load("network")
+    assert set(network.coords) == set(coords.split())
+    variables = "energy projection state_energy coefficient_energy coefficient_projection one_pass_energy"
+    assert set(network.data_vars) == {*variables.split(), "mode_energy", "mode_product", "mode_state"}
+    assert network.coefficient_energy.dims == ("pair", "step", "row", "column")
+    assert run.load("wiener").variance.dims == ("band",)
+    analysis = run.load("analysis")
+    assert "modes" not in analysis.attrs
+    assert "band_name" not in analysis.coords
+    assert "highest band less that of the lowest above DC" in analysis.gap.attrs["long_name"]
+    assert (analysis.attrs["low_band"], analysis.attrs["high_band"]) == (1, 6)
+
+
 def test_energies_are_those_of_the_samples(finished, weights):
     """At the last step the denoised image is the sample; Parseval ties band energies to its pixels."""
     clock, bands = make_clock("8"), radial_bands(8, 8, 6)
@@ -221,6 +238,7 @@ def test_a_finished_folder_is_not_overwritten(finished, weights, capsys):
         ({"pairs": 0}, "pairs"),
         ({"pairs": 1}, "pairs"),
         ({"gate_kind": "both"}, "gate_kind"),
+        ({"modes": "fourier"}, "modes 'fourier' is not one of dct, pca, colour, class"),
         ({"gate_kind": "convex", "couplings": (0.0, 1.5)}, "convex gate .* at most 1; got 1.5"),
         ({"steps": "fifty"}, "steps"),
         ({"steps": "5000"}, "steps"),

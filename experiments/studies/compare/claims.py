@@ -7,13 +7,15 @@ from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.verdict import LEAST, Claim, Control, Verdict, above, told_from_zero, within
 from experiments.studies.compare.analysis import SHUFFLED
 from experiments.studies.compare.theory import EXACT, exact_gain, exact_of, recursion_of
+from experiments.studies.compare.wording import first_and_last, modes_of
 
 COLLAPSED = 0.5  # the gap has collapsed when less than this share of it is left
 
 
 def claims(analysis: xr.Dataset) -> list[Claim]:
-    """Claims 1, 2 and 4, and a placeholder for 3."""
-    return [_gap_exists(analysis), _gap_collapses(analysis), _depth(), _order(analysis)]
+    """Claims 1, 2 and 4, and a placeholder for 3. Claim 4 is about frequency, and so about bands of the DCT alone."""
+    order = {"dct": [_order], "pca": [_no_order, _rank_order]}.get(modes_of(analysis), [_no_order])
+    return [_gap_exists(analysis), _gap_collapses(analysis), _depth(), *(claim(analysis) for claim in order)]
 
 
 def collapsed(interval: list[float]) -> Verdict:
@@ -34,6 +36,8 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
     theory = float(analysis.gap.sel(source="wiener theory").isel(coupling=0))
     recursion, recursion_interval = _claimed(analysis, "uncoupled", recursion_of(analysis))
     known, known_interval = _gap(analysis, exact_of(analysis))
+    early, late = first_and_last(analysis)
+    early += " above DC" if modes_of(analysis) == "dct" else ""
     return Claim(
         1,
         "The synchronization gap is there without coupling",
@@ -42,9 +46,8 @@ def _gap_exists(analysis: xr.Dataset) -> Claim:
         value,
         interval,
         (
-            f"Uncoupled, the highest band commits {value:.2f} nats ({steps:.1f} sampler steps) after the lowest above "
-            "DC. Whether this is more than the spectrum of the data makes in any denoiser is not tested here: syncgap "
-            "spectrum tests it."
+            f"Uncoupled, {late} commits {value:.2f} nats ({steps:.1f} sampler steps) after {early}. Whether this is "
+            "more than the spectrum of the data makes in any denoiser is not tested here: syncgap spectrum tests it."
             if told
             else f"Uncoupled, no gap can be told from 0; less than {LEAST:g} nats counts as none."
         ),
@@ -99,6 +102,9 @@ def _gap_collapses(analysis: xr.Dataset) -> Claim:
     there = bool(np.isfinite(value))
     network = analysis.sel(source="network").sel(coupling=strongest)
     low, high = (float(network.decided[analysis.attrs[name]]) for name in ("low_band", "high_band"))
+    early, late = first_and_last(analysis)
+    if modes_of(analysis) == "dct":
+        early, late = "the lowest band", "the highest"
     controls = []
     if told_from_zero(_with_ends(analysis, "uncoupled", "untrained")):
         blank, blank_interval = _claimed(analysis, "remains", "untrained")
@@ -132,8 +138,8 @@ def _gap_collapses(analysis: xr.Dataset) -> Claim:
         (
             f"At g = {strongest:g}, the strongest coupling at which both bands decide more than their error, the gap "
             f"is {value:+.2f} times what it is uncoupled; collapsed means less than {COLLAPSED:g} either way. What the "
-            f"replicas decide individually is {100 * low:.1f} % of the uncoupled in the lowest band and "
-            f"{100 * high:.1f} % in the highest."
+            f"replicas decide individually is {100 * low:.1f} % of the uncoupled in {early} and "
+            f"{100 * high:.1f} % in {late}."
             if there
             else "This cannot be told: no gap without coupling is known that could collapse, or none under coupling."
         ),
@@ -180,6 +186,26 @@ def _shuffled(analysis: xr.Dataset) -> Control:
         f"The same trajectories, coefficients assigned to bands at random, {orders.size} times: median and the range "
         f"of 95 % of them. So much order comes about by chance with p = {p:.3f}.",
     )
+
+
+def _no_order(_: xr.Dataset) -> Claim:
+    return Claim(
+        4,
+        "Low, global frequencies commit before high, local ones",
+        "not tested",
+        "Kendall's tau-b of commitment level against frequency",
+        None,
+        None,
+        "The modes of this run are no bands of frequency; syncgap compare without --modes has them.",
+    )
+
+
+def _rank_order(analysis: xr.Dataset) -> Claim:
+    claim = _order(analysis)
+    claim.id, claim.title = 0, "Principal components of large variance commit before those of small"
+    claim.measure = "Kendall's tau-b of commitment level against rank, g = 0"
+    claim.statement = "An exact denoiser of Gaussian data commits its components in this order."
+    return claim
 
 
 def _order(analysis: xr.Dataset) -> Claim:
