@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from jax.typing import ArrayLike
 
-from experiments.frame.draws import DRAWS, Drawn, bootstrap, in_chunks, interval_ends, pair_draws, with_interval
+from experiments.frame.draws import DRAWS, Drawn, bootstrap, interval_ends, pair_draws
 from experiments.frame.eigenmodes import band_share
 from experiments.frame.estimator import (
     ESTIMATORS,
@@ -22,13 +22,11 @@ from experiments.frame.estimator import (
     Estimates,
     commitment_of,
     companions,
-    order,
 )
 from experiments.frame.exact import exact_statistics
 from experiments.frame.measured import Measured
 from experiments.frame.steps import WINDOW_START
-from experiments.frame.streams import numpy_stream
-from experiments.frame.verdict import LEAST, told_from_zero
+from experiments.studies.compare.claimed import CLAIMS, add_claimed, shuffled_orders
 from experiments.studies.compare.modes import ends
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import (
@@ -44,10 +42,6 @@ from ou_theory.attention import GateKind
 from ou_theory.bootstrap import family_level
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands, Directions
-
-SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
-SHUFFLES = 999  # times
-CLAIMS = 3  # verdicts of the page, whose intervals hold the truth together with 95 %
 
 _KEPT = ("band", "radius", "band_name", "count", "step", "ell", "timestep")  # coordinates of what is measured
 
@@ -211,7 +205,7 @@ def estimates(
     images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
     dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
-    _add_claimed(dataset, sources, draws, grids, between)
+    add_claimed(dataset, sources, draws, grids, between)
     beside = bootstrap(levels, values, joined_draws(seed, gain_pairs, network.sizes["pair"]), 1)[1]
     _add_excess(dataset, sources, draws, {**dict.fromkeys(recursions, beside), exact: draws["network"]})
     return dataset.assign_attrs(
@@ -245,29 +239,6 @@ def _filtered(
     return energy @ bands.averaging, inner @ bands.averaging  # it is made for the variance along each direction
 
 
-def shuffled_orders(
-    network: xr.Dataset, bands: Bands | Directions, ell: np.ndarray, seed: int, *, stochastic: bool
-) -> np.ndarray:
-    """Kendall's tau-b (`SHUFFLES`,) of the network's levels when its coefficients are assigned to bands at random: what
-    the claim about order is worth. The pairs are those whose coefficients are stored: none in runs of older versions.
-    """
-    if "coefficient_energy" not in network:
-        return np.empty(0)
-    mean = {
-        name: network[f"coefficient_{name}"].mean("pair").values.astype(np.float64).reshape(len(ell), -1)
-        for name in ("energy", "projection")
-    }
-    rng = numpy_stream(seed, "shuffles")
-    orders = np.stack([rng.permutation(bands.index.size) for _ in range(SHUFFLES)])
-    averaging = bands.averaging.reshape(-1, len(bands))
-    found = []
-    for chosen in in_chunks(orders, mean["energy"].size):
-        energy, inner = (np.moveaxis(v[:, chosen] @ averaging, 0, 1)[:, None] for v in mean.values())
-        tau = commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]
-        found.append(order(tau, LOW if isinstance(bands, Bands) else 0))
-    return np.concatenate(found)
-
-
 def joined_draws(seed: int, first: int, pairs: int) -> np.ndarray:
     """Bootstrap weights (draws, pairs) whose first columns are the draws that `first` pairs have of their own, and
     whose others are drawn apart: what was measured on the first pairs alone goes with what was measured on all."""
@@ -293,51 +264,6 @@ def _add_excess(
         dataset[f"{name}_excess"] = (("theory", *dims), np.stack(point))
         dataset[f"{name}_excess_interval"] = (("theory", *dims, "bound"), np.stack(interval))
     dataset.coords["theory"] = list(beside)
-
-
-def _add_claimed(
-    dataset: xr.Dataset,
-    sources: dict[str, Estimates],
-    draws: dict[str, Drawn],
-    grids: dict[str, np.ndarray],
-    between: tuple[int, int],
-) -> None:
-    """Adds what the claims rest on, of every source that has draws: the gap without coupling, what remains of it, and
-    the order of the bands. Their intervals hold together, see `CLAIMS`."""
-    names, level = list(draws), family_level(CLAIMS)
-    tables = {name: np.full((len(names), 3), np.nan) for name in ("uncoupled", "remains", "order")}
-    share, strongest = np.full((2, len(names)), np.nan)
-    for i, (name, drawn) in enumerate(draws.items()):
-        row = list(dataset.source.values).index(name)
-        known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, list(between)].any(-1)
-        of_grid = np.searchsorted(grids[name], dataset.coupling.values[known])
-        tables["uncoupled"][i] = with_interval(sources[name].gap[0], drawn["gap"][:, 0], level)
-        if told_from_zero(tables["uncoupled"][i]):
-            tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
-        strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
-        first = LOW if "radius" in dataset else 0
-        levels, drawn_levels = sources[name].tau[0], drawn["tau"][:, 0]
-        if np.ptp(levels[first:]) > LEAST:
-            tables["order"][i] = with_interval(order(levels, first), order(drawn_levels, first), level)
-        share[i] = np.mean(drawn["gap"][:, 0] > 0)
-    dataset["in_order"] = ("claimed", share)
-    dataset["strongest"] = ("claimed", strongest)
-    for name, values in tables.items():
-        dataset[name] = ("claimed", values[:, 0])
-        dataset[f"{name}_interval"] = (("claimed", "bound"), values[:, 1:])
-    dataset["claimed"] = ("claimed", names, {"long_name": "source of what the claims rest on", "units": "1"})
-    reached = dataset.shuffled_order.values >= tables["order"][names.index("network"), 0]
-    dataset["order_p"] = ((), (1 + reached.sum()) / (1 + reached.size) if reached.size else np.nan)
-
-
-def remaining_gap(gap: np.ndarray, draws: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """The gap (C,) at the strongest coupling over that at the first, and its interval, (3,), from draws (draws, C)."""
-    gap, draws = gap[np.isfinite(gap)], draws[:, np.isfinite(draws).all(0)]
-    if min(gap.size, draws.shape[1]) < 2:
-        return np.full(3, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a network that has none has nothing that could remain
-        ratio, drawn = gap[-1] / gap[0], draws[:, -1] / draws[:, 0]
-        return with_interval(ratio, drawn, level) if np.isfinite(drawn).all() else np.full(3, np.nan)
 
 
 def _difference(dataset: xr.Dataset) -> np.ndarray:

@@ -13,7 +13,7 @@ from experiments.frame.gates import COMMON, RHO, told
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, number
 from experiments.frame.settings import SAMPLER_NAMES, GateKind
-from experiments.studies.compare.analysis import CLAIMS
+from experiments.studies.compare.claimed import CLAIMS
 from experiments.studies.compare.claims import claims
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.settings import CompareConfig
