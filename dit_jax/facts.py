@@ -47,6 +47,7 @@ class Facts:
     timestep_convention: TimestepConvention | None = None
     path: str | None = None  # "ddpm", or that of flow matching: one of `FLOW_PATHS`
     dtype: str | None = None  # in which the model computes
+    learn_sigma: bool | None = None  # whether a second half of the outputs is a variance; of exports alone
 
 
 Said = tuple[str, Facts]  # what says it, and what it says

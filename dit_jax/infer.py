@@ -38,7 +38,9 @@ def infer_config(
         needed.
 
     Returns:
-      config: to check shapes with, with anything for what is not told; None if the shapes do not tell a size.
+      config: to check shapes with, with anything for what is not told; None if the shapes do not tell a size. On a path
+        of flow matching it has no variance, even where the final layer has rows for one, unless an export says so:
+        see `dit_jax.weights.used_entries`.
       problems: one line for everything that cannot be inferred, or does not fit.
     """
     problems = []
@@ -89,6 +91,8 @@ def infer_config(
         problems.append(f"it predicts {facts.prediction!r}; only {', '.join(PREDICTIONS)} can be run here")
     else:
         sizes["prediction"] = facts.prediction
+    if sizes.get("path", "ddpm") != "ddpm" and facts.learn_sigma is None:
+        sizes["learn_sigma"] = False  # SiT makes a second half of outputs, never trains it, and cuts it away
     heads = facts.num_heads or _official_heads(depth, width, hidden)
     if heads is None:
         problems.append(
@@ -106,11 +110,6 @@ def assumptions(config: DiTConfig, facts: Facts) -> list[str]:
     notes = []
     if facts.path is None:
         notes.append("it is run on the noise schedule of DDPM, as the released DiTs are (--path)")
-    if config.path != "ddpm" and config.learn_sigma:
-        notes.append(
-            "the second half of its outputs is run as a variance by ancestral sampling, though SiT does not train it: "
-            "sample with DDIM"
-        )
     if facts.num_heads is None:
         notes.append(
             f"{config.num_heads} attention heads, as all official networks of depth {config.depth} and width "

@@ -18,7 +18,7 @@ from dit_jax.model import DiT
 from dit_jax.platform import host_device
 from dit_jax.readers import open_source
 from dit_jax.tensors import Entry, WeightsError
-from dit_jax.weights import TABLE, official_entries
+from dit_jax.weights import TABLE, official_entries, used_entries
 
 IN_BLOCK = ("adaln", "norm1", "attn_out", "norm2", "mlp_out", "resid_post")
 # By timestep: the largest deviation, as a share of the largest value of a stage. At large t the float32 sinusoids of
@@ -105,11 +105,12 @@ def _torch_stages(
     dtypes = stored_dtypes(config, stored)
     with torch.device("meta"):
         reference = TorchDiT(config)
+    used = used_entries(config, {key: entry for key, entry in entries.items() if entry is not None})
     state = {
         key: torch.tensor(entry.read().astype(np.float32).astype(dtypes[rule.target]).astype(np.float32))
         for rule in TABLE
         for key in rule.sources(config.depth)
-        if (entry := entries.get(key)) is not None
+        if (entry := used.get(key)) is not None
     }
     reference.load_state_dict(state, assign=True)
     stages: dict[str, torch.Tensor] = {}

@@ -23,7 +23,12 @@ from dit_jax.infer import assumptions, infer_config, variant_name
 from dit_jax.readers import Source, open_source
 from dit_jax.tensors import Entry, Shape, WeightsError
 
-CONVERSION_VERSION = 1  # raise it when the same file would give other arrays
+CONVERSION_VERSION = 2  # raise it when the same file would give other arrays
+FINAL_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
+NOTE_HALF = (
+    "the second half of its outputs is left out: networks of flow matching make it as DiT does, and neither train nor "
+    "use it"
+)
 COPIED_COLUMNS = 128  # few enough that the rows of a transposed copy stay in cache
 
 
@@ -141,6 +146,8 @@ def convert(
     facts = combined(asked, said, label)
     config, weights = convert_entries(entries, label, facts, dtype)
     notes = [*opened.notes, *told(said), *assumptions(config, facts)]
+    if _has_unused_half(config, entries):
+        notes.append(NOTE_HALF)
     if "diffusers" in form:
         theirs = config.timestep_convention == "diffusers"
         notes.append(diffusers_form.NOTE_DIFFUSERS if theirs else diffusers_form.NOTE_OFFICIAL)
@@ -191,6 +198,8 @@ def convert_entries(
     config, unknown = infer_config(shapes, depth, facts, lambda: token_grid(_read(known, "pos_embed", label)[0]))
     problems += unknown
     if config is not None:
+        known = used_entries(config, known)
+        shapes = {key: entry.shape for key, entry in known.items()}
         problems += [
             f"misshapen: {key} is {shapes[key]}, expected {shape}"
             for key, shape in source_shapes(config).items()
@@ -204,6 +213,31 @@ def convert_entries(
     if problems or config is None:
         raise WeightsError(f"{label} cannot be converted:\n  " + "\n  ".join(problems))
     return config, weights
+
+
+def used_entries(config: DiTConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries of an official state dict that `config` uses: without the second half of the outputs if it has no
+    variance, but the final layer has rows for one. SiT cuts that half away when it runs."""
+    used = dict(entries)
+    if _has_unused_half(config, entries):
+        used |= {key: _first_half(entries[key], config) for key in FINAL_LAYER}
+    return used
+
+
+def _has_unused_half(config: DiTConfig, entries: Mapping[str, Entry | None]) -> bool:
+    found = [entry.shape[:1] for key in FINAL_LAYER if (entry := entries.get(key)) is not None]
+    return found == 2 * [(2 * config.patch_features,)] and not config.learn_sigma
+
+
+def _first_half(entry: Entry, config: DiTConfig) -> Entry:
+    """Rows of the final layer are of row in patch, column in patch and channel: the first channels of each are kept."""
+
+    def read() -> np.ndarray:
+        array = entry.read()
+        patches = array.reshape(-1, 2, config.in_channels, *array.shape[1:])
+        return patches[:, 0].reshape(-1, *array.shape[1:])
+
+    return Entry((config.patch_features, *entry.shape[1:]), read)
 
 
 def state_dict(config: DiTConfig, weights: Arrays) -> Iterator[tuple[str, np.ndarray]]:

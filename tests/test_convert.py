@@ -74,7 +74,7 @@ def test_report_and_manifest(run, tmp_path):
         assert part in out
     assert manifest["source"]["file"] == "tiny_xl_like.pt"
     assert len(manifest["source"]["sha256"]) == 64
-    assert manifest["conversion_version"] == 1
+    assert manifest["conversion_version"] == 2
     assert manifest["config"]["num_heads"] == 6
 
 

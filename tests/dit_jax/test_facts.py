@@ -17,7 +17,7 @@ from dit_jax.export import export_model
 from dit_jax.facts import METADATA, Facts, token_grid
 from dit_jax.infer import infer_config
 from dit_jax.model import position_embedding
-from dit_jax.weights import WeightsError, convert, convert_entries, source_shapes
+from dit_jax.weights import NOTE_HALF, WeightsError, convert, convert_entries, source_shapes
 
 WITHOUT = {name: {key: value for key, value in TOLD.items() if key != name} for name in TOLD}
 
@@ -279,7 +279,7 @@ def test_flow_matching_is_not_taken_for_a_diffusion(tmp_path, prediction):
     args = argparse.Namespace(prediction=prediction, path_type="Linear", model="SiT-XL/2")
     path = saved(tmp_path / "model.pt", {"ema": tensors(), "args": args})
     config = convert(path, **WITHOUT["prediction"]).config
-    assert config == dataclasses.replace(CONFIG, prediction="velocity", path="linear")
+    assert config == dataclasses.replace(CONFIG, prediction="velocity", path="linear", learn_sigma=False)
     with pytest.raises(WeightsError, match="--prediction v contradicts its args, which says velocity"):
         convert(path, **{**TOLD, "prediction": "v"})
     with pytest.raises(WeightsError, match="--path ddpm contradicts its args, which says linear"):
@@ -293,8 +293,8 @@ def test_networks_of_flow_matching_need_their_path(plain, prediction):
     assert line.startswith("cannot tell path")
     assert "--path linear|gvp|vp" in line
     found = convert(plain, **told, path="gvp")
-    assert found.config == dataclasses.replace(CONFIG, prediction=prediction, path="gvp")
-    assert "sample with DDIM" in found.notes[0]
+    assert found.config == dataclasses.replace(CONFIG, prediction=prediction, path="gvp", learn_sigma=False)
+    assert found.notes == (NOTE_HALF,)
 
 
 def test_the_schedule_that_is_taken_for_granted_is_told(plain):
@@ -352,7 +352,9 @@ def test_the_scheduler_of_a_pipeline_says_the_prediction(pipeline, name, predict
     scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "prediction_type": name}))
     assert convert(pipeline).config == dataclasses.replace(CONFIG, prediction=prediction)
     scheduler.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"}))
-    assert convert(pipeline).config == dataclasses.replace(CONFIG, prediction="velocity", path="linear")
+    assert convert(pipeline).config == dataclasses.replace(
+        CONFIG, prediction="velocity", path="linear", learn_sigma=False
+    )
 
 
 @pytest.mark.parametrize(
