@@ -79,7 +79,7 @@ def heun(flow: Flow, diffusion: FloatArray) -> Update:
 
 def euler_maruyama(flow: Flow, diffusion: FloatArray) -> Update:
     """The method of Euler and Maruyama for ``dx = (v + w score) dt + sqrt(2 w) dW``, which has the law of the flow."""
-    spread = np.sqrt(2 * diffusion[:-1] * np.abs(flow.sizes))
+    spread = np.sqrt(2 * diffusion[:-1] * flow.sizes)
 
     def update(k, x, noise):
         drift = _drift(flow, diffusion, k, x)
@@ -102,7 +102,7 @@ def diffusion_table(path: ProbabilityPath, t: ArrayLike, name: Diffusion, norm: 
     """
     t = np.asarray(t, np.float64)
     if name == "sbdm":
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             return norm * path.sigma(t) * _wronskian(path, t) / path.alpha(t)
     forms: dict[str, Callable[[], FloatArray]] = {
         "constant": lambda: np.full_like(t, norm),
@@ -206,7 +206,8 @@ def network_flow(
     if not inside or not (np.all(np.diff(times) > 0) or np.all(np.diff(times) < 0)):
         raise ValueError("times of a flow must be two or more in [0, 1], all increasing or all decreasing")
     weights = field_weights(path, times, config.prediction)
-    _check_finite(np.sum(weights[:2], 0)[:-1], times, f"a network that predicts {config.prediction} tells no velocity")
+    known = np.isfinite(weights[0]) & np.isfinite(weights[1])
+    _check_each(known[:-1], times, f"a network that predicts {config.prediction} tells no velocity")
 
     def field(x: jax.Array, k: jax.Array) -> Field:
         t = jnp.full(labels.shape, jnp.asarray(times)[k])
@@ -247,19 +248,25 @@ def sample_flow(
       the sample, of the shape of `x`, and the observations (None without an observer).
 
     Raises:
-      ValueError: unknown sampler, diffusion or last step; `noise` is missing; the diffusion is infinite at a time of
-        the grid.
+      ValueError: unknown sampler, diffusion or last step; a stochastic sampler lacks `noise`, or its times decrease;
+        the diffusion is infinite at a time of the grid; a last step is to follow a grid that ends at 1.
     """
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
         if sampler in STOCHASTIC and noise is None:
             raise ValueError(f"sampler {sampler!r} is stochastic: give noise(step)")
+        if sampler in STOCHASTIC and flow.sizes[0] < 0:
+            raise ValueError(f"sampler {sampler!r} runs from noise to data: its times must increase")
     if last_step is not None and last_step not in get_args(LastStep):
         raise ValueError(f"last step {last_step!r} is not one of {', '.join(get_args(LastStep))}")
+    if last_step is not None and flow.times[-1] == 1:
+        raise ValueError("a last step leads to t = 1, where this grid of times ends already: see flow_times")
     table = diffusion_table(flow.path, flow.times, diffusion, norm)
     if noise is not None:
-        _check_finite(table[:-1], flow.times, f"diffusion {diffusion!r} is infinite")
+        _check_each(
+            np.isfinite(table[:-1]), flow.times, f"diffusion {diffusion!r} is infinite", ", or take another one"
+        )
     update = (SAMPLERS[sampler] if isinstance(sampler, str) else sampler)(flow, table)
 
     def body(x, step):
@@ -284,6 +291,6 @@ def _path(config: NetworkConfig) -> ProbabilityPath:
     return PATHS[config.path]
 
 
-def _check_finite(table: FloatArray, times: FloatArray, what: str) -> None:
-    if not np.isfinite(table).all():
-        raise ValueError(f"{what} at t = {times[np.argmin(np.isfinite(table))]:g}: leave that time out of the grid")
+def _check_each(fine: np.ndarray, times: FloatArray, what: str, else_: str = "") -> None:
+    if not fine.all():
+        raise ValueError(f"{what} at t = {times[np.argmin(fine)]:g}: leave that time out of the grid{else_}")

@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from dit_jax.checkpoint import load_model
 from dit_jax.class_names import names, resolve, short_name
+from dit_jax.config import NetworkConfig
 from dit_jax.controls import Network
 from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.disk import recover, replacing, write_json
+from dit_jax.flow import LAST_SIZE, flow_times, network_flow, sample_flow
 from dit_jax.images import image_grid
 from dit_jax.latents import is_latent, to_pictures, vae_decoder
 from dit_jax.replicas import INITIAL, pair_noise
@@ -22,8 +24,9 @@ from experiments.frame.manifest import environment
 from experiments.frame.numerics import own_numerics
 from experiments.frame.subject import check_guidance, model_folder
 from experiments.tools.info import read_manifest
-from experiments.tools.settings import SampleConfig
+from experiments.tools.settings import FLOW_SAMPLERS, SampleConfig
 from ou_theory.clock import Clock
+from ou_theory.paths import FloatArray
 
 FORMAT = "syncgap-pictures"
 FORMAT_VERSION = 1
@@ -67,6 +70,8 @@ def sample_pictures(
     decoder = None if config.vae is None else vae_decoder(config.vae)
     check_guidance(manifest, model_config, config.guidance)
     clock = model_config.clock(config.steps)
+    if config.sampler in FLOW_SAMPLERS:
+        _flow_times(model_config, config, len(clock))  # before weights are read
     known = names(manifest)
     asked = config.classes or tuple(map(str, range(min(model_config.num_classes, DEFAULT_CLASSES))))
     labels = np.array(resolve(asked, known, model_config.num_classes), np.int32)
@@ -119,9 +124,16 @@ def draw(
         def noise(step):
             return pair_noise(config.seed, pictures, step, shape, replicas=1)[0]
 
-        denoiser = network_denoiser(model, clock, guidance=config.guidance, channels=config.guided_channels)
-        out, _ = sample(denoiser, noise(INITIAL), clock, labels, sampler=config.sampler, eta=config.eta, noise=noise)
-        return out
+        guided: Any = {"guidance": config.guidance, "channels": config.guided_channels}
+        start = noise(INITIAL)
+        if config.sampler == "ddim" or config.sampler == "ancestral":
+            denoiser = network_denoiser(model, clock, **guided)
+            return sample(denoiser, start, clock, labels, sampler=config.sampler, eta=config.eta, noise=noise)[0]
+        flow = network_flow(model, _flow_times(model.config, config, len(clock)), labels, **guided)
+        stochastic: Any = {}
+        if config.sampler == "sde":
+            stochastic = {"diffusion": config.diffusion, "last_step": config.last_step, "noise": noise}
+        return sample_flow(flow, start, sampler=config.sampler, **stochastic)[0]
 
     size = min(config.batch, len(labels))
     samples = np.empty((len(labels), *shape), np.float32)
@@ -133,6 +145,11 @@ def draw(
             samples[first : first + count] = run(model, indices, labels[indices])[:count]
             bar.update(count)
     return samples
+
+
+def _flow_times(model: NetworkConfig, config: SampleConfig, steps: int) -> FloatArray:
+    last = LAST_SIZE if config.sampler == "sde" and config.last_step is not None else 0.0
+    return flow_times(model, steps, last)
 
 
 def check_free(out: Path, overwrite: bool) -> None:

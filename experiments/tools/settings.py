@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Literal
 
-from experiments.frame.settings import Dtype, GuidedChannels, Sampler
+from dit_jax.config import Diffusion, LastStep
+from experiments.frame.settings import Dtype, GuidedChannels
+
+PictureSampler = Literal["ddim", "ancestral", "euler", "heun", "sde"]
+FLOW_SAMPLERS = ("euler", "heun", "sde")
 
 
 @dataclass(frozen=True)
@@ -14,8 +19,12 @@ class SampleConfig:
     classes: tuple[str, ...] = ()  # names or numbers, one row of the grid each; the first 8 by default
     count: int = 4  # pictures of each class
     steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
-    sampler: Sampler = "ddim"  # DDIM, or the ancestral sampler
+    # ddim; ancestral; and for networks of flow matching alone euler and heun, which integrate the flow, and sde, the
+    # method of Euler and Maruyama for an SDE of the same law
+    sampler: PictureSampler = "ddim"
     eta: float = 0.0  # stochasticity of DDIM, from 0 to 1
+    diffusion: Diffusion = "sigma"  # of the sde sampler
+    last_step: LastStep | None = "mean"  # of the sde sampler: without noise, of size 0.04, after its steps
     guidance: float = 1.0  # classifier-free guidance scale; 1 is none
     guided_channels: GuidedChannels = "all"  # channels that guidance acts on: official is the first three
     seed: int = 0  # of all random numbers
@@ -29,8 +38,10 @@ class SampleConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in 0..1, got {self.eta}")
-        if self.sampler == "ancestral" and self.eta:
-            raise ValueError("eta is a setting of the ddim sampler; leave it out for the ancestral one")
+        if self.sampler != "ddim" and self.eta:
+            raise ValueError(f"eta is a setting of the ddim sampler; leave it out for the {self.sampler} one")
+        if self.sampler != "sde" and (self.diffusion, self.last_step) != ("sigma", "mean"):
+            raise ValueError(f"diffusion and last_step are settings of the sde sampler, not of the {self.sampler} one")
         if not isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
         if not 0 <= self.seed < 2**32:

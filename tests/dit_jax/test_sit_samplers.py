@@ -250,9 +250,16 @@ def test_a_noise_prediction_has_no_velocity_without_data():
         ({"sampler": "sde", "noise": jnp.zeros, "diffusion": "none"}, "diffusion 'none' is not one of sigma, sbdm"),
         ({"sampler": "sde", "noise": jnp.zeros, "diffusion": "sbdm"}, "'sbdm' is infinite at t = 0: leave that time"),
         ({"last_step": "none"}, "last step 'none' is not one of mean, euler, tweedie"),
+        ({"last_step": "mean"}, "t = 1, where this grid of times ends already"),
     ],
 )
 def test_settings_that_cannot_be_run_are_refused(options, about):
     """The official code gives NaN for the fourth."""
     with pytest.raises(ValueError, match=about):
         sample_flow(gaussian_flow("linear", np.linspace(0, 1, 5), 2.0), jnp.ones(()), **options)
+
+
+def test_a_stochastic_sampler_does_not_run_from_data_to_noise():
+    flow = gaussian_flow("linear", np.linspace(0.9, 0, 5), 2.0)
+    with pytest.raises(ValueError, match="runs from noise to data: its times must increase"):
+        sample_flow(flow, jnp.ones(()), sampler="sde", noise=jnp.zeros)

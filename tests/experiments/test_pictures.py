@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from dit_jax.checkpoint import load_manifest, load_model, save_model
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.disk import CheckpointError
+from dit_jax.flow import network_flow, sample_flow
 from dit_jax.images import to_pixels
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments import cli
@@ -116,6 +118,48 @@ def test_pictures_do_not_depend_on_the_batch(photos, settings):
     one, three = (draw(model, make_clock(4), SampleConfig(batch=b, **settings), labels) for b in (1, 3))
     np.testing.assert_allclose(one, three, rtol=2e-6, atol=1e-5)  # an untrained network's samples go up to 30
     assert np.abs(one[1] - one[2]).max() > 0.1  # of one class, but other noise
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "flow"
+    config = replace(PHOTOS, prediction="velocity", path="linear", learn_sigma=False)
+    save_model(untrained_model(config, 5), folder, extra={"data": DATA})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"sampler": "euler", "guidance": 2.0}, {}),
+        ({"sampler": "heun"}, {"sampler": "heun"}),
+        ({"sampler": "sde", "diffusion": "linear"}, {"sampler": "sde", "diffusion": "linear", "last_step": "mean"}),
+        ({"sampler": "sde", "last_step": None}, {"sampler": "sde", "last_step": None}),
+    ],
+)
+def test_networks_of_flow_matching_are_sampled_on_their_path(flow, tmp_path, settings, options):
+    """From t = 0 to 1, or 0.96 if a last step is to follow."""
+    run(flow, tmp_path / "out", classes=("1", "4"), **settings)
+    found, _ = stored(tmp_path / "out")
+    times = np.linspace(0, 0.96 if options.get("last_step") else 1, 5)
+
+    def noise(step):
+        return pair_noise(0, jnp.arange(4), step, (8, 8, 3), replicas=1)[0]
+
+    @jax.jit
+    def expected(model):
+        made = network_flow(model, times, jnp.array([1, 1, 4, 4]), guidance=settings.get("guidance", 1.0))
+        return sample_flow(made, noise(INITIAL), noise=noise if "sampler" in options else None, **options)[0]
+
+    np.testing.assert_allclose(found.reshape(4, 8, 8, 3), expected(load_model(flow)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_networks_of_the_schedule_have_no_flow(photos, tmp_path, monkeypatch, sampler):
+    monkeypatch.setattr(pictures, "load_model", lambda *a, **o: pytest.fail("read weights"))
+    with pytest.raises(ValueError, match="trained on the schedule of DDPM: use the sampler ddim or ancestral"):
+        run(photos, tmp_path / "out", sampler=sampler)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long
@@ -291,6 +335,9 @@ def test_a_model_kept_in_bfloat16(photos):
         ({"eta": 1.1}, "eta"),
         ({"eta": float("nan")}, "eta"),
         ({"eta": 0.5, "sampler": "ancestral"}, "ancestral"),
+        ({"eta": 0.5, "sampler": "heun"}, "setting of the ddim sampler; leave it out for the heun one"),
+        ({"diffusion": "sbdm", "sampler": "euler"}, "settings of the sde sampler, not of the euler one"),
+        ({"last_step": None}, "settings of the sde sampler, not of the ddim one"),
         ({"guidance": float("inf")}, "guidance"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
