@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 Prediction = Literal["epsilon", "v", "x0", "velocity", "score"]
 NoisePath = Literal["ddpm", "linear", "gvp", "vp"]
-TimestepConvention = Literal["official", "diffusers"]
+TimestepConvention = Literal["official", "diffusers", "reversed"]
 ControlArchitecture = Literal["unet", "mlp"]
 Diffusion = Literal["sigma", "sbdm", "linear", "decreasing", "increasing-decreasing", "constant"]
 LastStep = Literal["mean", "euler", "tweedie"]
 Which = Literal["ema", "model"]  # parts of a training checkpoint
-TIMESTEP_CONVENTIONS: tuple[TimestepConvention, ...] = ("official", "diffusers")
+TIMESTEP_CONVENTIONS: tuple[TimestepConvention, ...] = ("official", "diffusers", "reversed")
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0", "velocity", "score")
 NOISE_PATHS: tuple[NoisePath, ...] = ("ddpm", "linear", "gvp", "vp")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -137,7 +137,9 @@ class DiTConfig(NetworkConfig):
     num_classes: int = 1000  # label `num_classes` is the null label of classifier-free guidance, if there is one
     learn_sigma: bool = True  # the last half of the output's channels interpolates the variance (theory, eq. 2.7)
     prediction: Prediction = "epsilon"  # what the first channels of the output predict (theory, eq. 1.3 and 2.10)
-    # "diffusers" reproduces that library's code: timestep frequencies over 127, and 1e-5 as eps of the second norm
+    # "diffusers" reproduces that library's code: timestep frequencies over 127, and 1e-5 as eps of the second norm.
+    # "reversed" is of flow matching in REPA's time, which runs from data to noise: the weights see 1 - t and give the
+    # velocity along that time. `DiT` takes t and gives the velocity along t, as for the others.
     timestep_convention: TimestepConvention = "official"
     dtype: str = "float32"  # of activations and matrix products; softmax and norms are computed in float32 or wider
     path: NoisePath = "ddpm"  # how data and noise were mixed in training (theory, section 2.1)
@@ -156,6 +158,11 @@ class DiTConfig(NetworkConfig):
         if self.timestep_convention not in TIMESTEP_CONVENTIONS:
             known = ", ".join(TIMESTEP_CONVENTIONS)
             raise ValueError(f"timestep_convention {self.timestep_convention!r} is not one of {known}")
+        if self.timestep_convention == "reversed" and self.path == "ddpm":
+            flows = ", ".join(NOISE_PATHS[1:])
+            raise ValueError(
+                f"timestep_convention 'reversed' needs a path of flow matching: one of {flows}, not 'ddpm'"
+            )
 
     @property
     def num_tokens(self) -> int:

@@ -50,8 +50,8 @@ def convert_checkpoint(
 
     Shapes do not tell the whole function of a network. What the file does not say elsewhere either must be given by
     --prediction, --path, --num-classes, --num-heads and --input-size; an error says which of them are needed. The
-    released DiTs need --prediction epsilon alone, the released SiTs --prediction velocity --path linear. Exports of
-    this package (--export) need none.
+    released DiTs need --prediction epsilon alone, the released SiTs --prediction velocity --path linear, and REPA's
+    these and --timestep-convention reversed. Exports of this package (--export) need none.
 
     The released DiT weights are licensed CC-BY-NC 4.0 (non-commercial), and so is what is made from them.
 
@@ -73,8 +73,8 @@ def convert_checkpoint(
       which: ema or model, averaged or raw weights of a training checkpoint; by default averaged ones if there are any,
         otherwise the only ones.
       prefix: of the keys of the weights, where a file has several sets of them, for example --prefix net_b.
-      timestep_convention: "diffusers" to reproduce the outputs of that library's model code; by default official, or
-        what an export says.
+      timestep_convention: "diffusers" to reproduce the outputs of that library's model code; "reversed" for flow
+        matching in REPA's time, which runs from data to noise; by default official, or what the file says.
       dtype: of the stored parameters.
       overwrite: replace a model folder that is there already.
       dry_run: read and check everything, write nothing.

@@ -32,7 +32,7 @@ PREDICTION_NAMES = {
     "velocity": ("velocity", "flow", "flow_prediction"),
     "score": ("score",),
 }
-FLOW_PATHS = ("linear", "gvp", "vp")
+FLOW_PATHS = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}  # as scripts call them: ours
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Facts:
     null_label: NullLabel | None = None  # whether the last row of the label table is the null label's
     input_size: int | None = None  # side of the square input
     timestep_convention: TimestepConvention | None = None
-    path: str | None = None  # "ddpm", or that of flow matching: one of `FLOW_PATHS`
+    path: str | None = None  # "ddpm", or that of flow matching: one of `ou_theory.paths.PATHS`
     dtype: str | None = None  # in which the model computes
     learn_sigma: bool | None = None  # whether a second half of the outputs is a variance; of exports alone
 
@@ -155,7 +155,8 @@ def argument_facts(arguments: Any) -> Facts:
     said = {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
     path = str(said.get("path_type", "")).lower()
     prediction = _prediction(next((said[n] for n in ("prediction", "prediction_type", "pred_type") if n in said), None))
-    if prediction == "v" and path in FLOW_PATHS:  # as REPA's script calls the velocity
+    repa = prediction == "v" and path in FLOW_PATHS  # its script calls the velocity so, and its time runs to noise
+    if repa:
         prediction = "velocity"
     if prediction is None and path == "":
         flags = {"predict_xstart": "x0", "predict_v": "v"}
@@ -166,7 +167,8 @@ def argument_facts(arguments: Any) -> Facts:
         num_heads=_count(said.get("num_heads", said.get("num_attention_heads"))),
         num_classes=_count(said.get("num_classes")),
         null_label=None if not isinstance(dropout, int | float) else "last" if dropout > 0 else "none",
-        path=path if path in FLOW_PATHS else None,
+        timestep_convention="reversed" if repa else None,
+        path=FLOW_PATHS.get(path),
     )
 
 

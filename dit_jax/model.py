@@ -146,8 +146,10 @@ class TimestepEmbedder(nnx.Module):
         self.fc2 = Linear(width, width, config, rngs, _normal)
         self.feature_dtype = param_dtype(config)
         self.divisor = FREQUENCY_FEATURES // 2 - (config.timestep_convention == "diffusers")
+        self.reversed = config.timestep_convention == "reversed"
 
     def __call__(self, t: jax.Array) -> jax.Array:
+        t = 1 - t if self.reversed else t
         return self.fc2(nnx.silu(self.fc1(timestep_features(t, self.feature_dtype, self.divisor))))
 
 
@@ -315,6 +317,8 @@ class DiT(nnx.Module):
     def readout(self, h: jax.Array, c: jax.Array) -> jax.Array:
         """The final layer on a residual stream: tokens (..., N, T, D), conditioning (N, D) -> (..., N, H, W, C_out)."""
         out = unpatchify(self.final_layer(h, c), self.config.patch_size)
+        if self.config.timestep_convention == "reversed" and self.config.prediction == "velocity":
+            out = -out  # along t, not against it
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
     def __call__(

@@ -30,9 +30,11 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.divisor = 127 if config.timestep_convention == "diffusers" else 128
+        self.reversed = config.timestep_convention == "reversed"
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
+        t = 1 - t if self.reversed else t
         dtype = next(self.parameters()).dtype
         wide = torch.promote_types(dtype, torch.float32)  # angles reach 999: never in 16 bits
         powers = torch.arange(128, dtype=wide, device=t.device) / self.divisor
@@ -146,6 +148,8 @@ class TorchDiT(nn.Module):
             if stages is not None and inside is not None:
                 stages.update({f"blocks.{i}.{name}": value for name, value in inside.items()})
         out = self.unpatchify(self.final_layer(h, c))
+        if self.config.timestep_convention == "reversed" and self.config.prediction == "velocity":
+            out = -out
         return out.unflatten(0, lead) if x.ndim == 5 else out
 
     def unpatchify(self, x: Tensor) -> Tensor:

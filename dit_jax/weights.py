@@ -29,6 +29,13 @@ NOTE_HALF = (
     "the second half of its outputs is left out: networks of flow matching make it as DiT does, and neither train nor "
     "use it"
 )
+# heads that REPA trains on hidden states, to be like those of another network; sampling does not use them
+PROJECTOR = re.compile(r"projectors\.\d+\.\d+\.(weight|bias)")
+QK_NORM = re.compile(r"blocks\.\d+\.attn\.[qk]_norm\.(weight|bias)")
+ASK_TIME = (
+    "cannot tell timestep_convention: it has projectors, as REPA's networks have, whose time runs from data to "
+    "noise; give it (--timestep-convention reversed), or official if its time runs from noise to data, as SiT's does"
+)
 COPIED_COLUMNS = 128  # few enough that the rows of a transposed copy stay in cache
 
 
@@ -133,7 +140,8 @@ def convert(
       input_size: side of the square input, needed where the values of the position embedding do not tell it.
       dtype: of the converted parameters, ``"float32"`` or ``"bfloat16"``; the position embedding stays float32.
       timestep_convention: ``"diffusers"`` makes a model that computes what the diffusers model code does, see
-        `DiTConfig.timestep_convention`; by default that of an export, and otherwise ``"official"``.
+        `DiTConfig.timestep_convention`; ``"reversed"`` is REPA's time. By default what the file says, and otherwise
+        ``"official"``; a file of flow matching with REPA's projectors must say it, or be told.
 
     Raises:
       WeightsError: the file cannot be read safely, its entries are not exactly those of a DiT, or it does not tell all
@@ -148,6 +156,8 @@ def convert(
     notes = [*opened.notes, *told(said), *assumptions(config, facts)]
     if _has_unused_half(config, entries):
         notes.append(NOTE_HALF)
+    if aside := [key for key in entries if PROJECTOR.fullmatch(key)]:
+        notes.append(f"left out, for sampling does not use them: {', '.join(aside)}")
     if "diffusers" in form:
         theirs = config.timestep_convention == "diffusers"
         notes.append(diffusers_form.NOTE_DIFFUSERS if theirs else diffusers_form.NOTE_OFFICIAL)
@@ -175,9 +185,19 @@ def official_entries(opened: Source, label: str) -> tuple[dict[str, Entry | None
     """
     if not diffusers_form.is_diffusers(opened.entries):
         beside = argument_facts(opened.config)
-        return opened.entries, opened.form, [*opened.said, ("config.json", beside)]
+        return _numbered_through(opened.entries), opened.form, [*opened.said, ("config.json", beside)]
     entries, said = diffusers_form.official_entries(opened.entries, opened.config, label)
     return entries, f"{opened.form}, diffusers", [*opened.said, said]
+
+
+def _numbered_through(entries: Mapping[str, Entry | None]) -> dict[str, Entry | None]:
+    """Early files of REPA number the blocks behind its projectors on their own, as ``decoder_blocks``."""
+    first = max((int(key.split(".")[1]) + 1 for key in entries if re.match(r"blocks\.\d{1,6}\.", key)), default=0)
+    later = re.compile(r"decoder_blocks\.(\d{1,6})\.")
+    return {
+        later.sub(lambda m: f"blocks.{first + int(m[1])}.", key, count=1) if later.match(key) else key: entry
+        for key, entry in entries.items()
+    }
 
 
 def convert_entries(
@@ -188,15 +208,22 @@ def convert_entries(
     Raises:
       WeightsError: see `convert`.
     """
-    known = {key: entry for key, value in entries.items() if (entry := _entry(value))}
+    known = {key: entry for key, value in entries.items() if not PROJECTOR.fullmatch(key) and (entry := _entry(value))}
     shapes = {key: entry.shape for key, entry in known.items()}
     depth = _depth(entries, label)
     names = dict.fromkeys(key for rule in TABLE for key in rule.sources(depth))
     problems = [f"missing: {key}" for key in names if key not in entries]
-    problems += [f"unexpected: {key}" for key in entries if key not in names]
-    problems += [f"not a real-valued dense tensor: {key}" for key in entries if key not in known]
+    aside = {key for key in entries if PROJECTOR.fullmatch(key) or QK_NORM.fullmatch(key)}
+    problems += [f"unexpected: {key}" for key in entries if key not in names and key not in aside]
+    if any(QK_NORM.fullmatch(key) for key in aside):
+        problems.append(
+            "it normalises queries and keys (qk_norm: blocks.*.attn.q_norm and k_norm), which a DiT does not"
+        )
+    problems += [f"not a real-valued dense tensor: {key}" for key in entries if key not in known and key not in aside]
     config, unknown = infer_config(shapes, depth, facts, lambda: token_grid(_read(known, "pos_embed", label)[0]))
     problems += unknown
+    if config is not None and config.path != "ddpm" and facts.timestep_convention is None:
+        problems += [ASK_TIME] if any(PROJECTOR.fullmatch(key) for key in aside) else []
     if config is not None:
         known = used_entries(config, known)
         shapes = {key: entry.shape for key, entry in known.items()}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from test_fuzz import diffusers_entries
 
 from dit_jax.checkpoint import load_manifest, load_weights, save_weights, shipped_model
-from dit_jax.config import DiTConfig, variant
+from dit_jax.config import DiTConfig, TimestepConvention, variant
 from dit_jax.export import export_model
 from dit_jax.facts import METADATA, Facts, token_grid
 from dit_jax.infer import infer_config
@@ -209,6 +209,7 @@ def test_a_square_grid_is_told_by_its_values():
         {"prediction": "v", "timestep_convention": "diffusers", "dtype": "bfloat16"},
         {"prediction": "x0", "null_label": False, "num_classes": 4},
         {"prediction": "velocity", "path": "gvp", "learn_sigma": True},
+        {"prediction": "velocity", "path": "linear", "timestep_convention": "reversed"},
     ],
 )
 def test_an_export_says_everything(tmp_path, suffix, changes):
@@ -275,11 +276,14 @@ def test_arguments_of_training_are_understood(tmp_path, arguments, prediction):
 
 @pytest.mark.parametrize("prediction", ["velocity", "v"])
 def test_flow_matching_is_not_taken_for_a_diffusion(tmp_path, prediction):
-    """What REPA's script calls v is the velocity of its path. A DiT with a given prediction is something else."""
+    """What REPA's script calls v is the velocity of its path, in a time that runs from data to noise. A DiT that predicts
+    v is something else."""
     args = argparse.Namespace(prediction=prediction, path_type="Linear", model="SiT-XL/2")
     path = saved(tmp_path / "model.pt", {"ema": tensors(), "args": args})
     config = convert(path, **WITHOUT["prediction"]).config
-    assert config == dataclasses.replace(CONFIG, prediction="velocity", path="linear", learn_sigma=False)
+    time: TimestepConvention = "reversed" if prediction == "v" else "official"
+    flow = dataclasses.replace(CONFIG, prediction="velocity", path="linear", learn_sigma=False)
+    assert config == dataclasses.replace(flow, timestep_convention=time)
     with pytest.raises(WeightsError, match="--prediction v contradicts its args, which says velocity"):
         convert(path, **{**TOLD, "prediction": "v"})
     with pytest.raises(WeightsError, match="--path ddpm contradicts its args, which says linear"):

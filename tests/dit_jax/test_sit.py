@@ -3,6 +3,9 @@
 The recorded model has random, non-zero tensors everywhere. Times are in [0, 1], where float32 sinusoids lose nothing.
 """
 
+import argparse
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,3 +187,87 @@ def test_it_passes_verification_and_comes_back_from_an_export(file, tmp_path):
     assert back.config == found.config
     for name, array in back.weights.items():
         np.testing.assert_array_equal(array, found.weights[name])
+
+
+# --- REPA's networks: the same layers in a time that runs from data to noise
+
+
+def repa_state_dict():
+    """The recorded weights as an early file of REPA would hold them: four outputs, projectors behind the first block,
+    and the later blocks numbered on their own."""
+    state = sit_state_dict()
+    for part in ("weight", "bias"):
+        array = state[f"final_layer.linear.{part}"]
+        state[f"final_layer.linear.{part}"] = array.reshape(PATCH**2, 2, CHANNELS, -1)[:, 0].reshape(
+            16, *array.shape[1:]
+        )
+    for key in [key for key in state if key.startswith(("blocks.1.", "blocks.2."))]:
+        _, number, rest = key.split(".", 2)
+        state[f"decoder_blocks.{int(number) - 1}.{rest}"] = state.pop(key)
+    return state | {
+        f"projectors.0.{i}.{part}": np.ones(2, np.float32) for i in (0, 2, 4) for part in ("weight", "bias")
+    }
+
+
+def saved(path, state, **beside):
+    torch.save({"ema": {key: torch.tensor(array) for key, array in state.items()}, **beside}, path)
+    return path
+
+
+def test_a_file_of_repa_gives_the_same_weights_in_the_other_time(file, tmp_path):
+    args = argparse.Namespace(path_type="linear", prediction="v", encoder_depth=1, num_classes=10, qk_norm=False)
+    source = saved(tmp_path / "repa.pt", repa_state_dict(), args=args, steps=400000)
+    found, sit = convert(source, num_heads=6), convert(file, **TOLD)
+    assert found.config == dataclasses.replace(sit.config, timestep_convention="reversed")
+    for name, array in found.weights.items():
+        np.testing.assert_array_equal(array, sit.weights[name])
+    (note,) = [note for note in found.notes if "left out" in note]
+    assert note.count("projectors.0.") == 6
+    save_weights(found.config, found.weights, tmp_path / "model", extra=found.provenance)
+    model = load_model(tmp_path / "model")
+    assert report(compare_stages(source, model), DEPTH)[1]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("prediction", "sign"), [("velocity", -1), ("epsilon", 1), ("x0", 1)])
+def test_time_runs_the_other_way_and_a_velocity_with_it(refs, prediction, sign, x64):
+    sit = sit_model("float64", prediction=prediction)
+    repa = sit_model("float64", prediction=prediction, timestep_convention="reversed")
+    x, y = jnp.asarray(nhwc(refs["x"]), jnp.float64), jnp.asarray(refs["y"])
+    t = jnp.array([0, 0.137, 0.5, 0.96])
+    run = nnx.jit(lambda model, t: model(x, t, y))
+    np.testing.assert_allclose(run(repa, t), sign * run(sit, 1 - t), rtol=0, atol=1e-12)
+
+
+def test_projectors_ask_for_the_time(tmp_path):
+    source = saved(tmp_path / "repa.pt", repa_state_dict())
+    with pytest.raises(WeightsError) as caught:
+        convert(source, num_heads=6, num_classes=10, prediction="velocity")
+    assert "--timestep-convention reversed" in str(caught.value)
+    assert "--path linear|gvp|vp" in str(caught.value)  # and all else that is not told
+    found = convert(source, **TOLD, timestep_convention="official")
+    assert found.config.timestep_convention == "official"
+    assert convert(source, **{**TOLD, "prediction": "epsilon", "path": "ddpm"}).config.path == "ddpm"
+
+
+@pytest.mark.parametrize("key", ["projectors.0.weight", "projectors.a.0.weight", "projector.0.0.weight", "projectors"])
+def test_other_keys_are_unexpected_still(key):
+    with pytest.raises(WeightsError, match=f"unexpected: {key}"):
+        convert_entries(sit_state_dict() | {key: np.ones(2, np.float32)}, "odd", Facts(**TOLD))
+
+
+def test_normalised_queries_and_keys_are_refused_by_name():
+    odd = sit_state_dict()
+    odd |= {
+        f"blocks.{i}.attn.{n}_norm.{p}": np.ones(16, np.float32)
+        for i in range(3)
+        for n in "qk"
+        for p in ("weight", "bias")
+    }
+    with pytest.raises(WeightsError, match=r"qk_norm: blocks.\*.attn.q_norm and k_norm") as caught:
+        convert_entries(odd, "odd", Facts(**TOLD))
+    assert str(caught.value).count("\n") == 1
+
+
+def test_the_schedule_has_no_reversed_time(file):
+    with pytest.raises(WeightsError, match="'reversed' needs a path of flow matching"):
+        convert(file, num_heads=6, num_classes=10, prediction="epsilon", timestep_convention="reversed")
