@@ -276,8 +276,8 @@ def test_arguments_of_training_are_understood(tmp_path, arguments, prediction):
 
 @pytest.mark.parametrize("prediction", ["velocity", "v"])
 def test_flow_matching_is_not_taken_for_a_diffusion(tmp_path, prediction):
-    """What REPA's script calls v is the velocity of its path, in a time that runs from data to noise. A DiT that predicts
-    v is something else."""
+    """What REPA's script calls v is the velocity of its path, in a time that runs from data to noise. A DiT that
+    predicts v is something else."""
     args = argparse.Namespace(prediction=prediction, path_type="Linear", model="SiT-XL/2")
     path = saved(tmp_path / "model.pt", {"ema": tensors(), "args": args})
     config = convert(path, **WITHOUT["prediction"]).config
