@@ -14,7 +14,7 @@ from test_fuzz import diffusers_entries
 from dit_jax.checkpoint import load_manifest, load_weights, save_weights, shipped_model
 from dit_jax.config import DiTConfig, TimestepConvention, variant
 from dit_jax.export import export_model
-from dit_jax.facts import METADATA, Facts, token_grid
+from dit_jax.facts import METADATA, Facts, argument_facts, token_grid
 from dit_jax.infer import infer_config
 from dit_jax.model import position_embedding
 from dit_jax.weights import NOTE_HALF, WeightsError, convert, convert_entries, source_shapes
@@ -288,6 +288,11 @@ def test_flow_matching_is_not_taken_for_a_diffusion(tmp_path, prediction):
         convert(path, **{**TOLD, "prediction": "v"})
     with pytest.raises(WeightsError, match="--path ddpm contradicts its args, which says linear"):
         convert(path, **WITHOUT["prediction"], path="ddpm")
+
+
+def test_what_repa_calls_the_cosine_path_is_gvp():
+    found = argument_facts({"prediction": "v", "path_type": "cosine"})
+    assert found == Facts(prediction="velocity", path="gvp", timestep_convention="reversed")
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "score"])
