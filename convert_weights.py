@@ -9,15 +9,15 @@ import sys
 import tyro
 
 from dit_jax.conversion import convert_checkpoint
-from dit_jax.disk import CheckpointError
-from dit_jax.readers import WeightsError
+from dit_jax.disk import from_home
 
 
 def main() -> None:
     try:
         options = (tyro.conf.FlagCreatePairsOff,)
-        sys.exit(tyro.cli(convert_checkpoint, prog="convert_weights.py", config=options))
-    except (WeightsError, CheckpointError) as error:
+        arguments = [from_home(argument) for argument in sys.argv[1:]]
+        sys.exit(tyro.cli(convert_checkpoint, prog="convert_weights.py", args=arguments, config=options))
+    except (ValueError, OSError) as error:
         print(f"convert_weights.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -21,6 +21,7 @@ from dit_jax.model import DiT
 from dit_jax.replicas import pair_labels, run_pairs
 from dit_jax.sharding import Parameters, gather, make_mesh, place_model, place_pairs, split, split_batch
 from ou_theory.clock import make_clock
+from ou_theory.keys import random_key
 
 TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=64, depth=4, num_heads=4, num_classes=4)
 COUPLING = np.array([0.5], np.float32)
@@ -48,7 +49,7 @@ def seconds(settings: Settings, devices: int) -> float:
     config = TINY if settings.size == "tiny" else variant(settings.size)
     clock = make_clock(settings.steps)
     mesh = make_mesh(jax.devices()[:devices])
-    model = place_model(DiT(config, nnx.Rngs(0)), mesh, settings.parameters)
+    model = place_model(DiT(config, nnx.Rngs(random_key(0))), mesh, settings.parameters)
     indices = np.arange(settings.pairs)
     pairs, labels = place_pairs(mesh, indices, pair_labels(indices, range(config.num_classes)))
 

@@ -18,6 +18,7 @@ import tyro
 
 from ou_theory import ensembles as en
 from ou_theory.cluster_laws import Clusters
+from ou_theory.keys import random_key
 
 HIGH, LOW = 1e4, 1e-3  # noise variances at the ends
 LOOP = "Euler, NumPy loop"
@@ -70,7 +71,7 @@ def numpy_loop(law: Clusters, noise: np.ndarray, ds: float, start: np.ndarray) -
 def diffrax_solve(law: Clusters, steps: int, start: jax.Array) -> jax.Array:
     """The same by diffrax: the ensemble as one state, its fastest Brownian path."""
     first, last = -np.log(HIGH), -np.log(LOW)
-    path = diffrax.UnsafeBrownianPath(start.shape, jax.random.key(0))
+    path = diffrax.UnsafeBrownianPath(start.shape, random_key(0))
     terms = diffrax.MultiTerm(
         diffrax.ODETerm(lambda s, y, _: law.posterior_mean(y, jnp.exp(-s)) - y),
         diffrax.ControlTerm(

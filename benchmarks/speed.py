@@ -29,6 +29,7 @@ from dit_jax.model import DiT
 from dit_jax.torch_reference import TorchDiT
 from dit_jax.weights import state_dict
 from ou_theory.clock import make_clock
+from ou_theory.keys import random_key
 
 COUPLING = 0.3
 TIMESTEP = 500
@@ -90,7 +91,7 @@ class Pair:
 
     def __init__(self, config: DiTConfig, unstacked: bool):
         self.config = config
-        model = DiT(config, nnx.Rngs(0))
+        model = DiT(config, nnx.Rngs(random_key(0)))
         params = nnx.state(model, nnx.Param)
         leaves, tree = jax.tree.flatten(params)
         rng = np.random.default_rng(0)
@@ -187,9 +188,9 @@ def compile_times(config: DiTConfig, batch: int) -> None:
     shape = jax.ShapeDtypeStruct((batch, config.input_size, config.input_size, config.in_channels), jnp.float32)
     index = jax.ShapeDtypeStruct((batch,), jnp.int32)
     for what in ("scanned", "unstacked"):
-        model = nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: DiT(config, nnx.Rngs(random_key(0))))
         if what == "unstacked":
-            model = nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0)).unstacked())
+            model = nnx.eval_shape(lambda: DiT(config, nnx.Rngs(random_key(0))).unstacked())
         started = time.perf_counter()
         lowered = jax.jit(lambda m, x, t, y: m(x, t, y)).lower(model, shape, index, index)
         traced = time.perf_counter()

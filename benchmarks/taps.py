@@ -15,6 +15,7 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.config import variant
 from dit_jax.inside import ablate, keep, lens, residual_norm
 from dit_jax.model import DiT
+from ou_theory.keys import random_key
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     config = variant(settings.size)
-    model = DiT(config, nnx.Rngs(0))
+    model = DiT(config, nnx.Rngs(random_key(0)))
     shape = (2, settings.pairs, config.input_size, config.input_size, config.in_channels)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     t, y, gate = jnp.full(settings.pairs, 500), jnp.arange(settings.pairs), symmetric_gate(jnp.array([0.3]))

@@ -60,7 +60,7 @@ def convert(settings: Settings, source: Path) -> None:
     from dit_jax.checkpoint import save_weights
     from dit_jax.weights import convert
 
-    conversion = convert(source, dtype=settings.dtype)
+    conversion = convert(source, prediction="epsilon", input_size=32, dtype=settings.dtype)
     save_weights(
         conversion.config, conversion.weights, source.with_name("model"), extra=conversion.provenance, overwrite=True
     )

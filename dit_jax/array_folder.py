@@ -4,6 +4,10 @@ import inspect
 import itertools
 import logging
 import math
+import os
+import re
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +21,7 @@ import tensorstore
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.disk import CheckpointError, occupied, recover, replacing
+from dit_jax.platform import devices
 
 CHUNK_BYTES = 2**26  # size of one file of a folder
 CHUNKS_IN_FLIGHT = 4
@@ -77,31 +82,70 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], arrays: Mapping[str, A
 
 def write_arrays(directory: Path, arrays: Arrays) -> None:
     """Writes arrays with Orbax, but without its copy of all arrays, its single-file database, and its chunks as large
-    as an array: each of these would take the memory of the parameters once more."""
+    as an array: each of these would take the memory of the parameters once more.
+
+    Raises:
+      OSError: the disk cannot be written.
+      PlatformError: JAX has no device.
+    """
     tree = unflatten_dict(arrays, sep=".")
     handler_type: Any = ocp.type_handlers.NumpyHandler
     can_spare_copy = "deepcopy_host_arrays" in inspect.signature(handler_type).parameters  # Orbax 0.12.4 cannot
     uncopied = handler_type(**({"deepcopy_host_arrays": False} if can_spare_copy else {}))
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, uncopied))
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with _quiet_orbax():
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=1, type_handler_registry=registry)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(directory.resolve(), ocp.args.PyTreeSave(tree, save_args=chunks), force=True)
+    devices()  # Orbax asks for them, too, and what is wrong with them is no fault of the folder
+    target = directory.resolve()
+    try:
+        with _quiet_orbax(logging.CRITICAL), _quiet_threads():  # an error is raised, which says it once
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=1, type_handler_registry=registry)
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(target, ocp.args.PyTreeSave(tree, save_args=chunks), force=True)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # of many kinds, by which thread of which library the disk refuses
+        for left in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise _refusal(error) from error
     # This file holds only the path at which the folder was first written; reading does not need it.
     (directory / "commit_success.txt").unlink(missing_ok=True)
 
 
+def _refusal(error: Exception) -> OSError:
+    """What the disk said, as an OSError; TensorStore wraps it in words, the number of the system's error at the end."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return OSError(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
+
+
 @contextmanager
-def _quiet_orbax() -> Iterator[None]:
+def _quiet_threads() -> Iterator[None]:
+    """Silences TensorStore's threads, which print a traceback each if they end after Orbax has given up. They may do so
+    at any later time, so that this holds on after a failure."""
+    before = sys.unraisablehook
+
+    def hook(failed: Any) -> None:
+        if not (failed.exc_type is RuntimeError and str(failed.exc_value) == "Event loop is closed"):
+            before(failed)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before
+
+
+@contextmanager
+def _quiet_orbax(level: int = logging.ERROR) -> Iterator[None]:
     """Silences Orbax's warnings about what was chosen on purpose: no database, no records of JAX shardings."""
     logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def read_arrays(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Arrays:
@@ -111,6 +155,7 @@ def read_arrays(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
     odd = [path for path in directory.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
     if odd:
         raise CheckpointError(f"{odd[0]} is a link or no plain file; a folder of saved arrays has none, copy the files")
+    devices()  # as in `write_arrays`
     try:
         with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.metadata(directory.resolve()).item_metadata.tree
@@ -119,8 +164,10 @@ def read_arrays(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = 
             check_shapes(shapes, announced, str(directory))
         stores = _open_stores(directory.resolve(), announced)
         return {path: _read_chunks(store) for path, store in stores.items()}
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
+    except PermissionError as error:
+        raise CheckpointError(f"{error.filename or directory} may not be read: {error.strerror}") from error
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         reason = str(error).strip().splitlines()
         raise CheckpointError(f"{directory} is damaged: {reason[0] if reason else error!r}; make it again") from error

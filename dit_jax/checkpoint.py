@@ -5,9 +5,11 @@ nested dict of arrays). A folder is written under another name beside its place 
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -116,9 +118,14 @@ def load_model(
     changes: dict[str, Any] = {"dtype": dtype, "timestep_convention": timestep_convention}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(cast(Any, config), **changes)
-    if "float64" in (config.dtype, params) and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-        raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or load it as float32")
+    require_x64(config.dtype, params)
     return _consume(config, weights, params)
+
+
+def require_x64(*dtypes: str | None) -> None:
+    """Raises CheckpointError if one of the dtypes is float64 and JAX would make float32 of it."""
+    if "float64" in dtypes and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise CheckpointError("a float64 model needs JAX's x64 mode: set JAX_ENABLE_X64=1, or give dtype float32")
 
 
 def load_weights(directory: str | Path) -> tuple[NetworkConfig, Arrays, dict]:
@@ -141,7 +148,8 @@ def load_manifest(directory: str | Path) -> dict:
       CheckpointError: there is no manifest, it cannot be read, or it is of another format.
     """
     path = Path(directory) / "manifest.json"
-    recover(directory)
+    if not recover(directory):
+        raise CheckpointError(_no_model(str(directory)))
     if not path.is_file():
         raise CheckpointError(
             f"{directory} is not a model folder: it has no manifest.json; convert weights or train a model first"
@@ -200,10 +208,25 @@ def shipped_model(name: str) -> Path:
     Raises:
       CheckpointError: there is none of that name.
     """
-    known = _shipped_names()
-    if name not in known:
-        raise CheckpointError(f"no shipped model {name!r}; known: {', '.join(known) or 'none'}")
-    return SHIPPED / name
+    if name in _shipped_names():
+        return SHIPPED / name
+    raise CheckpointError(_no_model(name))
+
+
+def _no_model(given: str) -> str:
+    """What to say where there is no folder and no shipped model of this name, with the nearest that there is."""
+    path, known = Path(given), _shipped_names()
+    if path.is_file():
+        return f"{given} is a file; give a model folder (syncgap convert makes one of a checkpoint)"
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        return f"there is no folder {given}: {parent} does not exist"
+    like = difflib.get_close_matches(path.name, [each.name for each in parent.iterdir() if each.is_dir()], 1)
+    if os.sep in given:
+        return f"there is no folder {given}" + (f"; is it {path.with_name(like[0])}?" if like else "")
+    like += difflib.get_close_matches(given, known, 1)
+    meant = f"; is it {' or '.join(like)}?" if like else ""
+    return f"there is no folder {given} and no shipped model {given!r}; known: {', '.join(known) or 'none'}{meant}"
 
 
 def _shipped_names() -> list[str]:

@@ -1,13 +1,15 @@
-"""The configuration of a network: of a diffusion transformer, with the official variants by name, or of a control."""
+"""The configuration of a network: of a diffusion transformer, with the official variants by name, or of a control.
+
+Importing this module loads nothing heavy: the command line takes its choices from here.
+"""
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
-
-from ou_theory.clock import NUM_TRAIN_STEPS, Clock, make_clock, path_clock
+if TYPE_CHECKING:
+    from ou_theory.clock import Clock
 
 Prediction = Literal["epsilon", "v", "x0", "velocity", "score"]
 NoisePath = Literal["ddpm", "linear", "gvp", "vp"]
@@ -37,17 +39,25 @@ class NetworkConfig:
     dtype: str
     path: NoisePath
     timestep_convention: TimestepConvention = "official"
+    null_label: bool = True
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table."""
+        return self.num_classes + self.null_label
 
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     def to_dict(self) -> dict:
-        """All entries; but no path if it is the schedule of DDPM, as in the manifests of before there were others."""
+        """All entries; but no path if it is the schedule of DDPM, and no null label if there is one: as in the
+        manifests of before there were others."""
         entries = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {name: value for name, value in entries.items() if (name, value) != ("path", "ddpm")}
+        before = (("path", "ddpm"), ("null_label", True))
+        return {name: value for name, value in entries.items() if (name, value) not in before}
 
-    def clock(self, steps: str | int) -> Clock:
+    def clock(self, steps: str | int) -> "Clock":
         """The noise levels of a sampler of the network's own path.
 
         Args:
@@ -56,14 +66,18 @@ class NetworkConfig:
         Raises:
           ValueError: `steps` is not of these forms.
         """
+        from ou_theory.clock import make_clock, path_clock
+
         return make_clock(steps) if self.path == "ddpm" else path_clock(self.path, steps)
 
-    def training_clock(self) -> Clock:
+    def training_clock(self) -> "Clock":
         """The noise levels of training: the full schedule of DDPM; or as many times of a path of flow matching, the
         midpoints of equal parts of [0, 1], so that log-SNR and the velocity are finite at each."""
+        from ou_theory.clock import NUM_TRAIN_STEPS, make_clock, path_clock
+
         if self.path == "ddpm":
             return make_clock(NUM_TRAIN_STEPS)
-        return path_clock(self.path, (np.arange(NUM_TRAIN_STEPS) + 0.5) / NUM_TRAIN_STEPS)
+        return path_clock(self.path, [(k + 0.5) / NUM_TRAIN_STEPS for k in range(NUM_TRAIN_STEPS)])
 
     @classmethod
     def from_dict(cls: type[C], entries: dict) -> C:
@@ -77,6 +91,11 @@ class NetworkConfig:
             raise ValueError(f"unknown {cls.__name__.removesuffix('Config')} config entries: {', '.join(unknown)}")
         return cls(**entries)
 
+    def need_null_label(self, purpose: str, remedy: str) -> None:
+        """Raises ValueError if this network has no null label; `purpose` needs one."""
+        if not self.null_label:
+            raise ValueError(f"{purpose} needs a null label, which this network does not have: {remedy}")
+
     def _check(self, *counts: str) -> None:
         """Raises ValueError unless these entries are positive integers, and those that all networks have fit."""
         own = type(self).__name__
@@ -84,8 +103,9 @@ class NetworkConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{own}.{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.learn_sigma, bool):
-            raise ValueError(f"{own}.learn_sigma must be true or false, got {self.learn_sigma!r}")
+        for name in ("learn_sigma", "null_label"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{own}.{name} must be true or false, got {getattr(self, name)!r}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
         if self.path not in NOISE_PATHS:
@@ -112,13 +132,14 @@ class DiTConfig(NetworkConfig):
     depth: int = 28
     num_heads: int = 16
     mlp_ratio: float = 4.0
-    num_classes: int = 1000  # label `num_classes` is the null label of classifier-free guidance
+    num_classes: int = 1000  # label `num_classes` is the null label of classifier-free guidance, if there is one
     learn_sigma: bool = True  # the last half of the output's channels interpolates the variance (theory, eq. 2.7)
     prediction: Prediction = "epsilon"  # what the first channels of the output predict (theory, eq. 1.3 and 2.10)
     # "diffusers" reproduces that library's code: timestep frequencies over 127, and 1e-5 as eps of the second norm
     timestep_convention: TimestepConvention = "official"
     dtype: str = "float32"  # of activations and matrix products; softmax and norms are computed in float32 or wider
     path: NoisePath = "ddpm"  # how data and noise were mixed in training (theory, section 2.1)
+    null_label: bool = True  # without one, a network cannot be guided, nor trained with labels dropped
 
     def __post_init__(self) -> None:
         self._check("patch_size", "num_heads")

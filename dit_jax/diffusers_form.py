@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.facts import Said, config_facts
 from dit_jax.model import position_embedding
-from dit_jax.readers import Entry, WeightsError
+from dit_jax.tensors import Entry, WeightsError
 
 NOTE_OFFICIAL = (
     "the weights are in the diffusers form and run with the official formulas. The model code of diffusers computes "
@@ -63,7 +64,7 @@ FIXED: dict[str, tuple] = {
 }
 SIZES = ("sample_size", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
 MAX_GRID = 128  # patches along a side; 32 in the released model of 512 px
-UNUSED = {"out_channels", "num_embeds_ada_norm", "dropout", "norm_num_groups", "upcast_attention"}
+UNUSED = {"out_channels", "num_embeds_ada_norm", "prediction_type", "dropout", "norm_num_groups", "upcast_attention"}
 
 
 def is_diffusers(keys: Mapping[str, Any]) -> bool:
@@ -72,8 +73,8 @@ def is_diffusers(keys: Mapping[str, Any]) -> bool:
 
 def official_entries(
     entries: Mapping[str, Entry | None], config: dict | None, label: str
-) -> tuple[dict[str, Entry | None], int]:
-    """The same tensors under official keys, and the number of heads.
+) -> tuple[dict[str, Entry | None], Said]:
+    """The same tensors under official keys, and what the config.json says beside their shapes.
 
     Keys that this form does not have keep their names, so that the official table reports them.
 
@@ -107,7 +108,7 @@ def official_entries(
     if bias is None or bias.shape != (width,):  # checked before a position embedding of that width is computed
         raise WeightsError(f"{label}: pos_embed.proj.bias does not have the {width} numbers that config.json says")
     found["pos_embed"] = Entry((1, grid * grid, width), lambda: position_embedding(grid, width)[None])
-    return {**found, **pending}, sizes["num_attention_heads"]
+    return {**found, **pending}, ("config.json", config_facts(config or {}))
 
 
 def _sizes(config: dict | None, label: str) -> dict[str, int]:

@@ -20,6 +20,7 @@ from ou_theory.clock import Clock
 GuidedChannels = Literal["official", "all"]
 GuidedCoupling = Literal["both", "conditional"]
 Sampler = Literal["ddim", "ancestral"]
+WITHOUT_GUIDANCE = "run it with guidance 1"
 
 
 class DenoiserOutput(NamedTuple):
@@ -70,8 +71,9 @@ def guided_output(
       the guided output, of the shape that `DiT.__call__` returns; with a tap, a tuple of that and the taps.
 
     Raises:
-      ValueError: unknown `channels` or `guided_coupling`.
+      ValueError: unknown `channels` or `guided_coupling`, or the network has no null label.
     """
+    model.config.need_null_label("classifier-free guidance", WITHOUT_GUIDANCE)
     if channels not in ("official", "all"):
         raise ValueError(f"guided channels {channels!r} are not one of official, all")
     if guided_coupling not in ("both", "conditional"):
@@ -126,13 +128,16 @@ def network_denoiser(
       channels, guided_coupling: see `guided_output`.
 
     Raises:
-      ValueError: a gate by step is not as long as the clock; the clock is of another path than the network's.
+      ValueError: a gate by step is not as long as the clock; the clock is of another path than the network's;
+        a network without a null label is to be guided.
     """
     timesteps = np.asarray(clock.timesteps)
     config = model.config
     path = "ddpm" if clock.path is None else clock.path.name
     if path != config.path:
         raise ValueError(f"the clock is of the path {path}, the network of {config.path}: use model.config.clock")
+    if guidance != 1.0:
+        config.need_null_label(f"guidance {guidance:g}", WITHOUT_GUIDANCE)
     if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
         raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
     options: dict[str, Any] = {"kind": kind, "attention": attention, "tap": tap, "edit": edit}

@@ -3,9 +3,12 @@
 A folder is written under another name beside its place and renamed when it is complete.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +34,7 @@ def recover(directory: str | Path) -> bool:
     """Whether a saved folder is there. If a replacement was killed between its two renames, the earlier folder is put
     back first."""
     directory = Path(directory)
-    previous = _beside(directory, "previous")
+    previous = beside(directory, "previous")
     if previous.exists() and not directory.exists():
         os.replace(previous, directory)
     return directory.exists()
@@ -39,22 +42,79 @@ def recover(directory: str | Path) -> bool:
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A sibling folder to fill. At the end it takes the place of `directory`; if anything fails, it is removed."""
-    partial, previous = _beside(directory, "partial"), _beside(directory, "previous")
+    """A sibling folder to fill. At the end it takes the place of `directory`; if anything fails, it is removed.
+
+    Raises:
+      CheckpointError: the disk refuses, see `writing`.
+    """
+    partial, previous = beside(directory, "partial"), beside(directory, "previous")
     recover(directory)
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     if directory.exists():
         shutil.rmtree(previous, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            os.replace(directory, previous)
-        os.replace(partial, directory)
+        with writing(directory):
+            partial.mkdir(parents=True)
+            yield partial
+            if directory.exists():
+                os.replace(directory, previous)
+            os.replace(partial, directory)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if recover(directory):
             shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def writing(directory: str | Path) -> Iterator[None]:
+    """While something is written to a folder. A refusal of the disk is one message, with the folder and the remedy.
+    Errors that name a file elsewhere stay as they are.
+
+    Raises:
+      CheckpointError: the place is full, read-only, below a file, or cannot be written otherwise.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not _concerns(Path(directory).absolute(), error.filename):
+            raise
+        raise CheckpointError(f"{directory} cannot be written: {_reason(directory, error)}") from error
+
+
+def _concerns(directory: Path, name: Any) -> bool:
+    """Whether a file of this name lies in the folder, beside it or above it, or has no name."""
+    if not isinstance(name, str | os.PathLike):
+        return True
+    path = Path(name).absolute()
+    return path.is_relative_to(directory.parent) or directory.is_relative_to(path)
+
+
+def _reason(directory: str | Path, error: OSError) -> str:
+    above = [parent for parent in Path(directory).absolute().parents if parent.exists() and not parent.is_dir()]
+    if above:
+        return f"{above[0]} is a file; choose another folder"
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full ({reason}); make room, or choose a folder on another disk"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"its place is read-only ({reason}); choose another folder"
+    return f"{reason}; choose another folder"
+
+
+def from_home(argument: str) -> str:
+    """An argument of a command line, ~ at the beginning of its path replaced by the home folder. A shell leaves
+    ``--out=~/x`` as it is."""
+    option, path = re.fullmatch(r"(--?[\w-]+=)?(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    return (option or "") + (os.path.expanduser(path) if path.startswith("~") else path)
+
+
+def _remove(directory: Path, tries: int = 20) -> None:
+    """Removes a folder into which threads of a write that has failed may still be writing."""
+    for _ in range(tries):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.05)
 
 
 def occupied(directory: Path) -> bool:
@@ -62,6 +122,7 @@ def occupied(directory: Path) -> bool:
     return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
 
 
-def _beside(directory: Path, role: str) -> Path:
+def beside(directory: Path, role: str) -> Path:
+    """The hidden sibling of a folder that has this role."""
     directory = directory.absolute()
     return directory.with_name(f".{directory.name}.{role}")

@@ -1,6 +1,11 @@
-"""Writes a model folder as one file with the official keys, for PyTorch users. Stored values are kept bit for bit."""
+"""Writes a model folder as one file with the official keys, for PyTorch users. Stored values are kept bit for bit.
+
+The file says what its shapes do not: a .safetensors file in its metadata, a .pt file in an attribute ``syncgap`` of the
+state dict, an OrderedDict whose entries are the tensors alone.
+"""
 
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +13,7 @@ import numpy as np
 from dit_jax.checkpoint import load_weights
 from dit_jax.config import DiTConfig
 from dit_jax.disk import CheckpointError
+from dit_jax.facts import METADATA, export_metadata
 from dit_jax.weights import TABLE, inverted
 
 SUFFIXES = (".safetensors", ".pt")
@@ -32,27 +38,28 @@ def export_model(directory: str | Path, out: str | Path, *, overwrite: bool = Fa
         raise CheckpointError(f"{out} is a folder; give the name of a file")
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists; choose another name, or overwrite it (--overwrite)")
-    config, weights, _ = load_weights(directory)
+    config, weights, manifest = load_weights(directory)
     if not isinstance(config, DiTConfig):
         raise CheckpointError(f"{directory} holds no DiT; the official keys are those of a DiT")
     entries: dict[str, np.ndarray] = {}
     for rule in TABLE:  # arrays are taken out one by one, so that both forms of all of them never exist at once
         entries.update(inverted(rule, weights.pop(rule.target), config))
+    told = export_metadata(config, manifest.get("data"))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
         if out.suffix == ".pt":
-            _save_torch(entries, partial)
+            _save_torch(entries, told, partial)
         else:
             from safetensors.numpy import save_file
 
-            save_file(entries, partial, metadata={"format": "pt"})
+            save_file(entries, partial, metadata={"format": "pt", METADATA: told})
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _save_torch(entries: dict[str, np.ndarray], path: Path) -> None:
+def _save_torch(entries: dict[str, np.ndarray], told: str, path: Path) -> None:
     try:
         import torch
     except ImportError as error:
@@ -65,4 +72,6 @@ def _save_torch(entries: dict[str, np.ndarray], path: Path) -> None:
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    torch.save({key: tensor(array) for key, array in entries.items()}, path)
+    state = OrderedDict((key, tensor(array)) for key, array in entries.items())
+    setattr(state, METADATA, told)
+    torch.save(state, path)

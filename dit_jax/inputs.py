@@ -9,9 +9,10 @@ from dit_jax.config import NetworkConfig
 
 def check_labels(y: jax.Array, config: NetworkConfig) -> None:
     """Raises ValueError if a label is out of range. Traced labels are not checked."""
-    null = config.num_classes
-    if not isinstance(y, Tracer) and np.any((np.asarray(y) < 0) | (np.asarray(y) > null)):
-        raise ValueError(f"labels must be from 0 to {null}, the null label; got {y}")
+    last = config.label_rows - 1
+    if not isinstance(y, Tracer) and np.any((np.asarray(y) < 0) | (np.asarray(y) > last)):
+        which = "the null label" if config.null_label else "the last class (this network has no null label)"
+        raise ValueError(f"labels must be from 0 to {last}, {which}; got {y}")
 
 
 def check_images(x: jax.Array, config: NetworkConfig) -> None:

@@ -152,9 +152,9 @@ class TimestepEmbedder(nnx.Module):
 
 
 def label_embedder(config: NetworkConfig, width: int, rngs: nnx.Rngs) -> nnx.Embed:
-    """A vector (width,) for every label, the null label included."""
+    """A vector (width,) for every label, the null label included if there is one."""
     return nnx.Embed(
-        config.num_classes + 1,
+        config.label_rows,
         width,
         dtype=jnp.dtype(config.dtype),
         param_dtype=param_dtype(config),
@@ -336,7 +336,7 @@ class DiT(nnx.Module):
           x: (N, H, W, C), or (R, N, H, W, C) for R replicas of N pairs.
           t: (N,) timesteps on the original 0..999 grid, or times in [0, 1] of a network that was trained on a path of
             flow matching (`DiTConfig.path`); replicas share them.
-          y: (N,) int labels; `config.num_classes` is the null label.
+          y: (N,) int labels; `config.num_classes` is the null label, if there is one.
           gate: (R, R), or any shape that broadcasts to (depth, N, R, R): one gate per layer, per pair, or both. None
             runs the replicas uncoupled.
           kind: of the gate, one of `dit_jax.attention.GATE_KINDS`, see `dit_jax.attention.attend`.

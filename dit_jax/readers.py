@@ -1,50 +1,50 @@
-"""Files of tensors, opened without running anything in them and read one tensor at a time.
+"""Checkpoints, opened without running anything in them and read one tensor at a time.
 
 It reads PyTorch's .pt and .bin files, and safetensors in one piece or sharded behind an index. What a file claims is
 checked against its size before memory is taken for it. Everything wrong with a file raises a `WeightsError`.
 """
 
-import argparse
-import io
 import json
 import math
-import pickletools
-import re
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dit_jax.config import Which
-
-Shape = tuple[int, ...]
+from dit_jax.facts import METADATA, Facts, Said, metadata_facts, read_export, scheduler_facts, training_facts
+from dit_jax.pickles import Dictionary, Inert, Tensor, members
+from dit_jax.tensors import Entry, Shape, WeightsError
+from dit_jax.torch_files import ARCHIVE, LEGACY, TorchFile
+from dit_jax.unwrap import flattened, unwrapped
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAPPED_BYTES = 2**28  # how much of a mapped file is read before its pages are given back
 JSON_BYTES = 2**26  # a config or index is smaller
 REAL_TYPES = {"F16", "BF16", "F32", "F64"}
-# The names that occur in the pickle of a state dict, and of the "args" that the training script keeps. PyTorch's safe
-# loading allows more, some of which can take any memory or time (codecs, sparse tensors, copies of repeated views).
-PICKLED = re.compile(
-    r"torch \w+Storage|torch (b?float|u?int|complex|bool)\w*|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
-    r"|collections OrderedDict|argparse Namespace"
+MOST_TIED = 64  # how often the numbers of a file may be used: tensors can share theirs
+SAVE_AGAIN = "torch.save(model.state_dict(), 'weights.pt')"
+PAGE = (
+    "it is an HTML page, as a web server sends it in place of a file. Take the link of the download itself; some files "
+    "need a login, or a licence to be accepted"
 )
-TUPLE_SIZE = 1000  # nested tuples included; hashing a larger key can take for ever or overflow the stack
-LEGACY_PICKLES = 5  # that a file from before version 1.6 begins with: magic number, version, system, content, storages
-
-
-class WeightsError(ValueError):
-    """A checkpoint that cannot be read or does not hold a DiT."""
-
-
-class Entry(NamedTuple):
-    """One tensor of a file: its shape, and how to read it (float16, bfloat16, float32 or float64)."""
-
-    shape: Shape
-    read: Callable[[], np.ndarray]
+DOCUMENT = "it is an XML document, as a web server sends it when it refuses a download"
+OTHER_FILES: dict[bytes, str] = {  # how files begin that are no weights
+    b"version https://git-lfs": "it is a Git LFS pointer of a few lines, which stands for the file. Run `git lfs pull` "
+    "in its repository, or download the file itself",
+    b"<!doctype html": PAGE,
+    b"<html": PAGE,
+    b"<?xml": DOCUMENT,
+    b"<error": DOCUMENT,
+    b"{": "it is JSON text, perhaps what a web server sent when it refused a download",
+    b"\x1f\x8b": "it is a gzip archive; unpack it first",
+    b"7z\xbc\xaf": "it is a 7z archive; unpack it first",
+    b"\x93numpy": "it is a NumPy array; a state dict of tensors is needed",
+    b"\x89hdf": "it is an HDF5 file; weights of PyTorch are needed",
+    b"gguf": "it is a GGUF file; weights of PyTorch or safetensors are needed",
+}
 
 
 @dataclass(frozen=True)
@@ -52,44 +52,103 @@ class Source:
     """An opened checkpoint."""
 
     entries: dict[str, Entry | None]  # by key; None is no real-valued dense tensor, or an empty one
-    form: str  # "released", "training/ema", "training/model", "safetensors"
+    form: str  # "released", "training/ema", "training/model", "safetensors"; and the prefix of its keys
     files: tuple[Path, ...]  # that hold the tensors
     config: dict | None = None  # of a config.json beside them
+    said: list[Said] = field(default_factory=list)  # what else the file says of the model
+    data: Mapping | None = None  # how the training images were prepared, if it is an export of this package
+    notes: tuple[str, ...] = ()
 
 
-def open_source(source: str | Path, which: Which = "ema") -> Source:
+def open_source(source: str | Path, which: Which | None = None, prefix: str | None = None) -> Source:
     """Opens a checkpoint.
 
     Args:
-      source: a .pt or .bin file; a .safetensors file, or its index if it is sharded; or a folder with one of these and,
-        in the diffusers form, a config.json (which is also looked for beside a single file).
-      which: the part of a training checkpoint to read.
+      source: a .pt, .pth, .ckpt or .bin file; a .safetensors file, or its index if it is sharded; or a folder with one
+        of these and, in the diffusers form, a config.json (which is also looked for beside a single file).
+      which: ``"ema"`` or ``"model"``, averaged or raw weights; by default averaged ones if there are any, and otherwise
+        the only ones.
+      prefix: of the keys of the weights, nested entries included, where a file has several sets of them.
 
     Raises:
-      WeightsError: nothing readable is there, or it cannot be read safely.
+      WeightsError: nothing readable is there, it cannot be read safely, or it is not clear which weights are meant.
     """
     path = Path(source)
     if path.is_dir():
         path = _in_folder(path)
     if not path.is_file():
         raise WeightsError(f"{path} is not a file; give a .pt, .bin or .safetensors checkpoint, or a folder with one")
-    if path.name.endswith(INDEX_SUFFIX):
-        files = _sharded(path)
-    elif path.suffix == ".safetensors":
-        files = {path: None}
+    label = str(path)
+    data: Mapping | None = None
+    said: list[Said] = []
+    notes: list[str] = []
+    if path.name.endswith(INDEX_SUFFIX) or _is_safetensors(path):
+        files = _sharded(path) if path.name.endswith(INDEX_SUFFIX) else {path: None}
+        found: dict[str, Any] = {}
+        metadata: dict[str, str] = {}
+        for file, wanted in files.items():
+            entries, told = _safetensors_entries(file)
+            if wanted is not None and set(entries) != wanted:
+                odd = sorted(set(entries) ^ wanted)
+                raise WeightsError(f"{file} does not hold what its index says; they differ in {', '.join(odd[:5])}")
+            found.update(entries)
+            metadata.update(told)
+        # what safetensors.torch.save_model left out, since it has the numbers of another tensor
+        found |= {key: found[kept] for key, kept in metadata.items() if kept in found and key not in found}
+        content, form, own = flattened(found, label), "safetensors", metadata.get(METADATA)
+        said += [("safetensors metadata", metadata_facts(metadata))] if own is None else []
+        nested: set[str] = set()
     else:
-        entries, form = _torch_entries(path, which)
-        return Source(entries, form, (path,), _config_beside(path))
-    if which != "ema":
-        raise WeightsError(f"{path} is a bare state dict, without a part {which!r}; leave the choice out")
-    entries: dict[str, Entry | None] = {}
-    for file, wanted in files.items():
-        found = _safetensors_entries(file)
-        if wanted is not None and set(found) != wanted:
-            odd = sorted(set(found) ^ wanted)
-            raise WeightsError(f"{file} does not hold what its index says; they differ in {', '.join(odd[:5])}")
-        entries.update(found)
-    return Source(entries, "safetensors", tuple(files), _config_beside(path))
+        opened = TorchFile(path)
+        files = {path: None}
+        content, form, own = _torch_entries(path, opened), "released", None
+        parts = members(opened.content) or {}
+        nested = {f"{name}." for name in ("ema", "model") if members(parts.get(name))}
+        said += training_facts(parts)
+        if isinstance(opened.content, Dictionary) and isinstance(opened.content.attributes, dict):
+            own = opened.content.attributes.get(METADATA)
+        if not opened.checked:
+            notes.append("the file was saved without checksums: damage to its numbers cannot be seen")
+    chosen, lead, more = unwrapped(content, which, prefix, label)
+    if lead:
+        form = f"training/{lead[:-1]}" if lead in nested else f"{form}, under {lead[:-1]}"
+    if own is not None:
+        facts, data = read_export(own, label)
+        said.append(("metadata", facts))
+    entries = {key: value if isinstance(value, Entry) else None for key, value in chosen.items()}
+    _check_claims(label, entries, sum(file.stat().st_size for file in files))
+    config = _config_beside(path)
+    said += _scheduler_beside(path)
+    return Source(entries, form, tuple(files), config, said, data, (*notes, *more))
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is to be read as safetensors, by its name or its first bytes; if not, it is PyTorch's.
+
+    Raises:
+      WeightsError: it is neither, but a file of a kind that is known.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror})") from error
+    if start.startswith((ARCHIVE, LEGACY)):
+        return False
+    named = path.suffix == ".safetensors"
+    refused = f"{path} is not a readable {'safetensors file' if named else 'checkpoint'}: "
+    if not start:
+        raise WeightsError(f"{refused}it is empty, as a download that failed leaves it; download it again")
+    if what := _other_file(start):
+        raise WeightsError(f"{refused}{what}")
+    length = int.from_bytes(start[:8], "little")
+    return named or (start[8:9] == b"{" and length < path.stat().st_size)
+
+
+def _other_file(start: bytes) -> str | None:
+    """What a file is that begins so and is no weights; None if that is not known."""
+    plain = start.lstrip(b"\xef\xbb\xbf\r\n\t ").lower()
+    return next((what for begins, what in OTHER_FILES.items() if plain.startswith(begins)), None)
 
 
 def read_json(path: Path) -> dict:
@@ -103,9 +162,14 @@ def read_json(path: Path) -> dict:
     if path.stat().st_size > JSON_BYTES:
         raise WeightsError(f"{path} has {path.stat().st_size} bytes; that is no config or index")
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        raw = path.read_bytes()
+    except OSError as error:
         raise WeightsError(f"{path} cannot be read as JSON ({type(error).__name__})") from error
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        what = None if raw.lstrip().startswith(b"{") else _other_file(raw[:64])
+        raise WeightsError(f"{path} cannot be read as JSON ({what or type(error).__name__})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
@@ -113,7 +177,7 @@ def read_json(path: Path) -> dict:
 
 def _in_folder(folder: Path) -> Path:
     """The one checkpoint of a folder. An index is looked for before the shards that it names."""
-    for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors", "*.bin", "*.pt"):
+    for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             raise WeightsError(f"{folder} holds several checkpoints, {', '.join(p.name for p in found)}; give the file")
@@ -121,6 +185,8 @@ def _in_folder(folder: Path) -> Path:
             return _inside(folder, found[0].name)
     if (folder / "transformer").is_dir():
         raise WeightsError(f"{folder} looks like a whole diffusers pipeline; give its folder {folder / 'transformer'}")
+    if (folder / "manifest.json").is_file():
+        raise WeightsError(f"{folder} is a model folder already; --export makes a file of it")
     raise WeightsError(f"{folder} holds no .safetensors, .bin or .pt file")
 
 
@@ -134,8 +200,8 @@ def _inside(folder: Path, name: Any) -> Path:
         home, real = folder.resolve(strict=True), path.resolve(strict=True)
     except (OSError, RuntimeError, UnicodeError) as error:
         raise WeightsError(f"{folder} has no file {name[:100]!r}, or it is a broken link") from error
-    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if real.parent not in (home, cache):
+    caches = [place.parent / "blobs" for place in (home.parent, home.parent.parent) if place.name == "snapshots"]
+    if real.parent not in (home, *caches):
         raise WeightsError(
             f"{path} is a link out of its folder, to {real}; copy the file there, or give it by its name"
         )
@@ -144,6 +210,16 @@ def _inside(folder: Path, name: Any) -> Path:
 
 def _config_beside(path: Path) -> dict | None:
     return read_json(_inside(path.parent, "config.json")) if (path.parent / "config.json").exists() else None
+
+
+def _scheduler_beside(path: Path) -> list[Said]:
+    """What the scheduler of a diffusers pipeline says of the network in its folder ``transformer``."""
+    name = "scheduler_config.json"
+    folder = path.parent.absolute().parent / "scheduler"
+    if path.parent.absolute().name != "transformer" or not (folder / name).exists():
+        return []
+    facts = scheduler_facts(read_json(_inside(folder, name)))
+    return [(f"scheduler/{name}", facts)] if facts != Facts() else []
 
 
 def _sharded(index: Path) -> dict[Path, set[str] | None]:
@@ -162,12 +238,15 @@ def _sharded(index: Path) -> dict[Path, set[str] | None]:
 # --- safetensors
 
 
-def _safetensors_entries(path: Path) -> dict[str, Entry | None]:
+def _safetensors_entries(path: Path) -> tuple[dict[str, Entry | None], dict[str, str]]:
+    """The entries of a file, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
     def opened() -> Any:
         return safe_open(path, framework="np")
 
+    if not _is_safetensors(path):
+        raise WeightsError(f"{path} is not a readable safetensors file: it is PyTorch's; name it .pt")
     try:
         mapped = _Mapped(opened)
         entries: dict[str, Entry | None] = {}
@@ -176,22 +255,26 @@ def _safetensors_entries(path: Path) -> dict[str, Entry | None]:
             shape = tuple(part.get_shape())
             real = part.get_dtype() in REAL_TYPES and 0 not in shape  # whose other sizes nothing accounts for
             entries[key] = Entry(shape, _reader(mapped, key, shape)) if real else None
+        metadata = mapped.file.metadata() or {}
     except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file ({type(error).__name__}: {error})") from error
-    return entries
+        raise WeightsError(
+            f"{path} is not a readable safetensors file ({type(error).__name__}: {error}); "
+            "compare its size and SHA-256 with its publisher's, and download it again"
+        ) from error
+    return entries, metadata
 
 
 class _Mapped:
     """A memory-mapped file. It is opened anew now and then, so that pages already read do not count as our memory."""
 
-    def __init__(self, opened: Callable[[], Any], in_memory: bool = False):
-        self.opened, self.in_memory = opened, in_memory
+    def __init__(self, opened: Callable[[], Any]):
+        self.opened = opened
         self.file: Any = opened()
         self.read = 0
 
     def tensor(self, key: str, shape: Shape) -> Any:
         self.read += 4 * math.prod(shape)
-        if self.read > MAPPED_BYTES and not self.in_memory:
+        if self.read > MAPPED_BYTES:
             self.file, self.read = None, 0  # unmapped before it is mapped again
             self.file = self.opened()
         return self.file.get_tensor(key)
@@ -204,157 +287,26 @@ def _reader(mapped: _Mapped, key: str, shape: Shape) -> Callable[[], np.ndarray]
 # --- PyTorch
 
 
-class _TorchFile:
-    """The state dict of a .pt file, mapped where its form allows."""
-
-    def __init__(self, path: Path, which: Which):
-        self.torch = _torch()
-        content = _load(self.torch, path)
-        if not any(isinstance(content.get(part), Mapping) for part in ("ema", "model")):
-            if which != "ema":
-                raise WeightsError(f"{path} is a bare state dict, without a part {which!r}; leave the choice out")
-            self.form = "released"
-            self.part = content
-            return
-        part = content.get(which)
-        if not isinstance(part, Mapping):
-            held = ", ".join(name[:40] for name in content)
-            raise WeightsError(f"{path} is a training checkpoint without {which!r}; it has {held}")
-        _check_keys(part, path)
-        self.form = f"training/{which}"
-        self.part = part
-
-    def is_real(self, value: Any) -> bool:
-        torch = self.torch
-        return (
-            isinstance(value, torch.Tensor)
-            and value.device.type == "cpu"
-            and value.layout is torch.strided
-            and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-            and value.numel() > 0
-        )
-
-    def get_tensor(self, key: str) -> np.ndarray:
-        value = self.part[key].detach()
-        if value.dtype is self.torch.bfloat16:  # NumPy has no such type of its own; float32 holds it exactly
-            value = value.float()
-        return value.numpy()
-
-
-def _torch_entries(path: Path, which: Which) -> tuple[dict[str, Entry | None], str]:
-    mapped = _Mapped(lambda: _TorchFile(path, which), in_memory=not _is_archive(path))
-    part: Mapping[str, Any] = mapped.file.part
-    real = {key: value for key, value in part.items() if mapped.file.is_real(value)}
-    claimed = sum(value.numel() * value.element_size() for value in real.values())
-    if claimed > path.stat().st_size:  # views that repeat a storage would fill any memory
-        raise WeightsError(f"{path} claims tensors of {claimed} bytes, more than it has; it is damaged or hostile")
-    entries: dict[str, Entry | None] = dict.fromkeys(part)
-    for key, value in real.items():
-        shape = tuple(value.shape)
-        entries[key] = Entry(shape, _reader(mapped, key, shape))
-    return entries, mapped.file.form
-
-
-def _load(torch: Any, path: Path) -> Mapping:
-    """The content of a .pt file; nothing in it is executed. Zip archives are mapped, the older form is read whole."""
-    refused = f"{path} is not a readable checkpoint: "
-    try:
-        archive = _is_archive(path)
-        if archive:
-            with zipfile.ZipFile(path) as file:
-                packed = [entry.filename for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-            if packed:  # PyTorch never compresses; a small file could fill the memory
-                raise WeightsError(f"{refused}its archive is compressed ({packed[0][:100]!r}); save it with torch.save")
-            reader = torch._C.PyTorchFileReader(str(path))  # which may see another archive than Python does
-            if hasattr(reader, "get_record_size"):
-                if reader.get_record_size("data.pkl") > path.stat().st_size:
-                    raise WeightsError(f"{refused}its archive is compressed; save it with torch.save")
-                _check_pickle(io.BytesIO(reader.get_record("data.pkl")), refused)
-            else:  # PyTorch 2.11 cannot tell a size: the record is read where it lies, as it is not compressed
-                with path.open("rb") as file:
-                    file.seek(reader.get_record_offset("data.pkl"))
-                    _check_pickle(file, refused)
-        else:
-            with path.open("rb") as file:
-                for _ in range(LEGACY_PICKLES):
-                    _check_pickle(file, refused)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what the training script keeps as "args"
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
-    except WeightsError:
-        raise
-    except Exception as error:  # errors of any kind; torch's own message would suggest loading unsafely
-        raise WeightsError(
-            f"{refused}it is damaged, of another format, or holds pickled objects other than tensors, which are never "
-            f"loaded because that would run code from the file ({type(error).__name__})"
-        ) from error
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
-    _check_keys(content, path)
-    return content
-
-
-def _is_archive(path: Path) -> bool:
-    """Whether PyTorch takes a file for an archive. It goes by the first bytes, where Python goes by the last ones."""
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _check_keys(part: Mapping, path: Path) -> None:
-    if not all(isinstance(key, str) for key in part):
+def _torch_entries(path: Path, file: TorchFile) -> dict[str, Any]:
+    """Every dense real tensor of a .pt file as an `Entry`, and whatever else is in it as it is, by flat keys."""
+    content = members(file.content)
+    if not content:
+        kind = file.content.name if isinstance(file.content, Inert) else type(file.content).__name__
+        raise WeightsError(f"{path} holds a {kind}, not a state dict; save one: {SAVE_AGAIN}")
+    if not all(isinstance(key, str) for key in content):
         raise WeightsError(f"{path} has keys that are not strings; it is no state dict")
 
+    def entry(value: Any) -> Any:
+        return Entry(value.shape, lambda: file.array(value)) if isinstance(value, Tensor) and value.is_real else value
 
-def _check_pickle(file: BinaryIO, refused: str) -> None:
-    """Reads one pickle of a file, and raises WeightsError if it holds anything but dense tensors in nested containers.
-
-    It follows the stack of the unpickler, on which it keeps only the names of globals and, for everything else, a size:
-    0 for an empty tuple, 1 for what is not a tuple. Sizes are counted because tuples in tuples, used again by
-    reference, can be of exponential size."""
-    stack: list[int | str] = []
-    marks: list[int] = []
-    memo: dict[int, int | str] = {}
-    for opcode, found, _ in pickletools.genops(file):
-        argument: Any = found
-        needed, left = opcode.stack_before, opcode.stack_after
-        if pickletools.markobject in needed:
-            first = marks.pop()
-            start = first - needed.index(pickletools.markobject)
-        else:
-            first = start = len(stack) - len(needed)
-        if start < 0:
-            raise ValueError("nothing left on the stack")
-        popped = stack[first:]
-        pushed: list[int | str] = [1] * len(left)
-        if opcode.name == "GLOBAL":
-            if not PICKLED.fullmatch(argument):
-                raise WeightsError(
-                    f"{refused}it holds pickled objects other than dense tensors ({argument[:100]}), which are never "
-                    "loaded because that would run code from the file"
-                )
-            pushed = [argument]
-        elif opcode.name == "MARK":
-            marks.append(len(stack))
-            pushed = []
-        elif "PUT" in opcode.name:
-            memo[argument] = stack[-1]
-        elif "GET" in opcode.name:
-            pushed = [memo[argument]]
-        elif pickletools.pytuple in left:
-            size = 1 + sum(part if isinstance(part, int) else 1 for part in popped) if popped else 0
-            if size > TUPLE_SIZE:
-                raise WeightsError(f"{refused}it holds tuples in tuples of more than {TUPLE_SIZE} parts")
-            pushed = [size]
-        elif opcode.name == "REDUCE" and popped[0] == "collections OrderedDict" and popped[1] != 0:
-            raise WeightsError(f"{refused}it makes dictionaries of other objects")
-        stack[start:] = pushed
+    return {key: entry(value) for key, value in flattened(content, str(path)).items()}
 
 
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightsError("reading .pt files needs PyTorch: pip install '.[torch]'") from error
-    return torch
+def _check_claims(label: str, entries: Mapping[str, Entry | None], size: int) -> None:
+    """Raises WeightsError if tensors that share their numbers would fill any memory."""
+    claimed = sum(4 * math.prod(entry.shape) for entry in entries.values() if entry is not None)
+    if claimed > MOST_TIED * size:
+        raise WeightsError(
+            f"{label} claims tensors of {claimed} bytes, and has {size}: it repeats the same numbers more than "
+            f"{MOST_TIED} times; save clones of the tensors: {SAVE_AGAIN}"
+        )

@@ -14,6 +14,7 @@ import numpy as np
 from dit_jax.attention import check_gate, symmetric_gate
 from dit_jax.diffusion import Denoiser, Sampler, sample
 from ou_theory.clock import Clock
+from ou_theory.keys import random_key
 
 CoupledDenoiser = Callable[[jax.Array], Denoiser]  # gate ([[n,] layers,] N, R, R) -> denoiser of states (R, N, H, W, C)
 PairObserver = Callable[..., Any]
@@ -27,7 +28,7 @@ def pair_noise(
     """Unit Gaussian noise (R, N, *shape) float32 of pairs (N,) at one step, independent between replicas, pairs and
     steps. The step `INITIAL` gives the initial noise. In place of a seed there may be a key, for another purpose."""
     is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    root = seed if is_key else jax.random.key(seed)
+    root = seed if is_key else random_key(seed)
 
     def draw(replica, pair):
         key = jax.random.fold_in(jax.random.fold_in(root, pair), jnp.asarray(step) + 1)

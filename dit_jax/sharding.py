@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.diffusion import Denoiser
 from dit_jax.model import DiT
+from dit_jax.platform import devices as all_devices
 from dit_jax.replicas import CoupledDenoiser
 
 Parameters = Literal["replicated", "sharded"]
@@ -45,8 +46,8 @@ class SplitParam(nnx.Param):
 
 def make_mesh(devices=None) -> Mesh:
     """A mesh with the single axis `AXIS` over `devices` (all by default). Sharding propagates through it by itself."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
+    chosen = all_devices() if devices is None else devices
+    return jax.make_mesh((len(chosen),), (AXIS,), (AxisType.Auto,), devices=chosen)
 
 
 def place_model(model: DiT, mesh: Mesh, parameters: Parameters = "replicated") -> DiT:

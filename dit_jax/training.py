@@ -5,7 +5,6 @@ stops and resumes ends with the same bits as one that does not, and with the sam
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,41 +19,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_jax.array_folder import load_arrays, save_arrays
-from dit_jax.checkpoint import save_model
+from dit_jax.checkpoint import require_x64, save_model
 from dit_jax.config import NetworkConfig
 from dit_jax.controls import Network, make_network
 from dit_jax.diffusion import network_denoiser, sample
-from dit_jax.disk import recover, write_json
+from dit_jax.disk import write_json, writing
 from dit_jax.images import ImageSet, image_grid, standardize, to_pixels
+from dit_jax.lock import held
 from dit_jax.objective import add_noise, losses, network_input
+from dit_jax.training_config import TrainConfig, learning_rate
 from dit_jax.training_log import LossLog
+from dit_jax.training_run import RUN, extended, require_finite, require_finite_state, started
 from ou_theory.clock import Clock
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained. All but `steps` must be the same when a run is resumed."""
-
-    steps: int = 6000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup_steps: int = 300
-    decay_fraction: float = 0.25  # share of the steps, at the end, over which the rate falls linearly to zero
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    label_dropout: float = 0.1
-    flip: bool = True
-    weight_cap: float = 1.0  # epsilon only: loss weight min(1 + 1/SNR, cap); 1 is the official, unweighted loss
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.label_dropout < 1 or not 0 < self.decay_fraction <= 1:
-            raise ValueError("label_dropout must be in [0, 1) and decay_fraction in (0, 1]")
+from ou_theory.keys import GENERATOR, random_key
 
 
 class TrainingData(Protocol):
@@ -115,19 +92,6 @@ class Photographs:
         return to_pixels(x, self.images.mean, self.images.std)
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, constant, linear decay to zero at the last step."""
-    decay = max(1, round(config.steps * config.decay_fraction))
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
-            optax.constant_schedule(config.learning_rate),
-            optax.linear_schedule(config.learning_rate, 0.0, decay),
-        ],
-        [config.warmup_steps, max(config.warmup_steps, config.steps - decay)],
-    )
-
-
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipped AdamW; weight decay on matrices only, not on biases or embeddings of a single axis."""
     return optax.chain(
@@ -172,7 +136,12 @@ def make_update(model_config: NetworkConfig, config: TrainConfig, graph: nnx.Gra
     The seed and the share of images that are mirrored are arguments, in place of the config's, so that networks of one
     shape can be trained side by side under `jax.vmap`. `rate`, if given, multiplies the scheduled learning rate: for
     training that ends by the clock.
+
+    Raises:
+      ValueError: labels are to be dropped, and the network has no null label.
     """
+    if config.label_dropout:
+        model_config.need_null_label(f"label_dropout {config.label_dropout:g}", "train it with label_dropout 0")
     tx = optimizer(config)
     weight = np.ones(len(clock))
     if model_config.prediction == "epsilon":
@@ -190,7 +159,7 @@ def make_update(model_config: NetworkConfig, config: TrainConfig, graph: nnx.Gra
         return (jnp.asarray(weight, x0.dtype)[t] * terms.mse + terms.vb).mean(), terms
 
     def update(state, x0, labels, seed, mirrored, rate=None):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state["step"]), 5)
+        keys = jax.random.split(jax.random.fold_in(random_key(seed), state["step"]), 5)
         size = x0.shape[0]
         flipped = jax.random.bernoulli(keys[0], mirrored, (size,))[:, None, None, None]
         x0 = jnp.where(flipped, x0[:, :, ::-1], x0)
@@ -247,45 +216,77 @@ def train(
     Args:
       data: training set, of the config's input size.
       out: folder of this run; ``state/`` in it is the last checkpoint.
-      resume: go on from the checkpoint in `out`, which must come from the same settings but for `steps`.
+      resume: go on from the checkpoint in `out`, which must come from the same settings. More `steps` make the run
+        longer, which the manifest records; see `learning_rate`.
+      checkpoint_every: steps from one checkpoint to the next.
+      log_every: steps that a line of the log stands for.
 
     Returns:
       the folder of the trained model, which `load_model` reads.
 
     Raises:
       ValueError: the data do not fit the model, or may not be mirrored and `config.flip` asks for it; `out` holds
-        another run, or the settings of a resumed run differ.
+        another run, or the settings of a resumed run differ; another process trains there; a float64 model without x64;
+        the disk refuses; the loss is not finite, and the last good checkpoint is kept.
     """
     out = Path(out)
     data = Photographs(data) if isinstance(data, ImageSet) else data
-    clock = model_config.training_clock()
     _check_fit(data, model_config, config)
-    record = {
-        "model": model_config.to_dict(),
-        "training": dataclasses.asdict(config),
-        "data": data.preparation(),
-    }
-    _open_run(out, record, resume)
-    graph, params, constants = nnx.split(make_network(model_config, nnx.Rngs(config.seed)), nnx.Param, ...)
+    for name, every in (("checkpoint_every", checkpoint_every), ("log_every", log_every)):
+        if every < 1:
+            raise ValueError(f"{name} must be at least 1, got {every}")
+    require_x64(model_config.dtype)
+    with held(out), writing(out):
+        return _train(data, model_config, config, out, resume, checkpoint_every, log_every, command, progress)
+
+
+def _train(
+    data: TrainingData,
+    model_config: NetworkConfig,
+    config: TrainConfig,
+    out: Path,
+    resume: bool,
+    checkpoint_every: int,
+    log_every: int,
+    command: str,
+    progress: bool,
+) -> Path:
+    clock = model_config.training_clock()
+    record = {"model": model_config.to_dict(), "training": config.to_dict(), "data": data.preparation()}
+    before = started(out, record, resume)
+    graph, params, constants = nnx.split(make_network(model_config, nnx.Rngs(random_key(config.seed))), nnx.Param, ...)
     state = initial_state(params, config)
-    if recover(out / "state"):
+    if before is not None:
         state = load_arrays(out / "state", state)
+    first = kept = int(state["step"])
+    config = dataclasses.replace(config, extensions=extended(before, config.steps, first))
+    record |= {"training": config.to_dict()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RUN, record)
     update = make_step(model_config, config, graph, constants, clock)
     log = LossLog(out / "log.jsonl", clock, learning_rate(config))
-    first = int(state["step"])
     log.rewind(first)
+    hints = [f"a --learning-rate below {config.learning_rate:g}", *_other_dtype(model_config)]
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", disable=not progress)
+    previous: Any = None
     for step in bar:
         state, metrics = update(state, *data.batch(config, step))
+        if previous is not None:  # looked at while this step is computed
+            require_finite(step, previous, out, kept, hints)
+        previous, done = metrics, step + 1
         log.add(metrics)
-        done = step + 1
-        if done % log_every == 0:
+        writes, keeps = done % log_every == 0, done % checkpoint_every == 0 or done == config.steps
+        if writes or keeps:
+            require_finite(done, metrics, out, kept, hints)
+        if writes:
             line = log.write(done)
             bar.set_postfix(loss=f"{line['loss']:.4f}", mse=f"{line['mse']:.4f}")
-        if done % checkpoint_every == 0 or done == config.steps:
+        if keeps:
+            require_finite_state(done, state, out, kept, hints)
             log.keep(done)
             save_arrays(out / "state", state)
             log.forget(done)
+            kept = done
     if log.rows:  # the last line may stand for fewer steps
         log.write(int(state["step"]))
     model = nnx.merge(graph, state["ema"], constants)
@@ -296,12 +297,17 @@ def train(
         extra={
             "data": data.preparation(),
             "training": record["training"],
+            "generator": GENERATOR,
             "final_loss": log.lines()[-1],
             "command": command,
         },
         overwrite=True,
     )
     return out / "model"
+
+
+def _other_dtype(config: NetworkConfig) -> list[str]:
+    return [] if config.dtype != "bfloat16" else ["--dtype float32"]
 
 
 def _check_fit(data: TrainingData, config: NetworkConfig, training: TrainConfig) -> None:
@@ -314,29 +320,6 @@ def _check_fit(data: TrainingData, config: NetworkConfig, training: TrainConfig)
         raise ValueError("flip mirrors images at random, which these data must not be; train on them with flip=False")
 
 
-def _open_run(out: Path, record: dict, resume: bool) -> None:
-    """Claims `out` for this run, or checks that the run it holds is this one."""
-    path = out / "run.json"
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty and holds no training run; choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
-        return
-    if not resume:
-        raise ValueError(f"{out} holds a training run; give --resume to go on with it, or choose another folder")
-    before = json.loads(path.read_text())
-    changed = [
-        f"{part}.{name}: {before.get(part, {}).get(name)!r} -> {entries.get(name)!r}"
-        for part, entries in record.items()
-        for name in entries | before.get(part, {})  # an entry that only the run has is a difference, too
-        if before.get(part, {}).get(name) != entries.get(name) and (part, name) != ("training", "steps")
-    ]
-    if changed:
-        raise ValueError(f"{out} was started with other settings: {'; '.join(changed)}")
-    write_json(path, record)
-
-
 def _sample_grid(model: Network, data: TrainingData, per_class: int = 8, steps: int = 50, seed: int = 0) -> Image.Image:
     """One row of uncoupled DDIM samples per class (the first ten classes)."""
     config = model.config
@@ -344,7 +327,7 @@ def _sample_grid(model: Network, data: TrainingData, per_class: int = 8, steps: 
     rows = min(10, config.num_classes)
     labels = jnp.repeat(jnp.arange(rows), per_class)
     shape = (rows * per_class, config.input_size, config.input_size, config.in_channels)
-    x = jax.random.normal(jax.random.key(seed), shape)
+    x = jax.random.normal(random_key(seed), shape)
     draw = jax.jit(lambda model, x, labels: sample(network_denoiser(model, clock), x, clock, labels)[0])
     pixels = data.pictures(jax.device_get(draw(model, x, labels)))
     grid = Image.fromarray(image_grid(pixels, per_class))

@@ -54,7 +54,7 @@ class LossLog:
             },
         }
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         self.rows, self.since = [], time.perf_counter()
         return line
 

@@ -4,6 +4,7 @@ Both sides run on the CPU in float32 on the same random input. The PyTorch side 
 (dit_jax/torch_reference.py), filled from the file under its official keys, and rounded as the converted one is stored.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from dit_jax.checkpoint import stored_dtypes
 from dit_jax.config import DiTConfig, Which
 from dit_jax.inside import keep
 from dit_jax.model import DiT
+from dit_jax.platform import host_device
 from dit_jax.readers import open_source
+from dit_jax.tensors import Entry, WeightsError
 from dit_jax.weights import TABLE, official_entries
 
 IN_BLOCK = ("adaln", "norm1", "attn_out", "norm2", "mlp_out", "resid_post")
@@ -37,12 +40,18 @@ def limits(depth: int) -> tuple[float, ...]:
 
 
 def compare_stages(
-    source: str | Path, model: DiT, *, which: Which = "ema", stored: str = "float32", seed: int = 0
+    source: str | Path,
+    model: DiT,
+    *,
+    which: Which | None = None,
+    prefix: str | None = None,
+    stored: str = "float32",
+    seed: int = 0,
 ) -> list[Stage]:
     """Runs both models and compares them from the embedding to the output.
 
     Args:
-      source, which: the checkpoint, see `dit_jax.weights.convert`.
+      source, which, prefix: the checkpoint, see `dit_jax.weights.convert`.
       model: the model that was converted from it, with float32 as compute dtype.
       stored: dtype to which the conversion rounded its parameters.
       seed: of the random input.
@@ -54,8 +63,9 @@ def compare_stages(
     timesteps = np.array(list(LIMITS))
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((len(timesteps), config.input_size, config.input_size, config.in_channels), np.float32)
-    y = rng.integers(0, config.num_classes + 1, len(timesteps))
-    theirs = _torch_stages(source, config, which, stored, x, timesteps, y)
+    y = rng.integers(0, config.label_rows, len(timesteps))
+    entries, _, _ = official_entries(open_source(source, which, prefix), str(source))
+    theirs = _torch_stages(entries, config, stored, x, timesteps, y)
     ours = _jax_stages(model, x, timesteps, y)
 
     def deviation(name: str) -> tuple[float, ...]:
@@ -73,7 +83,7 @@ def _jax_stages(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> dict
         out, taps = model(x, t, y, tap=keep(*IN_BLOCK))
         return model.embed(x), model.condition(t, y), taps, out
 
-    cpu = jax.devices("cpu")[0]
+    cpu = host_device()
     embedded, conditioning, taps, out = jax.device_get(run(*jax.device_put((model, x, t, y), cpu)))
     stages = {"embedded": embedded, "conditioning": conditioning}
     for i in range(model.config.depth):
@@ -82,13 +92,16 @@ def _jax_stages(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> dict
     return {**stages, "out": out}
 
 
-def _torch_stages(source: str | Path, config: DiTConfig, which: Which, stored: str, x, t, y) -> dict[str, np.ndarray]:
-    opened = open_source(source, which)
-    import torch
+def _torch_stages(
+    entries: Mapping[str, Entry | None], config: DiTConfig, stored: str, x: np.ndarray, t: np.ndarray, y: np.ndarray
+) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError("the comparison (--verify) needs PyTorch: pip install '.[torch]'") from error
 
     from dit_jax.torch_reference import TorchDiT
 
-    entries, _, _ = official_entries(opened, str(source))
     dtypes = stored_dtypes(config, stored)
     with torch.device("meta"):
         reference = TorchDiT(config)

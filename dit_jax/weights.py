@@ -6,26 +6,25 @@ The released DiT weights are licensed CC-BY-NC 4.0, and so is what is made from 
 """
 
 import hashlib
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dit_jax import diffusers_form
 from dit_jax.array_folder import Arrays
 from dit_jax.checkpoint import stored_dtypes, weight_shapes
-from dit_jax.config import VARIANTS, DiTConfig, TimestepConvention, Which
-from dit_jax.readers import Entry, Shape, Source, WeightsError, open_source
+from dit_jax.config import DiTConfig, NoisePath, Prediction, TimestepConvention, Which
+from dit_jax.facts import Facts, NullLabel, Said, argument_facts, combined, token_grid, told
+from dit_jax.infer import assumptions, infer_config, variant_name
+from dit_jax.readers import Source, open_source
+from dit_jax.tensors import Entry, Shape, WeightsError
 
 CONVERSION_VERSION = 1  # raise it when the same file would give other arrays
 COPIED_COLUMNS = 128  # few enough that the rows of a transposed copy stay in cache
-SMALL_EMBEDDING = 2**22  # numbers that a position embedding of any network may have
-PREFIXES = ("module.", "_orig_mod.")  # of wrapped training: DistributedDataParallel, torch.compile
 
 
 class Transform(NamedTuple):
@@ -99,72 +98,89 @@ class Conversion:
 def convert(
     source: str | Path,
     *,
-    which: Which = "ema",
+    which: Which | None = None,
+    prefix: str | None = None,
+    prediction: Prediction | None = None,
+    path: NoisePath | None = None,
     num_heads: int | None = None,
+    num_classes: int | None = None,
+    null_label: NullLabel | None = None,
+    input_size: int | None = None,
     dtype: str = "float32",
-    timestep_convention: TimestepConvention = "official",
+    timestep_convention: TimestepConvention | None = None,
 ) -> Conversion:
     """Reads a checkpoint in any known form.
 
-    It takes little more memory than the converted arrays, because files are read tensor by tensor. Only PyTorch files
-    in the form from before version 1.6 are read whole.
+    It takes little more memory than the converted arrays, because files are read tensor by tensor. What neither shapes
+    nor any entry of the file tell must be given; what is given must not contradict the file.
 
     Args:
       source: file or folder, see `dit_jax.readers.open_source`; its keys are official or of the diffusers form.
-      which: ``"ema"`` or ``"model"``, the part of a training checkpoint to read.
-      num_heads: needed if no official variant has the width and no config.json gives it; shapes do not tell it.
+      which, prefix: of several sets of weights in a file, the one to read, see `dit_jax.readers.open_source`.
+      prediction: what the network predicts, see `DiTConfig.prediction`. Only an export of this package, a training
+        checkpoint with arguments, or the scheduler of a diffusers pipeline says it.
+      path: how data and noise were mixed in training, see `DiTConfig.path`. Needed for a velocity or score; otherwise
+        the schedule of DDPM unless the file says another.
+      num_heads: needed if no official variant has this depth and width.
+      num_classes: without the null label. Needed, or `null_label`, unless the label table has the 1001 rows of
+        ImageNet's classes and the null label.
+      null_label: ``"last"`` or ``"none"``: whether the last row of the label table is the null label.
+      input_size: side of the square input, needed where the values of the position embedding do not tell it.
       dtype: of the converted parameters, ``"float32"`` or ``"bfloat16"``; the position embedding stays float32.
       timestep_convention: ``"diffusers"`` makes a model that computes what the diffusers model code does, see
-        `DiTConfig.timestep_convention`.
+        `DiTConfig.timestep_convention`; by default that of an export, and otherwise ``"official"``.
 
     Raises:
-      WeightsError: the file cannot be read safely, or its entries are not exactly those of a DiT. The message lists all
-        that are missing, unexpected, misshapen or not finite.
+      WeightsError: the file cannot be read safely, its entries are not exactly those of a DiT, or it does not tell all
+        of the function. The message lists everything that is missing, unexpected, misshapen, not finite or not told.
     """
-    opened = open_source(source, which)
-    entries, form, heads = official_entries(opened, str(source))
-    config, weights = convert_entries(entries, str(source), heads if num_heads is None else num_heads, dtype)
-    notes = ()
+    label = str(source)
+    opened = open_source(source, which, prefix)
+    entries, form, said = official_entries(opened, label)
+    asked = Facts(prediction, num_heads, num_classes, null_label, input_size, timestep_convention, path)
+    facts = combined(asked, said, label)
+    config, weights = convert_entries(entries, label, facts, dtype)
+    notes = [*opened.notes, *told(said), *assumptions(config, facts)]
     if "diffusers" in form:
-        notes = (diffusers_form.NOTE_DIFFUSERS if timestep_convention == "diffusers" else diffusers_form.NOTE_OFFICIAL,)
+        theirs = config.timestep_convention == "diffusers"
+        notes.append(diffusers_form.NOTE_DIFFUSERS if theirs else diffusers_form.NOTE_OFFICIAL)
     digests = {file.name: _file_digest(file) for file in opened.files}
     name, sha256 = next(iter(digests.items())) if len(digests) == 1 else (Path(source).name, digests)
     return Conversion(
-        replace(config, timestep_convention=timestep_convention),
+        config,
         weights,
         variant_name(config),
         {
             "variant": variant_name(config),
             "source": {"file": name, "sha256": sha256, "form": form},
             "conversion_version": CONVERSION_VERSION,
+            **({} if opened.data is None else {"data": opened.data}),
         },
-        notes,
+        tuple(notes),
     )
 
 
-def official_entries(opened: Source, label: str) -> tuple[dict[str, Entry | None], str, int | None]:
-    """The entries of an opened checkpoint under official keys, its form in words, and its number of heads if it gives
-    one.
+def official_entries(opened: Source, label: str) -> tuple[dict[str, Entry | None], str, list[Said]]:
+    """The entries of an opened checkpoint under official keys, its form in words, and what it says of the model.
 
     Raises:
-      WeightsError: keys clash, or a diffusers checkpoint is of another model.
+      WeightsError: a diffusers checkpoint is of another model.
     """
-    entries = _without_prefixes(opened.entries, label)
-    if not diffusers_form.is_diffusers(entries):
-        return entries, opened.form, None
-    entries, heads = diffusers_form.official_entries(entries, opened.config, label)
-    return entries, f"{opened.form}, diffusers", heads
+    if not diffusers_form.is_diffusers(opened.entries):
+        beside = argument_facts(opened.config)
+        return opened.entries, opened.form, [*opened.said, ("config.json", beside)]
+    entries, said = diffusers_form.official_entries(opened.entries, opened.config, label)
+    return entries, f"{opened.form}, diffusers", [*opened.said, said]
 
 
 def convert_entries(
-    entries: Mapping[str, Entry | np.ndarray | None], label: str, num_heads: int | None = None, dtype: str = "float32"
+    entries: Mapping[str, Entry | np.ndarray | None], label: str, facts: Facts, dtype: str = "float32"
 ) -> tuple[DiTConfig, Arrays]:
     """The config and the arrays of a state dict with official keys. `label` names it in errors.
 
     Raises:
       WeightsError: see `convert`.
     """
-    entries = _without_prefixes(entries, label)
     known = {key: entry for key, value in entries.items() if (entry := _entry(value))}
     shapes = {key: entry.shape for key, entry in known.items()}
     depth = _depth(entries, label)
@@ -172,7 +188,7 @@ def convert_entries(
     problems = [f"missing: {key}" for key in names if key not in entries]
     problems += [f"unexpected: {key}" for key in entries if key not in names]
     problems += [f"not a real-valued dense tensor: {key}" for key in entries if key not in known]
-    config, unknown = infer_config(shapes, depth, num_heads)
+    config, unknown = infer_config(shapes, depth, facts, lambda: token_grid(_read(known, "pos_embed", label)[0]))
     problems += unknown
     if config is not None:
         problems += [
@@ -215,97 +231,15 @@ def source_shapes(config: DiTConfig) -> dict[str, Shape]:
     }
 
 
-def variant_name(config: DiTConfig) -> str | None:
-    """The official name of this architecture at any input size, channels and classes; None if it has none."""
-    names = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
-    for name, official in VARIANTS.items():
-        if all(getattr(config, n) == getattr(official, n) for n in names):
-            return name
-    return None
-
-
-def infer_config(
-    shapes: Mapping[str, Shape], depth: int, num_heads: int | None = None
-) -> tuple[DiTConfig | None, list[str]]:
-    """Infers the config from the shapes of an official state dict.
-
-    Returns:
-      config: None if a size cannot be inferred; if only `num_heads` cannot, the config has one head.
-      problems: one line for each size that cannot be inferred.
-    """
-    problems = []
-    sizes: dict[str, Any] = {"depth": depth}
-
-    def tell(name: str, value: Any, where: str) -> None:
-        if value:
-            sizes[name] = value
-        else:
-            problems.append(f"cannot tell {name}: it is read off {where}")
-
-    # A size that many entries share is decided by their majority, so that a single misshapen entry is reported as such.
-    width = _vote(shapes, r"pos_embed|x_embedder\.proj\.bias|.*embedding_table\.weight|.*(attn\.proj|mlp\.2)\.bias")
-    hidden = _vote(shapes, r"blocks\.\d+\.mlp\.fc1\.bias")
-    _, channels, patch, _ = _ranked(shapes, "x_embedder.proj.weight", 4)
-    _, tokens, _ = _ranked(shapes, "pos_embed", 3)
-    rows = (_ranked(shapes, "final_layer.linear.weight", 2)[0], _ranked(shapes, "final_layer.linear.bias", 1)[0])
-    classes = _ranked(shapes, "y_embedder.embedding_table.weight", 2)[0] - 1
-    grid = math.isqrt(tokens)
-    held = sum(math.prod(shape) for key, shape in shapes.items() if key != "pos_embed")
-    if tokens * width > max(held, SMALL_EMBEDDING):  # asking for the model's shapes would compute it
-        problems.append(f"{tokens} tokens of width {width} are more numbers than the rest of the file has")
-    tell("hidden_size", width, "the biases")
-    tell("mlp_ratio", width and hidden / width, "blocks.*.mlp.fc1.bias")
-    tell("in_channels", channels, "x_embedder.proj.weight")
-    tell("patch_size", patch, "x_embedder.proj.weight")
-    tell("num_classes", max(classes, 0), "y_embedder.embedding_table.weight, which has one row more")
-    tell("input_size", grid * patch if grid**2 == tokens else 0, "pos_embed, which has a square number of tokens")
-    outputs = next((n for n in (1, 2) if patch**2 * channels * n in rows), 0)  # numbers per channel of the image
-    tell("learn_sigma", outputs, "final_layer.linear, with one or two rows per number in a patch")
-    if problems:
-        return None, problems
-    sizes["learn_sigma"] = outputs == 2
-    if num_heads is None:
-        num_heads = {official.hidden_size: official.num_heads for official in VARIANTS.values()}.get(width)
-    if num_heads is None:
-        problems.append(f"cannot tell num_heads: width {width} is of no official variant; give it (--num-heads)")
-    try:
-        return DiTConfig(**sizes, num_heads=1 if num_heads is None else num_heads), problems
-    except ValueError as error:
-        return None, [*problems, str(error)]
-
-
-def _vote(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """The size of the last axis that most entries with keys of this pattern have; 0 if there are no such entries."""
-    found = Counter(shape[-1] for key, shape in shapes.items() if shape and re.fullmatch(pattern, key))
-    return found.most_common(1)[0][0] if found else 0
-
-
-def _ranked(shapes: Mapping[str, Shape], key: str, rank: int) -> Shape:
-    """The shape of an entry; zeros if it is missing or not of this rank."""
-    shape = shapes.get(key, ())
-    return shape if len(shape) == rank else (0,) * rank
-
-
-def _depth(keys: Iterable[str], label: str) -> int:
+def _depth(keys: Collection[str], label: str) -> int:
     blocks = {int(found[1]) for key in keys if (found := re.match(r"blocks\.(\d{1,6})\.", key))}
     depth = max(blocks, default=-1) + 1
     if not blocks:
-        raise WeightsError(f"{label} has no entries blocks.0.*: it is not a DiT in the official form")
+        found = ", ".join(key[:60] for key in list(keys)[:4])
+        raise WeightsError(f"{label} has no entries blocks.0.*: it is not a DiT in the official form. It has {found}")
     if depth > 2 * len(blocks):
         raise WeightsError(f"{label} has {len(blocks)} blocks, but numbers them up to {depth - 1}")
     return depth
-
-
-def _without_prefixes(entries: Mapping[str, Any], label: str) -> dict[str, Any]:
-    stripped: dict[str, Any] = {}
-    for key, value in entries.items():
-        name = str(key)
-        while name.startswith(PREFIXES):
-            name = name.split(".", 1)[1]
-        if name in stripped:
-            raise WeightsError(f"{label} holds {name} twice, with and without a prefix")
-        stripped[name] = value
-    return stripped
 
 
 def _entry(value: Entry | np.ndarray | None) -> Entry | None:

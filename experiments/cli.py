@@ -9,13 +9,15 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import tyro
 
 from dit_jax.conversion import convert_checkpoint
+from dit_jax.disk import from_home, writing
+from dit_jax.lock import held
 from experiments import studies
 from experiments.tools.settings import SampleConfig
 
@@ -113,7 +115,8 @@ class Info:
 
 @dataclass(frozen=True)
 class Covariance:
-    """Add the covariance of the training data to a model folder that lacks it; `syncgap spectrum` needs it."""
+    """Add covariance and principal directions of the training data to a model folder that lacks them; `syncgap
+    spectrum` and `syncgap compare --modes` need them."""
 
     weights: tyro.conf.Positional[str]  # folder of the model
     images: tyro.conf.Positional[Path]  # the images it was trained on: a folder or zip file of <class>/<image>
@@ -148,7 +151,11 @@ class Terminated(KeyboardInterrupt):
 
 def main(args: list[str] | None = None) -> int:
     """Runs one command and returns the exit code. Expected errors are one message, not a traceback."""
-    argv = sys.argv[1:] if args is None else args
+    given = sys.argv[1:] if args is None else args
+    argv = [from_home(argument) for argument in given]
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     commands: dict[str, Any] = {name: _command(name) for name in studies.NAMES}
     commands |= {
         "report": Report,
@@ -160,12 +167,21 @@ def main(args: list[str] | None = None) -> int:
         "convert": _convert,
     }
     command: Any = _parsed(commands, argv)
-    line = shlex.join(["syncgap", *argv])
+    line = shlex.join(["syncgap", *given])
     try:
         with _ending_like_an_interrupt():
+            if not isinstance(command, Info):  # which needs no device unless it reads arrays
+                from dit_jax.platform import devices
+
+                devices()
             return command() if isinstance(command, functools.partial) else _run(command, line)
-    except (ValueError, OSError) as error:
-        print(f"syncgap: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"syncgap: {_in_one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device without room
+            raise
+        print(f"syncgap: {_in_one_line(MemoryError(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as end:
         resumable = isinstance(command, Train | StudyRun)
@@ -173,6 +189,14 @@ def main(args: list[str] | None = None) -> int:
         terminated = isinstance(end, Terminated)
         print(f"\nsyncgap: {'terminated' if terminated else 'interrupted'}{how}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
+
+
+def _in_one_line(error: Exception) -> str:
+    """An expected error as the command line says it."""
+    if isinstance(error, MemoryError):
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return f"the memory does not suffice{reason}; give a smaller --block, --batch or --batch-size if there is one"
+    return str(error)
 
 
 @contextlib.contextmanager
@@ -201,27 +225,29 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
         name = command.study
         out = command.out or Path("runs") / name
         run = run_each if isinstance(getattr(command.settings, "weights", None), tuple) else run_study
-        page = run(
-            studies.find(name), command.settings, out, resume=command.resume, command=line, progress=not command.quiet
-        )
+        options = {"resume": command.resume, "command": line, "progress": not command.quiet}
+        with writing(out):
+            page = run(studies.find(name), command.settings, out, **options)
         print(f"report: {page}")
     elif isinstance(command, Report):
         print(f"report: {_report(command.run)}")
     elif isinstance(command, Theory):
         from experiments.tools.teaching import theory
 
-        print(f"page: {theory(command.out)}")
+        with held(command.out), writing(command.out):
+            print(f"page: {theory(command.out)}")
     elif isinstance(command, Sample):
         from experiments.tools.pictures import sample_pictures
 
-        made = sample_pictures(
-            command.weights,
-            command.settings,
-            command.out,
-            overwrite=command.overwrite,
-            command=line,
-            progress=not command.quiet,
-        )
+        with held(command.out):
+            made = sample_pictures(
+                command.weights,
+                command.settings,
+                command.out,
+                overwrite=command.overwrite,
+                command=line,
+                progress=not command.quiet,
+            )
         print(f"pictures: {command.out / 'grid.png'} ({made['grid']['shows']})")
     elif isinstance(command, Info):
         return _info(command)
@@ -243,16 +269,25 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
 
 
 def _report(folder: Path) -> Path:
+    from experiments.frame.collection import OTHERS, TRAINING, runs_in, what_else
     from experiments.frame.store import RunFolder, StoreError
     from experiments.frame.study import joint_page, report, study_of
 
-    if folder.is_dir() and not (folder / "manifest.json").exists():
-        return joint_page(folder, studies.find)
+    if not folder.is_dir():
+        raise StoreError(f"there is no folder {folder}; give the --out folder of a study, or a folder of such folders")
+    if (what := what_else(folder)) in (*OTHERS.values(), TRAINING):
+        raise StoreError(f"{folder} holds {what}, of which there is no report; studies have one")
+    if not (folder / "manifest.json").exists():
+        page, (_, others) = joint_page(folder, studies.find), runs_in(folder)
+        if others:
+            print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
+        return page
     run = RunFolder.open(folder, writable=True)
     study = studies.find(study_of(run))
     if study is None:
         raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
-    return report(study, run)
+    with held(folder), writing(folder):
+        return report(study, run)
 
 
 def _info(command: Info) -> int:
@@ -269,15 +304,37 @@ def _info(command: Info) -> int:
 
 
 def _train(command: Train, line: str) -> Path:
+    from dit_jax.checkpoint import require_x64
     from dit_jax.config import config_from_dict
     from dit_jax.covariance import MOST, data_covariance, save_covariance
     from dit_jax.training import TrainConfig, train
     from dit_jax.transforms import training_data, transformation_name
     from experiments.studies.solvable.data import SolvableData
 
+    for name in ("size", "checkpoint_every"):  # what is wrong is said before the images are read, which takes a while
+        if getattr(command, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(command, name)}")
     solvable = command.data == Path("solvable")
-    transform = transformation_name(command.transform)  # checked before the images are read, which takes a while
-    size = _size(command)
+    settings = TrainConfig(
+        steps=command.steps,
+        batch_size=command.batch_size,
+        learning_rate=command.learning_rate,
+        decay_fraction=command.decay_fraction,
+        weight_cap=command.weight_cap,
+        label_dropout=0.0 if solvable else 0.1,
+        seed=command.seed,
+    )
+    transform = transformation_name(command.transform)
+    entries = _size(command) | {
+        "input_size": command.size,
+        # the theory of solvable data is that of the posterior variance, and flow matching learns no variance
+        "learn_sigma": not solvable and command.path == "ddpm",
+        "prediction": command.prediction,
+        "path": command.path,
+        "dtype": command.dtype,
+    }
+    config_from_dict(entries | {"in_channels": 1, "num_classes": 1})
+    require_x64(command.dtype)
     for option, given in (("--transform", transform != "natural"), ("--labels", command.labels is not None)):
         if solvable and given:
             raise ValueError(f"{option} applies to folders and zip files of images, not to solvable data; leave it out")
@@ -285,33 +342,11 @@ def _train(command: Train, line: str) -> Path:
         data = SolvableData()
     else:
         data = training_data(_images(command, command.data, command.size), transform)
-    model = config_from_dict(
-        size
-        | {
-            "input_size": command.size,
-            "in_channels": data.shape[-1],
-            "num_classes": len(data.class_names),
-            # the theory of solvable data is that of the posterior variance, and flow matching learns no variance
-            "learn_sigma": not solvable and command.path == "ddpm",
-            "prediction": command.prediction,
-            "path": command.path,
-            "dtype": command.dtype,
-        }
-    )
-    settings = TrainConfig(
-        steps=command.steps,
-        batch_size=command.batch_size,
-        learning_rate=command.learning_rate,
-        decay_fraction=command.decay_fraction,
-        weight_cap=command.weight_cap,
-        flip=data.may_mirror,
-        label_dropout=0.0 if solvable else 0.1,
-        seed=command.seed,
-    )
+    model = config_from_dict(entries | {"in_channels": data.shape[-1], "num_classes": len(data.class_names)})
     trained = train(
         data,
         model,
-        settings,
+        replace(settings, flip=data.may_mirror),
         command.out,
         resume=command.resume,
         checkpoint_every=command.checkpoint_every,

@@ -16,6 +16,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from ou_theory.cluster_laws import Clusters
+from ou_theory.keys import random_key
 from ou_theory.mixture import Mixture, flow_drift, gaussian_root
 from ou_theory.process import Process, Transition
 from ou_theory.roots import require
@@ -31,7 +32,7 @@ def path_keys(seed: ArrayLike, paths: ArrayLike, step: ArrayLike) -> jax.Array:
     """Random keys of (seed, path, step), of the shape of `paths`; paths and steps are whole numbers from 0 on, and step
     0 is the start."""
     paths = jnp.asarray(paths)
-    root = jax.random.key(seed)
+    root = random_key(seed)
     keys = jax.vmap(lambda path: jax.random.fold_in(jax.random.fold_in(root, path), step))(paths.reshape(-1))
     return keys.reshape(paths.shape)
 
@@ -85,7 +86,7 @@ def simulate(
         block = max(_CACHE // (start.dtype.itemsize * start.shape[1]), 1)
 
     def carry(path, x):
-        key = jax.random.fold_in(jax.random.key(seed), path)
+        key = jax.random.fold_in(random_key(seed), path)
 
         def advance(x, at):
             index, level = at

@@ -1,4 +1,5 @@
-"""Spatial modes: the orthonormal DCT-II and radial frequency bands (docs/theory.md, section 3)."""
+"""Modes of an image: the orthonormal DCT-II, and groups of coefficients that are measured together (docs/theory.md,
+section 3): radial frequency bands, or groups of the directions of any other orthonormal basis."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -77,6 +78,18 @@ class Bands:
         """(H, W, B) weights of the mean over each band, float64."""
         return (self.index[..., None] == np.arange(len(self))) / self.count
 
+    def coefficients(self, dct: jax.Array) -> jax.Array:
+        """The coefficients that are grouped, (..., H, W, C), of DCT coefficients: themselves."""
+        return dct
+
+    def each(self, values: jax.Array) -> jax.Array:
+        """Values (..., H, W, C) by coefficient: the mean over channels, which share their band, (..., H, W)."""
+        return values.mean(-1)
+
+    def mean(self, values: jax.Array) -> jax.Array:
+        """`band_mean`: (..., H, W, C) -> (..., B)."""
+        return band_mean(values, self)
+
     def with_index(self, index: np.ndarray) -> "Bands":
         """The same bands with another assignment (H, W) of coefficients to them."""
         return dataclasses.replace(self, index=index)
@@ -109,3 +122,52 @@ def band_mean(coefficients: jax.Array, bands: Bands) -> jax.Array:
     """
     weights = jnp.asarray(bands.averaging, coefficients.dtype)
     return jnp.einsum("...hwc,hwb->...b", coefficients, weights, precision="highest") / coefficients.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Groups of orthonormal directions in the space of images, in the place of `Bands` (theory, eq. 3.4).
+
+    Attributes:
+      matrix: (H, W, C, M) float32, the DCT coefficients of each direction. M may be less than H W C: what lies along
+        none of the directions is not measured.
+      index: (M,) int, group of each direction; no group is empty.
+    """
+
+    matrix: np.ndarray
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.index.max()) + 1
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        """(B,) directions per group."""
+        return np.bincount(self.index)
+
+    @cached_property
+    def averaging(self) -> np.ndarray:
+        """(M, B) weights of the mean over each group, float64."""
+        return (self.index[:, None] == np.arange(len(self))) / self.count
+
+    def coefficients(self, dct: jax.Array) -> jax.Array:
+        """Coefficients (..., M) along the directions, of DCT coefficients (..., H, W, C)."""
+        return jnp.einsum("...hwc,hwcm->...m", dct, jnp.asarray(self.matrix, dct.dtype), precision="highest")
+
+    def images(self, coefficients: jax.Array) -> jax.Array:
+        """The images (..., H, W, C) that have these coefficients (..., M), and nothing along other directions."""
+        matrix = jnp.asarray(self.matrix, coefficients.dtype)
+        return idct2(jnp.einsum("...m,hwcm->...hwc", coefficients, matrix, precision="highest"))
+
+    def each(self, values: jax.Array) -> jax.Array:
+        """Values (..., M) by direction, as they are."""
+        return values
+
+    def mean(self, values: jax.Array) -> jax.Array:
+        """Mean over the directions of each group: (..., M) -> (..., B)."""
+        return jnp.matmul(values, jnp.asarray(self.averaging, values.dtype), precision="highest")
+
+
+def rank_groups(count: int) -> np.ndarray:
+    """Groups (count,) of ranks that double in size: 1, 2-3, 4-7, 8-15 and so on; the last may be cut short."""
+    return np.array([rank.bit_length() - 1 for rank in range(1, count + 1)], np.int64)

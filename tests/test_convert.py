@@ -1,7 +1,9 @@
 """``convert_weights.py`` and ``syncgap convert`` from file to function."""
 
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from experiments.cli import main
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
+# what the recorded file does not say
+TOLD = ("--num-heads", "6", "--num-classes", "10", "--prediction", "epsilon")
 TINY = DATA / "tiny_xl_like.pt"
 
 
@@ -49,7 +53,7 @@ def run(script, monkeypatch, capsys):
 @pytest.mark.slow
 def test_converted_model_is_the_official_function(tmp_path):
     """From any working directory, in a process of its own."""
-    command = [sys.executable, str(ROOT / "convert_weights.py"), str(TINY), "model", "--num-heads", "6"]
+    command = [sys.executable, str(ROOT / "convert_weights.py"), str(TINY), "model", *TOLD]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     model = load_model(tmp_path / "model")
@@ -63,7 +67,7 @@ def test_converted_model_is_the_official_function(tmp_path):
 
 
 def test_report_and_manifest(run, tmp_path):
-    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6)
+    status, out, _ = run(TINY, tmp_path / "model", *TOLD)
     manifest = load_manifest(tmp_path / "model")
     assert status == 0
     for part in ("none of the official ones", "729,248", manifest["digest"], str(tmp_path / "model")):
@@ -75,7 +79,7 @@ def test_report_and_manifest(run, tmp_path):
 
 
 def test_dry_run_checks_everything_and_writes_nothing(run, tmp_path):
-    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--dry-run")
+    status, out, _ = run(TINY, tmp_path / "model", *TOLD, "--dry-run")
     assert status == 0
     assert "not written" in out
     assert not list(tmp_path.iterdir())
@@ -85,7 +89,7 @@ def test_dry_run_checks_everything_and_writes_nothing(run, tmp_path):
 
 
 def test_dry_run_announces_the_digest_that_is_written(run, tmp_path):
-    options = (TINY, tmp_path / "model", "--num-heads", 6, "--dtype", "bfloat16")
+    options = (TINY, tmp_path / "model", *TOLD, "--dtype", "bfloat16")
     announced = run(*options, "--dry-run")[1]
     run(*options)
     assert load_manifest(tmp_path / "model")["digest"] in announced
@@ -96,7 +100,7 @@ def test_errors_are_one_message_and_status_2(run, tmp_path):
     del content["pos_embed"]
     content["blocks.2.mlp.fc2.bias"][5] = torch.inf
     torch.save(content, tmp_path / "bad.pt")
-    status, out, errors = run(tmp_path / "bad.pt", tmp_path / "model", "--num-heads", 6)
+    status, out, errors = run(tmp_path / "bad.pt", tmp_path / "model", *TOLD)
     assert (status, out) == (2, "")
     assert "missing: pos_embed" in errors
     assert "not finite: blocks.2.mlp.fc2.bias" in errors
@@ -105,7 +109,7 @@ def test_errors_are_one_message_and_status_2(run, tmp_path):
 
 
 def test_existing_folder_needs_overwrite(run, tmp_path):
-    arguments = (TINY, tmp_path / "model", "--num-heads", 6)
+    arguments = (TINY, tmp_path / "model", *TOLD)
     assert run(*arguments)[0] == 0
     status, _, errors = run(*arguments, "--dtype", "bfloat16")
     assert status == 2
@@ -120,7 +124,7 @@ def test_which_part_of_a_training_checkpoint(run, tmp_path):
     torch.save({"model": model, "ema": ema, "opt": {}}, tmp_path / "train.pt")
     digests = {}
     for which in ("ema", "model"):
-        assert run(tmp_path / "train.pt", tmp_path / which, "--num-heads", 6, "--which", which)[0] == 0
+        assert run(tmp_path / "train.pt", tmp_path / which, *TOLD, "--which", which)[0] == 0
         manifest = json.loads((tmp_path / which / "manifest.json").read_text())
         assert manifest["source"]["form"] == f"training/{which}"
         digests[which] = manifest["digest"]
@@ -129,7 +133,7 @@ def test_which_part_of_a_training_checkpoint(run, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_verify_prints_the_stages_and_passes(run, tmp_path, dtype):
-    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--verify", "--dtype", dtype)
+    status, out, _ = run(TINY, tmp_path / "model", *TOLD, "--verify", "--dtype", dtype)
     assert status == 0
     stages = [line.split() for line in out.splitlines() if line.startswith("blocks.")]
     assert len(stages) == 4 * 6
@@ -147,19 +151,72 @@ def test_verify_reports_a_fault_in_its_status(run, tmp_path, monkeypatch):
         return stock(model, x, t, y)
 
     monkeypatch.setattr(verify, "_jax_stages", faulty)
-    status, out, _ = run(TINY, tmp_path / "model", "--num-heads", 6, "--verify")
+    status, out, _ = run(TINY, tmp_path / "model", *TOLD, "--verify")
     assert status == 1
     assert "BEYOND" in out
 
 
 def test_export_and_back(run, tmp_path):
-    assert run(TINY, tmp_path / "model", "--num-heads", 6)[0] == 0
+    assert run(TINY, tmp_path / "model", *TOLD)[0] == 0
     assert run("--export", tmp_path / "model", tmp_path / "back.safetensors")[0] == 0
-    assert run(tmp_path / "back.safetensors", tmp_path / "again", "--num-heads", 6)[0] == 0
+    assert run(tmp_path / "back.safetensors", tmp_path / "again")[0] == 0
     assert load_manifest(tmp_path / "again")["digest"] == load_manifest(tmp_path / "model")["digest"]
     status, _, error = run("--export", tmp_path / "model", tmp_path / "back.safetensors")
     assert status == 2
     assert "--overwrite" in error
+
+
+def test_what_is_asked_for_names_its_options(run, tmp_path):
+    """All of it in one message; nothing is assumed and nothing written."""
+    status, out, errors = run(TINY, tmp_path / "model")
+    assert (status, out) == (2, "")
+    for option in ("--prediction epsilon|v|x0|velocity|score", "--num-classes 10", "--num-classes 11", "--num-heads"):
+        assert option in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_needs_no_options(run, tmp_path):
+    """Also of a network that predicts something else, and has no null label."""
+    told = ("--num-heads", 6, "--null-label", "none", "--prediction", "v", "--timestep-convention", "diffusers")
+    assert run(TINY, tmp_path / "model", *told)[0] == 0
+    for suffix in ("pt", "safetensors"):
+        assert run("--export", tmp_path / "model", tmp_path / f"out.{suffix}")[0] == 0
+        assert run(tmp_path / f"out.{suffix}", tmp_path / suffix)[0] == 0
+        first, again = (load_manifest(tmp_path / name) for name in ("model", suffix))
+        assert (again["config"], again["digest"]) == (first["config"], first["digest"])
+    assert first["config"]["prediction"] == "v"
+    assert first["config"]["null_label"] is False
+
+
+def test_verify_reads_the_weights_that_were_converted(run, tmp_path):
+    """From the same prefix, of a network whose last label row is a class."""
+    weights = torch.load(TINY, weights_only=True)
+    both = {f"{part}.{key}": value + i for i, part in enumerate("ab") for key, value in weights.items()}
+    torch.save(both, tmp_path / "both.pt")
+    told = ("--num-heads", 6, "--null-label", "none", "--prediction", "epsilon")
+    status, _, errors = run(tmp_path / "both.pt", tmp_path / "model", *told)
+    assert (status, "--prefix" in errors) == (2, True)
+    assert run(tmp_path / "both.pt", tmp_path / "model", *told, "--prefix", "a", "--verify")[0] == 0
+
+
+def test_guidance_of_a_network_without_a_null_label_is_refused_by_the_command(tmp_path, capsys):
+    told = ["--num-heads", "6", "--null-label", "none", "--prediction", "epsilon"]
+    assert main(["convert", str(TINY), str(tmp_path / "model"), *told]) == 0
+    sample = [
+        "sample",
+        str(tmp_path / "model"),
+        str(tmp_path / "out"),
+        "--classes",
+        "10",
+        "--count",
+        "1",
+        "--steps",
+        "2",
+    ]
+    assert main([*sample, "--guidance", "2", "--quiet"]) == 2
+    assert "guidance 2 needs a null label" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*sample, "--quiet"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -171,10 +228,16 @@ def test_export_and_back(run, tmp_path):
     ],
 )
 def test_options_that_exclude_each_other_are_refused(run, tmp_path, options, message):
-    status, _, errors = run(TINY, tmp_path / "model", "--num-heads", 6, *options)
+    status, _, errors = run(TINY, tmp_path / "model", *TOLD, *options)
     assert status == 2
     assert message in errors
     assert not list(tmp_path.iterdir())
+
+
+def test_export_takes_no_facts(run, tmp_path):
+    status, _, errors = run("--export", tmp_path / "model", tmp_path / "out.pt", *TOLD)
+    assert status == 2
+    assert "which says these itself: leave --prediction, --num-classes, --num-heads out" in errors
 
 
 @pytest.mark.slow
@@ -184,7 +247,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_half_written(tmp_path):
     # each conversion in a process of its own, forked from one that has imported everything and done nothing
     script = f"""
 import os, sys
-sys.argv = {["convert_weights.py", str(TINY), str(out), "--num-heads", "6"]}
+sys.argv = {["convert_weights.py", str(TINY), str(out), *TOLD]}
 sys.path.insert(0, {str(ROOT)!r})
 import torch, convert_weights
 import dit_jax.checkpoint as checkpoint
@@ -225,10 +288,49 @@ print(in_a_process())
 
 
 def test_syncgap_convert_is_the_same_command(run, tmp_path, capsys):
-    options = ["--num-heads", "6", "--dtype", "bfloat16"]
+    options = [*TOLD, "--dtype", "bfloat16"]
     status, told, _ = run(TINY, tmp_path / "script", *options)
     assert main(["convert", str(TINY), str(tmp_path / "command"), *options]) == status == 0
     assert capsys.readouterr().out == told.replace(str(tmp_path / "script"), str(tmp_path / "command"))
     assert load_manifest(tmp_path / "command") == load_manifest(tmp_path / "script")
     assert main(["convert", str(TINY), str(tmp_path / "command"), *options]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    out, limit = tmp_path / "model", 20_000  # bytes of a file
+    script = f"""
+import resource, signal, sys
+from experiments.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(main(["convert", {str(TINY)!r}, {str(out)!r}, "--num-heads", "6"]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    told = "the disk is full (File too large); make room, or choose a folder on another disk"
+    assert done.stderr == f"syncgap: {out} cannot be written: {told}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_where_nothing_can_be_written_are_named_before_the_file_is_read(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    status, out, errors = run(tmp_path / "nothing.pt", tmp_path / "file" / "model")
+    assert (status, out) == (2, "")
+    assert f"model cannot be written: {tmp_path / 'file'} is a file; choose another folder" in errors
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    status, _, errors = run(tmp_path / "nothing.pt", tmp_path / "model")
+    assert status == 2
+    assert "model cannot be written: its place is read-only (Read-only file system); choose another folder" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_may_begin_with_the_home_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(TINY, "~/model", "--num-heads", 6)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -14,6 +14,7 @@ from flax import nnx
 
 from dit_jax.config import DiTConfig, variant
 from dit_jax.model import DiT, position_embedding
+from ou_theory.keys import random_key
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Box:
 
 def random_model(config: DiTConfig, seed: int = 0) -> DiT:
     """A DiT with small random weights everywhere, in the config's dtype, drawn on the device."""
-    graph, params, constants = nnx.split(nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0))), nnx.Param, ...)
+    graph, params, constants = nnx.split(nnx.eval_shape(lambda: DiT(config, nnx.Rngs(random_key(0)))), nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     dtype = jnp.dtype(config.dtype)
 
@@ -64,7 +65,7 @@ def random_model(config: DiTConfig, seed: int = 0) -> DiT:
         keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
         return [0.02 * jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=True)]
 
-    drawn = jax.tree.unflatten(tree, draw(jax.random.key(seed)))
+    drawn = jax.tree.unflatten(tree, draw(random_key(seed)))
     positions = position_embedding(config.input_size // config.patch_size, config.hidden_size)
     fixed = jax.tree.map(lambda leaf: jnp.asarray(positions, leaf.dtype), constants)  # there are no other constants
     return nnx.merge(graph, drawn, fixed)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gpu_stages.box import Box, markdown, median, seconds_of
+from ou_theory.keys import random_key
 
 
 def run(box: Box) -> None:
@@ -36,10 +37,10 @@ def run(box: Box) -> None:
         except importlib.metadata.PackageNotFoundError:
             box.row(what=package, value="not installed")
     n = 256 if box.rehearse else 8192
-    a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)  # random: zeros run faster than data do
+    a, b = jax.random.normal(random_key(0), (2, n, n), jnp.bfloat16)  # random: zeros run faster than data do
     product = jax.jit(lambda a, b: a @ b)
     matmul(box, "jax", n, lambda: jax.block_until_ready(product(a, b)))
-    x = jax.random.normal(jax.random.key(1), (2**20 if box.rehearse else 2**30,), jnp.bfloat16)
+    x = jax.random.normal(random_key(1), (2**20 if box.rehearse else 2**30,), jnp.bfloat16)
     negate = jax.jit(lambda x: -x)
     times = seconds_of({"jax": lambda: jax.block_until_ready(negate(x))}, 2.0)["jax"]
     box.row(what="copy", by="jax", bytes_per_s=2 * x.nbytes / median(times), runs=len(times))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpu_stages.box import Box, markdown
+from ou_theory.keys import random_key
 
 BENCHMARKS = Path(__file__).parents[1]
 PART = 15_000_000  # bytes of a part
@@ -192,7 +193,7 @@ def side_by_side(config, settings: list, data: list, seconds: float) -> tuple[li
     from dit_jax.training import batch_indices, initial_state, make_update
 
     first = settings[0]
-    drawn = jax.jit(lambda seed: DiT(config, nnx.Rngs(jax.random.key(seed))))
+    drawn = jax.jit(lambda seed: DiT(config, nnx.Rngs(random_key(seed))))
     split = [nnx.split(drawn(each.seed), nnx.Param, ...) for each in settings]
     graph, _, constants = split[0]
     update = jax.vmap(make_update(config, first, graph, constants, config.training_clock()))

@@ -20,6 +20,7 @@ from dit_jax.model import DiT
 from dit_jax.replicas import run_pairs
 from gpu_stages.box import Box, markdown, random_model
 from ou_theory.clock import make_clock
+from ou_theory.keys import random_key
 
 TESTS = Path(__file__).parents[2] / "tests" / "dit_jax"
 CPU = jax.devices("cpu")[0]
@@ -63,7 +64,7 @@ def official(box: Box) -> None:
 def qkv(box: Box, dtype) -> jax.Array:
     """Random queries, keys and values of XL/2 in the shape that `attend` takes, (3, R, N, T, H, d)."""
     shape = (3, 2, 4, *((16, 2, 8) if box.rehearse else (256, 16, 72)))
-    return jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
+    return jax.random.normal(random_key(0), shape, jnp.float32).astype(dtype)
 
 
 def exact(function: Callable, *values) -> np.ndarray:
@@ -159,7 +160,7 @@ def with_config(model: DiT, config) -> DiT:
     """The same parameters in a model of another compute dtype."""
     from flax import nnx
 
-    graph, _ = nnx.split(nnx.eval_shape(lambda: DiT(config, nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: DiT(config, nnx.Rngs(random_key(0)))))
     return nnx.merge(graph, nnx.state(model))
 
 

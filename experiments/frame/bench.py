@@ -19,8 +19,8 @@ from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
-from experiments.frame.subject import Subject, check_dit, load_subject
-from ou_theory.modes import radial_bands
+from experiments.frame.subject import Subject, check_dit, check_guidance, load_subject
+from ou_theory.modes import Bands, radial_bands
 
 C = TypeVar("C")
 Variables = Mapping[str, tuple[Sequence[str], str] | tuple[Sequence[str], str, str]]
@@ -84,6 +84,7 @@ class Bench(Measured[C]):
             if not any_network:
                 check_dit(self.subject, study)
             model = self.subject.model.config
+            check_guidance(self.subject.manifest, model, config.guidance)
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):
                 raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {self.classes}")
@@ -168,6 +169,7 @@ class Bench(Measured[C]):
         measure: Measure,
         *,
         first_pair: int = 0,
+        bands: Mapping[str, Any] | None = None,
     ) -> xr.Dataset:
         """Fills a group of the run block by block, skips blocks that are finished, and returns the whole group.
 
@@ -177,12 +179,13 @@ class Bench(Measured[C]):
           pairs: number of pairs.
           measure: see `Measure`.
           first_pair: index of the first pair, for pairs that must differ from those of another group.
+          bands: coordinates of the dimension ``band``; by default those of the bands of the DCT.
         """
         dims = {name: tuple(d if "pair" in d else ("pair", *d)) for name, (d, *_) in variables.items()}
         index = first_pair + np.arange(pairs)
         labels = pair_labels(index, self.classes)
         used = {dim for each in dims.values() for dim in each}
-        known = xr.Dataset(coords={**self._coords(used), **coords, "pair": index, "label": ("pair", labels)})
+        known = xr.Dataset(coords={**self._coords(used, bands), **coords, "pair": index, "label": ("pair", labels)})
         sizes = dict(known.sizes)
         template = described(
             known.assign(
@@ -215,15 +218,13 @@ class Bench(Measured[C]):
             self.run.put(group, described(make(), self.definitions))
         return self.run.load(group)
 
-    def _coords(self, used: set[str]) -> dict[str, Any]:
-        clock, bands = self.clock, self.bands
+    def _coords(self, used: set[str], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        clock = self.clock
         known: dict[str, Any] = {
             "step": np.arange(len(clock)),
             "ell": ("step", clock.log_snr),
             "timestep": ("step", clock.timesteps),
-            "band": np.arange(len(bands)),
-            "radius": ("band", bands.radius),
-            "count": ("band", bands.count),
+            **(bands or _of_frequency(self.bands)),
         }
         return {name: v for name, v in known.items() if (v[0] if isinstance(v, tuple) else name) in used}
 
@@ -233,3 +234,8 @@ class Bench(Measured[C]):
             return pairs, labels
         placed_pairs, placed_labels = place_pairs(self.mesh, pairs, labels)
         return placed_pairs, placed_labels
+
+
+def _of_frequency(bands: Bands) -> dict[str, Any]:
+    """Coordinates of the bands of the DCT."""
+    return {"band": np.arange(len(bands)), "radius": ("band", bands.radius), "count": ("band", bands.count)}

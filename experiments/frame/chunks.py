@@ -11,6 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 ARRAYS = "arrays"  # attribute of a group: the names of its arrays, so that a missing one is noticed
+NOT_DAMAGE = (MemoryError, PermissionError)  # errors of the machine, which say nothing of the file
 CODECS = (ZstdCodec(), Crc32cCodec())  # of every chunk; the checksum covers the compressed bytes
 
 
@@ -38,6 +39,8 @@ def readable(group: Path) -> bool:
         found = {path.name for path, *_ in _arrays(group)}
         named: Any = zarr.open_group(group, mode="r").attrs.get(ARRAYS, found)
         return found == set(named)
+    except NOT_DAMAGE:
+        raise
     except Exception:  # zarr raises many kinds
         return False
 
@@ -94,6 +97,8 @@ def damaged(group: Path, done: Sequence[int] | None = None, *, only: str | None 
             if _checked(array) and not file.is_file():
                 raise FileNotFoundError(file)
             array[region]
+        except NOT_DAMAGE:
+            raise
         except Exception:  # zarr and its codecs raise many kinds
             bad.add(block or 0)
     return sorted(bad)
@@ -154,3 +159,13 @@ def write_group(dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping]
     if options.get("mode") == "w":
         dataset = dataset.assign_attrs({ARRAYS: sorted(map(str, dataset.variables))})
     dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
+
+
+def layout_of(dataset: xr.Dataset) -> dict[str, dict]:
+    """Dimensions and shape of every variable."""
+    return {str(name): {"dims": variable.dims, "shape": variable.shape} for name, variable in dataset.data_vars.items()}
+
+
+def fill_of(dtype: np.dtype) -> float | int:
+    """What a group starts out with: NaN, or 0 for integers."""
+    return np.nan if np.issubdtype(dtype, np.floating) else 0

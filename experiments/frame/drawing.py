@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ COUPLING_LABEL = "coupling  $g$"
 def draw_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> None:
     """Draws ``{name: how}`` in the common style as ``<name>.png`` and ``.svg``, each in one move."""
     folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         for name, draw in figures.items():
             figure = draw()
             _save(figure, folder / f"{name}.png", dpi=DPI, metadata={"Software": None})
@@ -58,7 +59,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 
 def band_names(analysis: xr.Dataset) -> list[str]:
-    """Short names of the bands: DC, and the radial frequency of the others."""
+    """Short names of the bands: those that are stored, or DC and the radial frequency of the others."""
+    if "band_name" in analysis.coords:
+        return [str(name) for name in analysis.band_name.values]
     return ["DC" if radius == 0 else f"r = {radius:.2f}" for radius in analysis.radius.values]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.covariance import DataCovariance
-from ou_theory.modes import Bands
+from ou_theory.modes import Bands, Directions
 
 GROUPS = 6  # of a band, at most; more do not change the levels of a Gaussian by 0.1 nats
 
@@ -38,6 +38,27 @@ class Eigenmodes(NamedTuple):
         return band_share(self.band, self.count)
 
 
+class FineDirections(NamedTuple):
+    """The same of another basis than the DCT: groups of its directions, M in all, each within one of its own groups."""
+
+    directions: Directions
+    averaging: np.ndarray  # (directions, M) float32: mean over the members of each group
+    band: np.ndarray  # (M,) of each group
+    count: np.ndarray  # (M,) members of each group
+
+    def coefficients(self, dct: jax.Array) -> jax.Array:
+        """Coefficients (..., directions) of DCT coefficients (..., H, W, C)."""
+        return self.directions.coefficients(dct)
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        """Mean over the members of each group, (..., M), of values (..., directions)."""
+        return jnp.matmul(x, self.averaging, precision="highest")
+
+    def share(self) -> np.ndarray:
+        """See `Eigenmodes.share`."""
+        return band_share(self.band, self.count)
+
+
 def band_share(band: np.ndarray, count: np.ndarray) -> np.ndarray:
     """(M, B) float64: what groups of `count` members count for in the mean over their bands; columns sum to 1."""
     members = (np.asarray(band)[:, None] == np.arange(np.max(band) + 1)) * np.asarray(count, np.float64)[:, None]
@@ -47,15 +68,26 @@ def band_share(band: np.ndarray, count: np.ndarray) -> np.ndarray:
 def eigenmodes(bands: Bands, channels: int, covariance: DataCovariance | None) -> Eigenmodes:
     """The groups of every band by the variance of the data; each band is one group where that is not known."""
     rotation = np.broadcast_to(np.eye(channels), (*bands.index.shape, channels, channels))
-    index = np.repeat(np.asarray(bands.index).reshape(-1), channels)
-    group = index * GROUPS
+    index, variance = np.repeat(np.asarray(bands.index).reshape(-1), channels), None
     if covariance is not None:
         variance, rotation = np.linalg.eigh(covariance.coefficient)
-        for band in range(len(bands)):
+    return Eigenmodes(rotation.astype(np.float32), *_by_variance(index, variance))
+
+
+def fine_directions(directions: Directions, variance: np.ndarray) -> FineDirections:
+    """The groups of directions by the variance (directions,) of the data."""
+    return FineDirections(directions, *_by_variance(directions.index, variance))
+
+
+def _by_variance(index: np.ndarray, variance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Averaging, band and count of groups by variance within bands, from the band (n,) of each mode."""
+    group = index * GROUPS
+    if variance is not None:
+        for band in range(index.max() + 1):
             members = np.flatnonzero(index == band)
             order = members[np.argsort(-variance.reshape(-1)[members], kind="stable")]
             group[order] += np.arange(len(order)) * GROUPS // len(order)
     names, of = np.unique(group, return_inverse=True)
     count = np.bincount(of)
     averaging = (of[:, None] == np.arange(len(names))) / count
-    return Eigenmodes(rotation.astype(np.float32), averaging.astype(np.float32), names // GROUPS, count)
+    return averaging.astype(np.float32), names // GROUPS, count

@@ -48,6 +48,7 @@ def commitment_of(
     *,
     inner: ArrayLike | None = None,
     stochastic: bool = False,
+    ends: tuple[int, int] = (LOW, HIGH),
 ) -> Estimates:
     """The estimator on mean difference energies (..., C, K, B), whose first coupling is 0.
 
@@ -56,13 +57,16 @@ def commitment_of(
       inner: inner products with the own end, of the same shape. Without them all energy counts, which is right only
         for exact recursions: they have no errors.
       stochastic: whether the sampler adds noise.
+      ends: first and last band of the gap.
     """
-    found = _program(tuple(np.asarray(ell, np.float64)), float(start), stochastic)(energy, inner)
+    found = _program(tuple(np.asarray(ell, np.float64)), float(start), stochastic, ends)(energy, inner)
     return Estimates(**{name: np.asarray(value) for name, value in found.items()})
 
 
 @lru_cache(maxsize=64)
-def _program(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable[..., dict[str, jax.Array]]:
+def _program(
+    ell: tuple[float, ...], start: float, stochastic: bool, ends: tuple[int, int]
+) -> Callable[..., dict[str, jax.Array]]:
     """The estimator on the steps of one clock as one program: operation by operation, compiling takes most of the time
     of an analysis."""
     levels = np.array(ell)
@@ -76,8 +80,8 @@ def _program(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable
         return {
             "tau": found.level,
             "decided": found.decided,
-            "gap": oc.gap(found.level, LOW, HIGH),
-            "latched_gap": oc.gap(found.latched, LOW, HIGH),
+            "gap": oc.gap(found.level, *ends),
+            "latched_gap": oc.gap(found.latched, *ends),
             "relative_energy": q,
             "floor": (q - aligned)[..., int(np.searchsorted(levels, start)), :],
         }
@@ -85,13 +89,23 @@ def _program(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable
     return estimates
 
 
-def companions(energy: ArrayLike, inner: ArrayLike, ell: np.ndarray, start: float, *, stochastic: bool) -> np.ndarray:
+def companions(
+    energy: ArrayLike,
+    inner: ArrayLike,
+    ell: np.ndarray,
+    start: float,
+    *,
+    stochastic: bool,
+    ends: tuple[int, int] = (LOW, HIGH),
+) -> np.ndarray:
     """Gaps (..., estimator, C) by all of `ESTIMATORS`; the arguments are those of `commitment_of`."""
-    return np.asarray(_companions(tuple(np.asarray(ell, np.float64)), float(start), stochastic)(energy, inner))
+    return np.asarray(_companions(tuple(np.asarray(ell, np.float64)), float(start), stochastic, ends)(energy, inner))
 
 
 @lru_cache(maxsize=64)
-def _companions(ell: tuple[float, ...], start: float, stochastic: bool) -> Callable[..., jax.Array]:
+def _companions(
+    ell: tuple[float, ...], start: float, stochastic: bool, ends: tuple[int, int]
+) -> Callable[..., jax.Array]:
     levels = np.array(ell)
 
     @jax.jit
@@ -100,7 +114,7 @@ def _companions(ell: tuple[float, ...], start: float, stochastic: bool) -> Calla
         share = oc.aligned_share(oc.projection(inner, end), stochastic=stochastic)
         q = oc.relative_energy(energy, end[..., :1, :])
         accumulated = (share, jnp.minimum(share, 1), q, jnp.minimum(q, 1))  # the order of `ESTIMATORS`
-        return jnp.stack([oc.gap(oc.commitment(each, levels, start).level, LOW, HIGH) for each in accumulated], -2)
+        return jnp.stack([oc.gap(oc.commitment(each, levels, start).level, *ends) for each in accumulated], -2)
 
     return gaps
 
@@ -126,9 +140,10 @@ def guarded_start(q: np.ndarray, variance: np.ndarray, ell: np.ndarray, start: f
     return start
 
 
-def order(levels: np.ndarray) -> np.ndarray:
-    """Kendall's tau-b of commitment levels (..., B) against band order, DC left out; NaN where all levels tie."""
-    levels = np.asarray(levels)[..., LOW:]
+def order(levels: np.ndarray, lowest: int = LOW) -> np.ndarray:
+    """Kendall's tau-b of commitment levels (..., B) against band order, from the band `lowest` on, which leaves DC out
+    by default; NaN where all levels tie."""
+    levels = np.asarray(levels)[..., lowest:]
     first, second = np.triu_indices(levels.shape[-1], 1)
     sign = np.sign(levels[..., second] - levels[..., first])
     untied = np.count_nonzero(sign, axis=-1)

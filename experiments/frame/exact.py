@@ -28,17 +28,18 @@ def data_in_words(transformation: str) -> str:
     )
 
 
-def covariance_group(found: DataCovariance) -> xr.Dataset:
+def covariance_group(found: DataCovariance, share: np.ndarray | None = None) -> xr.Dataset:
     """The principal components of a network's data, as a run stores them: variances (component,) and their shares
-    (component, band)."""
+    (component, band), in the bands of the DCT unless those in other groups of modes are given."""
     about = "share of the component that lies in the band"
+    share = found.share if share is None else share
     transformation = (found.about["data"].get("transformation") or {}).get("name", "natural")
     return xr.Dataset(
         {
             "variance": ("component", found.variance, {"long_name": "within-class variance", "units": "1"}),
-            "share": (("component", "band"), found.share, {"long_name": about, "units": "1"}),
+            "share": (("component", "band"), share, {"long_name": about, "units": "1"}),
         },
-        coords={"component": np.arange(found.variance.size), "band": np.arange(found.share.shape[1])},
+        coords={"component": np.arange(found.variance.size), "band": np.arange(share.shape[1])},
         attrs={"transformation": transformation, "images": found.about["images"]},
     )
 

@@ -14,11 +14,11 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.diffusion import Denoiser, DenoiserOutput, Sampler
 from dit_jax.inside import PER_REPLICA
 from dit_jax.replicas import CoupledDenoiser, run_pairs
-from experiments.frame.eigenmodes import Eigenmodes
+from experiments.frame.eigenmodes import Eigenmodes, FineDirections
 from ou_theory.attention import GateKind, block_weights
 from ou_theory.clock import Clock
 from ou_theory.gain_model import wiener_gain
-from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes, radial_bands
+from ou_theory.modes import Bands, Directions, dct2, idct2, pair_modes, radial_bands
 
 
 def own_half(activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -47,7 +47,9 @@ def stream_modes(stream: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pair_modes(stream.astype(jnp.float32).reshape(*stream.shape[:-2], grid, grid, stream.shape[-1]))
 
 
-def coupled_wiener(variance: jax.Array, clock: Clock, kind: GateKind = "joint") -> CoupledDenoiser:
+def coupled_wiener(
+    variance: jax.Array, clock: Clock, kind: GateKind = "joint", directions: Directions | None = None
+) -> CoupledDenoiser:
     """The exact denoiser of independent Gaussian modes whose predictions are mixed by the gate's weights of blocks.
 
     The common mode of a symmetric pair is multiplied by `ou_theory.attention.common_gain`, which is 1 if the kind of
@@ -55,10 +57,12 @@ def coupled_wiener(variance: jax.Array, clock: Clock, kind: GateKind = "joint") 
     section 5.
 
     Args:
-      variance: (H, W) or (H, W, C) data variance of each DCT coefficient.
+      variance: (H, W) or (H, W, C) data variance of each DCT coefficient; or (M,) of each of the directions.
       kind: of the gate.
+      directions: modes in the place of the DCT's. Along others the data have no variance.
     """
-    variance = variance if variance.ndim == 3 else variance[..., None]
+    if directions is None:
+        variance = variance if variance.ndim == 3 else variance[..., None]
 
     def coupled(gate: jax.Array) -> Denoiser:
         mixing = block_weights(gate, kind)
@@ -66,6 +70,9 @@ def coupled_wiener(variance: jax.Array, clock: Clock, kind: GateKind = "joint") 
         def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
             sigma2 = jnp.asarray(clock.sigma**2, x.dtype)[step]
             scale = jnp.asarray(clock.alpha_bar**-0.5, x.dtype)[step]
+            if directions is not None:
+                each = wiener_gain(variance, sigma2) * directions.coefficients(dct2(scale * x))
+                return DenoiserOutput(directions.images(jnp.einsum("nab,bnm->anm", mixing, each, precision="highest")))
             each = wiener_gain(variance, sigma2) * dct2(scale * x)
             return DenoiserOutput(idct2(jnp.einsum("nab,bnhwc->anhwc", mixing, each, precision="highest")))
 
@@ -84,7 +91,7 @@ def shuffled_bands(bands: Bands, seed: int) -> Bands:
 def trajectories(
     coupled: CoupledDenoiser,
     clock: Clock,
-    bands: Bands,
+    bands: Bands | Directions,
     couplings: jax.Array,
     pairs: jax.Array,
     labels: jax.Array,
@@ -95,10 +102,14 @@ def trajectories(
 ) -> dict[str, jax.Array]:
     """Runs P pairs at C couplings and measures them; the first coupling must be 0.
 
+    Args:
+      bands: groups of modes, in the DCT or in another basis; a coefficient is one of its basis.
+
     Returns:
       energy (C, P, K, B, 2): mean square of the denoised common and difference modes per coefficient.
       projection (C, P, K, B): inner product of the denoised difference with its own end, per coefficient.
-      coefficient_energy, coefficient_projection (P, K, H, W): of the uncoupled difference, by coefficient, not by band.
+      coefficient_energy, coefficient_projection (P, K, H, W): of the uncoupled difference, by coefficient, not by band;
+        (P, K, M) for directions.
       state_energy (P, K, B): of the difference of the uncoupled states in the rescaled frame.
       states (K, 2, P, H, W, channels): the uncoupled states, for `one_pass`.
       sample (2, C, P, H, W, channels).
@@ -106,12 +117,12 @@ def trajectories(
     scale = jnp.asarray(clock.alpha_bar**-0.5, jnp.float32)
 
     def observe(step, x, denoised):
-        common, difference = pair_modes(denoised)
-        state = pair_modes(x[:, 0])[1] * scale[step]
-        energy = jnp.stack([band_mean(jnp.square(mode), bands) for mode in (common, difference)], -1)
+        common, difference = map(bands.coefficients, pair_modes(denoised))
+        state = bands.coefficients(pair_modes(x[:, 0])[1]) * scale[step]
+        energy = jnp.stack([bands.mean(jnp.square(mode)) for mode in (common, difference)], -1)
         return {
             "energy": energy,
-            "state_energy": band_mean(jnp.square(state), bands),
+            "state_energy": bands.mean(jnp.square(state)),
             "states": x[:, 0],
             "difference": difference,
         }
@@ -122,9 +133,9 @@ def trajectories(
     uncoupled = difference[:, 0]
     return {
         "energy": jnp.moveaxis(kept["energy"], 0, 2),
-        "projection": jnp.moveaxis(band_mean(inner, bands), 0, 2),
-        "coefficient_energy": jnp.square(uncoupled).mean(-1).swapaxes(0, 1),
-        "coefficient_projection": inner[:, 0].mean(-1).swapaxes(0, 1),
+        "projection": jnp.moveaxis(bands.mean(inner), 0, 2),
+        "coefficient_energy": bands.each(jnp.square(uncoupled)).swapaxes(0, 1),
+        "coefficient_projection": bands.each(inner[:, 0]).swapaxes(0, 1),
         "state_energy": jnp.moveaxis(kept["state_energy"], 0, 1),
         "states": kept["states"],
         "sample": out,
@@ -134,7 +145,7 @@ def trajectories(
 def one_pass(
     coupled: CoupledDenoiser,
     clock: Clock,
-    modes: Eigenmodes,
+    modes: Eigenmodes | FineDirections,
     couplings: jax.Array,
     states: jax.Array,
     labels: jax.Array,

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
-from experiments.frame.settings import RENAMED
+from dit_jax.platform import devices
+from experiments.frame.settings import ADDED, RENAMED
+from ou_theory.keys import GENERATOR
 
 FORMAT = "syncgap-run"
 FORMAT_VERSION = 1
@@ -23,6 +25,8 @@ OWN_ENTRIES = (
     *("resumed", "blocks", "python", "versions", "device", "platform", "git_revision"),
 )
 DIGESTS = "digests"  # of what is stored; older runs have none
+NUMERICS = "numerics"  # what JAX is set to that changes numbers; older runs have none
+NEWER = (DIGESTS, NUMERICS)  # entries of the store's own that older runs lack
 ENTRY_TYPES: dict[str, type] = {  # of what the code reads from a manifest
     "settings": dict, "timings": dict, "versions": dict, "blocks": dict, "resumed": list,
     "status": str, "command": str, "started": str, "device": str, "platform": str,
@@ -34,8 +38,12 @@ class StoreError(ValueError):
 
 
 def environment() -> dict[str, Any]:
-    """Python, packages (null: not installed), device and git revision (null: none) of this process."""
-    device = jax.devices()[0]
+    """Python, packages (null: not installed), device, git revision (null: none) and settings of JAX of this process.
+
+    Raises:
+      PlatformError: JAX has no device.
+    """
+    device, settings = devices()[0], cast(Any, jax.config)  # whose names JAX adds as it runs
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -43,6 +51,11 @@ def environment() -> dict[str, Any]:
         "platform": f"{device.platform}, {jax.device_count()} device(s), {os.cpu_count()} CPU cores, "
         f"{platform.system()} {platform.machine()}",
         "git_revision": git_revision(Path(__file__).parent),
+        NUMERICS: {
+            "generator": GENERATOR,
+            "x64": settings.jax_enable_x64,
+            "matmul_precision": settings.jax_default_matmul_precision,
+        },
     }
 
 
@@ -122,7 +135,7 @@ def _is_digests(entries: Any) -> bool:
 
 def comparable(entries: Mapping) -> dict:
     """The entries of a manifest by which runs are told apart. Settings have their present names, numbers are rounded to
-    single precision, in which networks run, and entries that older runs lack are left out."""
+    single precision, in which networks run, and entries that older runs lack are left out or have the value of old."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -132,7 +145,7 @@ def comparable(entries: Mapping) -> dict:
         return {name: rounded(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     kept = {name: value for name, value in entries.items() if name not in ("kind", "subject")}
-    settings = {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
+    settings = ADDED | {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
     return {**kept, "settings": rounded(settings)}
 
 

@@ -119,6 +119,9 @@ COORDINATES: Definitions = {
     "mode": ("group of modes of one band and of like variance in the data", "1"),
     "mode_band": ("band of the group", "1"),
     "mode_count": ("modes in the group", "1"),
+    "band_name": ("name of the band", "1"),
+    "direction": ("direction in the space of images", "1"),
+    "direction_band": ("group of the direction", "1"),
     "component": ("principal component of the data", "1"),
     "label_name": ("name of the pair's class", "1"),
 }

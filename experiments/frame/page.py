@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
+from experiments.frame.manifest import NUMERICS
 from experiments.frame.measured import subject_of
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.verdict import Claim, finite
@@ -142,15 +143,19 @@ def write_page(
     *,
     title: str = "",
     summary: Sequence[Mapping[str, Any]] = (),
+    others: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a page of sections and returns its path. The title is that of the first section by default.
 
     Args:
       sections: as `stored_section` and `filled` give them.
       summary: claims over several runs, shown in front, as `summary_of` gives them.
+      others: what lies beside the runs and is left out: name, and what it is.
     """
     page = templates(Path(__file__).parent / "templates").get_template("sections.html")
-    return write_text(path, page.render(title=title or sections[0]["title"], sections=sections, summary=summary))
+    return write_text(
+        path, page.render(title=title or sections[0]["title"], sections=sections, summary=summary, others=others or {})
+    )
 
 
 def templates(folder: Path) -> Environment:
@@ -165,17 +170,20 @@ def templates(folder: Path) -> Environment:
     )
 
 
-def stored_section(run: RunFolder, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def stored_section(
+    run: RunFolder, manifest: Mapping[str, Any] | None = None, *, name: str | None = None
+) -> dict[str, Any]:
     """The section of a run as the template needs it.
 
     Args:
+      name: of the run on the page; by default that of its folder.
       manifest: used in place of the stored one, which says that the run is complete only after its page is written.
 
     Raises:
       StoreError: the section, or a figure of it, is not stored.
     """
     manifest = run.manifest if manifest is None else manifest
-    about = {"id": run.path.name, "command": manifest["command"], "status": manifest["status"]}
+    about = {"id": name or run.path.name, "command": manifest["command"], "status": manifest["status"]}
     return filled(run.read_json("section.json"), run.path / "figures") | about | {"facts": facts(manifest)}
 
 
@@ -211,16 +219,16 @@ def claims_of(run: RunFolder) -> list[dict[str, Any]]:
     return claims
 
 
-def summary_of(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """What the runs say about each of the paper's claims, and about their own."""
+def summary_of(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
+    """What runs, by their names, say about each of the paper's claims, and about their own."""
     groups: dict[int, dict[str, Any]] = {}
-    for run in runs:
+    for name, run in runs.items():
         for claim in claims_of(run):
             if claim["verdict"] == "not tested":
                 continue
             title = PAPER.get(claim["id"], "Claims that are not the paper's")
             group = groups.setdefault(claim["id"] or 99, {"id": claim["id"] or "", "title": title, "entries": []})
-            where = {"section": run.path.name, "subject": subject_of(run), "page": f"{run.path.name}/report.html"}
+            where = {"section": name, "subject": subject_of(run), "page": f"{name}/report.html"}
             group["entries"].append({**claim_entry(claim), **where})
     return [groups[number] for number in sorted(groups)]
 
@@ -257,6 +265,8 @@ def facts(manifest: Mapping) -> list[tuple[str, str]]:
     timings = [f"{name.removesuffix('_s').replace('_', ' ')} {duration(t)}" for name, t in manifest["timings"].items()]
     lines = [(name.replace("_", " "), _plain(value)) for name, value in manifest["settings"].items()]
     lines += [("weights digest", manifest["weights_digest"])] if "weights_digest" in manifest else []
+    numerics = manifest.get(NUMERICS)  # older runs have none
+    lines += [("random numbers", numerics["generator"])] if numerics else []
     lines += [
         ("git revision", manifest["git_revision"] or NOTHING),
         ("Python", manifest["python"]),

@@ -18,6 +18,7 @@ Sampler = Literal["ddim", "ancestral"]
 
 SAMPLER_NAMES: dict[str, str] = {"ddim": "DDIM", "ancestral": "the ancestral sampler"}
 RENAMED = {"gate": "gate_kind"}  # settings of older runs, and what they are called now
+ADDED = {"modes": "dct"}  # settings that older runs do not store, and what they ran with
 
 
 @dataclass(frozen=True)

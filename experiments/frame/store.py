@@ -1,7 +1,8 @@
 """A run on disk: one folder with a manifest, labelled arrays, figures and a report.
 
     manifest.json   settings, versions and device, and which blocks of pairs are finished
-    data.zarr       one group per dataset, opened by any xarray: ``xr.open_datatree(folder / "data.zarr")``
+    data.zarr       one group per dataset, opened by any xarray:
+                    ``xr.open_datatree(folder / "data.zarr", engine="zarr", consolidated=False)``
 
 A block counts once the manifest names it. A process that dies before that leaves the manifest and the blocks it names
 unchanged; the block is written again when the run is resumed. Every stored chunk carries a checksum, which is verified
@@ -16,25 +17,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 import zarr
 
 from dit_jax.disk import recover, write_json
 from experiments.frame.chunks import (
+    NOT_DAMAGE,
     blocks_of,
     damaged,
+    fill_of,
+    layout_of,
     missing_chunks,
     opened,
     pairs_of,
     readable,
     write_group,
-)
+)  # fmt: skip
 from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
 from experiments.frame.manifest import (
     DIGESTS,
     FORMAT,
     FORMAT_VERSION,
+    NEWER,
     OWN_ENTRIES,
     StoreError,
     comparable,
@@ -84,7 +88,7 @@ class RunFolder:
         """
         path = Path(path)
         asked = json_form({"settings": dict(settings), **(extra or {})}, "settings and extra")
-        taken = sorted(set(extra or {}) & set(OWN_ENTRIES))
+        taken = sorted(set(extra or {}) & {*OWN_ENTRIES, *NEWER})
         if taken:
             raise StoreError(f"manifest entries {', '.join(taken)} are the store's own; rename those in extra")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -114,17 +118,15 @@ class RunFolder:
         manifest = read_manifest(path)
         if not resume:
             raise StoreError(f"{path} holds another run; continue it with --resume, or choose another --out")
-        before = {
-            name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, DIGESTS)
-        }
+        before = {name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, *NEWER)}
         changed = differences(comparable(before), comparable(asked))
         if changed:
             raise StoreError(
                 f"{path} holds a run with other settings ({'; '.join(changed)}); "
                 "resume it with the settings it was started with, or choose another --out"
             )
-        here = environment()
-        moved = differences({name: manifest.get(name) for name in here}, here)
+        here = {name: value for name, value in environment().items() if name in manifest}  # older runs lack some
+        moved = differences({name: manifest[name] for name in here}, here)
         run = cls(path, manifest, writable=True)
         run.moved = moved
         run._sweep()
@@ -168,19 +170,20 @@ class RunFolder:
         if group in self.manifest["blocks"] and recover(self._group(group)):
             self._mend_coordinates(group, template)
             stored = self._open(group)
-            if _layout(stored) != _layout(template) or not stored.coords.to_dataset().equals(
+            if layout_of(stored) != layout_of(template) or not stored.coords.to_dataset().equals(
                 template.coords.to_dataset()
             ):
                 raise StoreError(f"{self._group(group)} has another layout than this run needs; choose another --out")
             return
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
-        empty = {name: xr.full_like(v, _fill(v.dtype)) for name, v in template.data_vars.items()}
+        empty = {name: xr.full_like(v, fill_of(v.dtype)) for name, v in template.data_vars.items()}
         chunks = {
             str(name): {"chunks": tuple(min(chunk, n) if dim == "pair" else n for dim, n in v.sizes.items())}
             for name, v in template.data_vars.items()
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
+        self._mend_coordinates(group, template)  # nor were coordinates that happen to be the fill value
         self._update(
             blocks={**self.manifest["blocks"], group: []},
             digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
@@ -202,9 +205,9 @@ class RunFolder:
         last = first + dataset.sizes.get("pair", 0)
         if not 0 <= first < last <= stored.sizes["pair"]:
             raise StoreError(f"group {group!r} has {stored.sizes['pair']} pairs, the block is [{first}, {last})")
-        expected = _layout(stored.isel(pair=slice(first, last)))
-        if _layout(dataset) != expected:
-            wrong = "; ".join(differences(expected, _layout(dataset)))
+        expected = layout_of(stored.isel(pair=slice(first, last)))
+        if layout_of(dataset) != expected:
+            wrong = "; ".join(differences(expected, layout_of(dataset)))
             raise StoreError(f"the block at pair {first} does not fit group {group!r}: {wrong}")
         for name, variable in stored.data_vars.items():
             chunk = variable.encoding["chunks"][variable.dims.index("pair")]
@@ -273,6 +276,8 @@ class RunFolder:
             there = set(done or ()) if LAYOUT in altered else set(blocks_of(target))
             missing = missing_chunks(target, done and [first for first in done if first in there])
             found = self._open(group).load()
+        except NOT_DAMAGE:
+            raise
         except Exception as error:  # zarr and its codecs raise many kinds for a damaged group
             raise StoreError(f"{self._damage(group)} ({type(error).__name__}: {error})") from error
         invented = sorted(set(done or ()) - there)
@@ -296,7 +301,7 @@ class RunFolder:
         if bad:
             mended = template.coords.to_dataset()
             mended = mended.drop_vars([name for name in mended.variables if name not in bad])
-            self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a")
+            self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a", write_empty_chunks=True)
             self._update(digests=self._with_digest(group, LAYOUT))
 
     @property
@@ -400,11 +405,3 @@ class RunFolder:
         unfinished = self.manifest["status"] != "complete"
         again = "the same command with --resume makes it again"
         return "its run is not finished, continue it with --resume" if unfinished else again
-
-
-def _layout(dataset: xr.Dataset) -> dict[str, dict]:
-    return {str(name): {"dims": variable.dims, "shape": variable.shape} for name, variable in dataset.data_vars.items()}
-
-
-def _fill(dtype: np.dtype) -> float | int:
-    return np.nan if np.issubdtype(dtype, np.floating) else 0

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ou_theory.keys import random_key
+
 FIRST = 2**31  # the numbers of the purposes begin here; indices of pairs, steps and branches are smaller
 PURPOSES = {  # these numbers never change; a new purpose takes a new one
     "noised ends": 0,  # noise that is put on the ends of trajectories
@@ -39,7 +41,7 @@ def stream(seed: int | jax.Array, purpose: str, *indices: int | jax.Array) -> ja
     """
     if purpose not in PURPOSES:
         raise ValueError(f"purpose {purpose!r} is not one of {', '.join(PURPOSES)}")
-    key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(FIRST + PURPOSES[purpose]))
+    key = jax.random.fold_in(random_key(seed), jnp.uint32(FIRST + PURPOSES[purpose]))
     for index in indices:
         key = jax.random.fold_in(key, index)
     return key

@@ -15,9 +15,12 @@ from typing import Any, Generic, TypeVar, cast
 import xarray as xr
 
 from dit_jax.disk import write_json
+from dit_jax.lock import held
 from experiments.frame.bench import Bench
+from experiments.frame.collection import runs_in
 from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
+from experiments.frame.numerics import own_numerics
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.subject import Subject, model_folder, model_name
@@ -42,6 +45,7 @@ class Study(Generic[C]):
     any_network: bool = False  # whether networks without attention are accepted, too
 
 
+@own_numerics()
 def run_study(
     study: Study[C],
     config: C,
@@ -63,8 +67,14 @@ def run_study(
       the path of ``report.html``.
 
     Raises:
-      ValueError: settings that do not fit the weights; an output folder that holds another run.
+      ValueError: settings that do not fit the weights; an output folder that holds another run, or that another process
+        is writing.
     """
+    with held(out):
+        return _run(study, config, Path(out), resume, command, progress)
+
+
+def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, progress: bool) -> Path:
     started = time.perf_counter()
     bench = Bench(
         study.name,
@@ -108,6 +118,7 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
     return joint_page(out, {study.name: study}.get)
 
 
+@own_numerics()
 def report(study: Study[C], run: RunFolder) -> Path:
     """Makes analysis, claims, figures and page of a run from what it has measured, and marks the run complete. Returns
     the path of ``report.html``.
@@ -131,7 +142,7 @@ def report(study: Study[C], run: RunFolder) -> Path:
 
 def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then the
-    studies of several networks side by side, then every run in full.
+    studies of several networks side by side, then every run in full. What is no finished run is listed and left out.
 
     Args:
       find: the study of a name, or None if there is none.
@@ -139,12 +150,12 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     Raises:
       StoreError: the folder holds no finished runs.
     """
-    runs = [RunFolder.open(path.parent) for path in sorted(folder.glob("*/manifest.json"))]
-    runs = [run for run in runs if (run.path / "section.json").exists()]
+    runs, others = runs_in(folder)
     if not runs:
-        raise StoreError(f"{folder} holds no finished run; give an --out folder, or a folder of such folders")
+        there = f" ({'; '.join(f'{name}: {what}' for name, what in others.items())})" if others else ""
+        raise StoreError(f"{folder} holds no finished run{there}; give an --out folder, or a folder of such folders")
     studies: dict[str, list[RunFolder]] = {}
-    for run in runs:
+    for run in runs.values():
         studies.setdefault(study_of(run), []).append(run)
     joint = [
         _together(folder, study, members)
@@ -152,8 +163,8 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
         if len(members) > 1 and (study := find(name)) is not None and study.together is not None
     ]
     title = "Where diffusion transformers decide: all experiments"
-    sections = [*joint, *(stored_section(run) for run in runs)]
-    return write_page(folder / "report.html", sections, title=title, summary=summary_of(runs))
+    sections = [*joint, *(stored_section(run, name=name) for name, run in runs.items())]
+    return write_page(folder / "report.html", sections, title=title, summary=summary_of(runs), others=others)
 
 
 def study_of(run: RunFolder) -> str:

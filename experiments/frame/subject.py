@@ -12,7 +12,10 @@ from flax import nnx
 from dit_jax.checkpoint import load_manifest, load_model, shipped_model
 from dit_jax.config import ControlConfig, NetworkConfig
 from dit_jax.controls import Network, make_network
+from dit_jax.diffusion import WITHOUT_GUIDANCE
+from dit_jax.disk import CheckpointError
 from dit_jax.model import DiT
+from dit_jax.platform import host_device
 from experiments.frame.settings import Dtype
 from experiments.frame.streams import stream
 
@@ -21,9 +24,14 @@ def model_folder(weights: str) -> Path:
     """The folder `weights`, or that of the shipped model of this name.
 
     Raises:
-      CheckpointError: neither exists.
+      CheckpointError: neither exists; it is a file; it is a training run, whose model is inside.
     """
-    return Path(weights) if Path(weights).is_dir() else shipped_model(weights)
+    path = Path(weights)
+    if not path.is_dir():
+        return shipped_model(weights)
+    if (path / "model" / "manifest.json").is_file() and not (path / "manifest.json").exists():
+        raise CheckpointError(f"{weights} is a training run; its model is {path / 'model'}")
+    return path
 
 
 def model_name(folder: Path) -> str:
@@ -65,7 +73,7 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
       ValueError: there is no such model, or its folder cannot be used.
     """
     source = model_folder(weights)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]) if on_host else nullcontext():
+    with jax.default_device(host_device()) if on_host else nullcontext():
         model = cast(DiT, load_model(source, dtype, params=dtype))
         return Subject(model_name(source), model, load_manifest(source))
 
@@ -76,6 +84,17 @@ def check_dit(subject: Subject, study: str) -> None:
     if isinstance(config, ControlConfig):
         raise ValueError(
             f"syncgap {study} couples or reads attention and needs a DiT; {subject.name} is a {config.architecture}"
+        )
+
+
+def check_guidance(manifest: dict, config: NetworkConfig, guidance: float) -> None:
+    """Raises ValueError for guidance by a network that has no null label, or has never seen it."""
+    if guidance != 1:
+        config.need_null_label(f"guidance {guidance:g}", WITHOUT_GUIDANCE)
+    if guidance != 1 and (manifest.get("training") or {}).get("label_dropout") == 0:
+        raise ValueError(
+            "guidance compares a class with the null label, on which this network was not trained (its manifest says "
+            "label_dropout 0); leave --guidance out, or train with label dropout"
         )
 
 

@@ -24,7 +24,8 @@ def over_networks(values: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Interval (2,) of the mean of independently trained networks, by Student's t; NaN for fewer than three."""
     if values.size < 3:
         return np.full(2, np.nan)
-    return np.array(stats.t.interval(level, values.size - 1, values.mean(), stats.sem(values)))
+    reach = stats.t.isf((1 - level) / 2, values.size - 1) * stats.sem(values)
+    return np.array([values.mean() - reach, values.mean() + reach])
 
 
 def trained_again(trainings: Sequence[Training]) -> list[Table]:

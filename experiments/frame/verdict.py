@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Verdict = Literal["holds", "does not hold", "undecided", "not tested"]
+LEAST = 1e-3  # nats; a smaller gap counts as none, for levels in single precision are not known better
 
 
 @dataclass
@@ -48,6 +49,13 @@ def above(interval: ArrayLike | None, threshold: float = 0.0) -> Verdict:
         return "undecided"
     low, high = np.asarray(interval, np.float64)
     return "holds" if low > threshold else "does not hold" if high <= threshold else "undecided"
+
+
+def told_from_zero(values: ArrayLike) -> bool:
+    """Whether a gap, (estimate, low, high) in nats, is known to be there, either way, so that a share of it means
+    something."""
+    _, low, high = np.asarray(values, np.float64)
+    return bool(low > LEAST or high < -LEAST)
 
 
 def at_most(interval: ArrayLike | None, threshold: float = 0.0) -> Verdict:

@@ -130,6 +130,10 @@ def _training(manifest: Mapping) -> dict[str, str]:
     if training:
         told = {"steps": "steps", "batch_size": "batch", "learning_rate": "learning rate", "seed": "seed"}
         lines["training"] = ", ".join(f"{word} {training[name]}" for name, word in told.items() if name in training)
+    longer = training.get("extensions")
+    if isinstance(longer, list):
+        at = ", ".join(f"at step {_mapping({'': each}, '').get('at_step')}" for each in longer)
+        lines["training"] = f"{lines.get('training', '')}, made longer {at}"
     if isinstance(loss.get("mse"), float):
         lines["final loss"] = f"mean square {loss['mse']:.4f} at step {loss.get('step')}"
     return lines

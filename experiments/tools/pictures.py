@@ -19,7 +19,8 @@ from dit_jax.images import image_grid
 from dit_jax.latents import is_latent, to_pictures, vae_decoder
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments.frame.manifest import environment
-from experiments.frame.subject import model_folder
+from experiments.frame.numerics import own_numerics
+from experiments.frame.subject import check_guidance, model_folder
 from experiments.tools.info import read_manifest
 from experiments.tools.settings import SampleConfig
 from ou_theory.clock import Clock
@@ -34,6 +35,7 @@ class PicturesError(ValueError):
     """Pictures that cannot be made as asked."""
 
 
+@own_numerics()
 def sample_pictures(
     weights: str,
     config: SampleConfig,
@@ -63,6 +65,7 @@ def sample_pictures(
     if config.vae is not None and not is_latent(manifest):
         raise PicturesError(f"--vae decodes latents of the official models, which {source.name} does not produce")
     decoder = None if config.vae is None else vae_decoder(config.vae)
+    check_guidance(manifest, model_config, config.guidance)
     clock = model_config.clock(config.steps)
     known = names(manifest)
     asked = config.classes or tuple(map(str, range(min(model_config.num_classes, DEFAULT_CLASSES))))

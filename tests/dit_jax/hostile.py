@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 
 from dit_jax.checkpoint import save_weights, weight_shapes
 from dit_jax.config import DiTConfig
+from dit_jax.facts import Facts
 from dit_jax.weights import WeightsError, convert, convert_entries, source_shapes
 
 CONFIG = DiTConfig(input_size=4, in_channels=3, hidden_size=8, depth=1, num_heads=2, num_classes=3)
+# what no file of these tests says of it
+TOLD: Any = {"prediction": "epsilon", "num_heads": 2, "num_classes": 3, "input_size": 4}
 KEYS = sorted(source_shapes(CONFIG))
 RNG = np.random.default_rng(0)
 OFFICIAL = {key: RNG.standard_normal(shape, np.float32) for key, shape in source_shapes(CONFIG).items()}
@@ -37,7 +41,7 @@ def tensors() -> dict:
 
 
 def read(path):
-    return convert(path, num_heads=CONFIG.num_heads)
+    return convert(path, **TOLD)
 
 
 def refused(path, message: str) -> str:
@@ -112,6 +116,16 @@ DEEP = 300_000
 PICKLES = {  # bodies of pickles of protocol 2, made to exhaust memory or stack, or malformed
     "key of many tuples": b"})" + b"\x85" * DEEP + b"Ns",
     "key of exponential size": b")q\x00" + b"h\x00h\x00\x86q\x00" * 64 + b"0}h\x00Ns",
+    "key whose size a call hides": b")q\x00"
+    + b"ctorch._utils\n_rebuild_parameter\nh\x00h\x00\x86\x85Rq\x00" * 64
+    + b"0}h\x00Ns",
+    "key whose size a class hides": b")q\x00" + b"ctorch\nSize\nh\x00h\x00\x86\x85Rq\x00" * 64 + b"0}h\x00Ns",
+    "key whose size a reference hides": b")q\x00"
+    + b"(X\x06\x00\x00\x00moduleh\x00h\x00\x86NNtQq\x00" * 64
+    + b"0}h\x00Ns",
+    "key of doubled tuples": b")" + b"2\x86" * 64 + b"q\x000}h\x00Ns",
+    "a memo of gigabytes": b"}r\xff\xff\xff\x7f",
+    "many classes": b"".join(b"ca\nb%d\n0" % i for i in range(20_000)) + b"}",
     "key of exponential width": b")q\x00" + (b"(" + b"h\x00" * 99 + b"tq\x00") * 9 + b"0}h\x00Ns",
     "value of many tuples": b"}X\x01\x00\x00\x00a)" + b"\x85" * DEEP + b"s",
     "many marks": b"(" * DEEP,
@@ -136,7 +150,7 @@ PICKLES = {  # bodies of pickles of protocol 2, made to exhaust memory or stack,
 
 def model_folder(path: Path) -> Path:
     """The model as a good model folder."""
-    save_weights(CONFIG, convert_entries(OFFICIAL, "file", CONFIG.num_heads)[1], path)
+    save_weights(CONFIG, convert_entries(OFFICIAL, "file", Facts(**TOLD))[1], path)
     return path
 
 

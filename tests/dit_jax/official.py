@@ -22,7 +22,7 @@ def nhwc(x: np.ndarray) -> np.ndarray:
 
 
 def tiny_model(dtype: str = "float32") -> DiT:
-    converted = convert(DATA / "tiny_xl_like.pt", num_heads=6)
+    converted = convert(DATA / "tiny_xl_like.pt", num_heads=6, num_classes=10, prediction="epsilon")
     return assemble(dataclasses.replace(converted.config, dtype=dtype), converted.weights)
 
 

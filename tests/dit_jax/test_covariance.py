@@ -7,7 +7,16 @@ from scipy.fft import dctn
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
-from dit_jax.covariance import FILE, covariance_for, data_covariance, load_covariance, save_covariance, within_class
+from dit_jax.covariance import (
+    FILE,
+    LEADING,
+    class_directions,
+    covariance_for,
+    data_covariance,
+    load_covariance,
+    save_covariance,
+    within_class,
+)
 from dit_jax.disk import CheckpointError
 from dit_jax.images import ImageSet, load_images
 from dit_jax.transforms import doubled, training_data
@@ -91,6 +100,62 @@ def test_it_comes_back_from_a_model_folder(images, tmp_path):
             load_covariance(tmp_path / "model")
 
 
+BASES = ("components", "class_mean", "class_share", "colour_axes", "colour_share")
+
+
+def test_components_make_the_covariance_diagonal(images):
+    found = data_covariance(images)
+    x, labels = doubled(images), np.concatenate([images.labels] * 2)
+    inside = found.components @ within_class(x, labels) @ found.components.T
+    np.testing.assert_allclose(inside, np.diag(found.variance[:LEADING]), atol=1e-6 * found.variance[0])
+    rotated = np.einsum("hwcd,ca,db->ab", found.coefficient, found.colour_axes, found.colour_axes)
+    np.testing.assert_allclose(rotated, np.diag(np.diag(rotated)), atol=1e-9 * rotated[0, 0])
+    assert np.all(np.diff(np.diag(rotated)) < 0)
+
+
+def test_directions_come_back_to_three_digits_and_fit_each_other(images, tmp_path):
+    found = data_covariance(images)
+    save_covariance(tmp_path, found)
+    back = load_covariance(tmp_path)
+    for name in BASES:
+        np.testing.assert_allclose(getattr(back, name), getattr(found, name), rtol=1e-3, atol=1e-6, err_msg=name)
+    apart = class_directions(back.class_mean)
+    assert len(apart) == 1  # of two classes
+    np.testing.assert_allclose(back.class_share[:LEADING], np.square(back.components @ apart.T), atol=2e-3)
+    np.testing.assert_allclose(back.colour_share.sum(2), back.share, atol=2e-3)
+    means = np.stack([doubled(images)[np.tile(images.labels, 2) == c].mean(0) for c in (0, 1)])
+    expected = dctn(means, axes=(1, 2), norm="ortho").reshape(2, -1)
+    np.testing.assert_allclose(back.class_mean, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_files_of_older_versions_are_read_and_half_a_file_is_not(images, tmp_path):
+    found = data_covariance(images)
+    old = found._replace(**dict.fromkeys(BASES))
+    save_covariance(tmp_path, old)
+    back = load_covariance(tmp_path)
+    assert not back.has_bases
+    with np.load(tmp_path / FILE) as stored:
+        assert sorted(stored) == ["about", "coefficient", "share", "variance"]
+        before = dict(stored)
+    save_covariance(tmp_path, found)
+    with np.load(tmp_path / FILE) as stored:
+        after = dict(stored)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    for wrong in ({"components": after["components"][:-1]}, {"class_share": after["class_share"][:, :0]}):
+        np.savez(tmp_path / FILE, **{**after, **wrong})
+        with pytest.raises(CheckpointError, match=r"do not fit.*syncgap covariance"):
+            load_covariance(tmp_path)
+    np.savez(tmp_path / FILE, **{name: value for name, value in after.items() if name != "colour_share"})
+    with pytest.raises(CheckpointError, match=r"colour_share.*syncgap covariance"):
+        load_covariance(tmp_path)
+
+
+def test_classes_without_a_difference_have_no_directions():
+    assert class_directions(np.ones((3, 12))).shape == (0, 12)
+    assert class_directions(np.eye(3, 12)).shape == (2, 12)
+
+
 def test_a_claim_of_too_many_bytes_is_refused_unread(tmp_path):
     np.savez_compressed(tmp_path / FILE, variance=np.zeros(2**23), share=np.ones((1, 7)), about="{}")
     with pytest.raises(CheckpointError, match="claims more bytes"):
@@ -111,7 +176,7 @@ def test_the_command_adds_it_and_refuses_other_images(folder, images, tmp_path, 
     with pytest.raises(ValueError, match="trained on other images"):
         covariance_for({"data": {"sha256": "0" * 64}}, images)
     assert main(["covariance", str(tmp_path / "nothing"), str(folder), "--quiet"]) == 2
-    assert "no shipped model" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_the_command_reads_classes_in_the_order_of_the_model(folder, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from dit_jax.weights import WeightsError, convert, state_dict
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_xl_like.pt"
 DEPTH, WIDTH, HEADS = 4, 96, 6
+TOLD: Any = {"num_heads": HEADS, "num_classes": 10, "prediction": "epsilon"}  # what the recorded file does not say
 CONFIG_JSON = {
     "_class_name": "Transformer2DModel",
     "_diffusers_version": "0.12.0.dev0",
@@ -102,7 +104,7 @@ def same(found, expected):
 def expected(official, tmp_path_factory):
     path = tmp_path_factory.mktemp("official") / "model.pt"
     torch.save({key: torch.tensor(value) for key, value in official.items()}, path)
-    return convert(path, num_heads=HEADS)
+    return convert(path, **TOLD)
 
 
 # --- the diffusers form
@@ -118,19 +120,19 @@ def test_the_xl_form_has_its_538_keys(official):
 def test_diffusers_form_is_the_same_model(tmp_path, official, expected, given):
     folder = diffusers_folder(tmp_path, diffusers_form(official))
     source = folder if given == "folder" else folder / "diffusion_pytorch_model.safetensors"
-    found = convert(source)  # config.json tells the heads
+    found = convert(source, prediction="epsilon")  # config.json tells the rest
     assert found.config == expected.config
     same(found.weights, expected.weights)
     assert found.provenance["source"]["form"] == "safetensors, diffusers"
-    assert "127" in found.notes[0]
-    assert not expected.notes
+    assert any("127" in note for note in found.notes)
+    assert not any("127" in note for note in expected.notes)
 
 
 def test_diffusers_weights_in_a_pytorch_file(tmp_path, official, expected):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
     path = tmp_path / "diffusion_pytorch_model.bin"
     torch.save({key: torch.tensor(value) for key, value in diffusers_form(official).items()}, path)
-    same(convert(path).weights, expected.weights)
+    same(convert(path, prediction="epsilon").weights, expected.weights)
 
 
 def run(model: DiT, refs) -> np.ndarray:
@@ -153,7 +155,7 @@ def test_either_timestep_convention_computes_its_own_function(tmp_path, official
     assert np.abs(stock - out).max() > 0.02 * size
     limit = np.where(refs["t"] <= 10, 5e-6, 5e-5)[:, None, None, None] * size
     for convention, reference in (("official", out), ("diffusers", stock)):
-        conversion = convert(folder, timestep_convention=convention)
+        conversion = convert(folder, prediction="epsilon", timestep_convention=convention)
         assert conversion.config.timestep_convention == convention
         assert (np.abs(run(assemble(conversion.config, conversion.weights), refs) - reference) < limit).all()
     save_weights(conversion.config, conversion.weights, tmp_path / "out", extra=conversion.provenance)
@@ -168,7 +170,7 @@ def test_embedders_that_differ_between_blocks_are_refused(tmp_path, official):
     entries[key] = entries[key].copy()
     entries[key][3, 3] += 1e-6
     with pytest.raises(WeightsError, match=r"transformer_blocks\.2\.\S+linear_1\.weight is not as in block 0"):
-        convert(diffusers_folder(tmp_path, entries))
+        convert(diffusers_folder(tmp_path, entries), prediction="epsilon")
 
 
 def test_missing_and_unknown_diffusers_keys_are_listed(tmp_path, official):
@@ -208,13 +210,13 @@ def test_diffusers_weights_need_their_config(tmp_path, official):
 
 def test_larger_images_have_a_larger_grid(tmp_path, official):
     """512 px against 256 px: nothing but the position embedding differs."""
-    found = convert(diffusers_folder(tmp_path, diffusers_form(official), sample_size=16))
+    found = convert(diffusers_folder(tmp_path, diffusers_form(official), sample_size=16), prediction="epsilon")
     assert found.config.input_size == 16
     np.testing.assert_array_equal(found.weights["pos_embed"], position_embedding(8, WIDTH))
     larger = {**official, "pos_embed": position_embedding(8, WIDTH)[None]}
     save_file(larger, tmp_path / "official.safetensors")
     (tmp_path / "config.json").unlink()
-    same(convert(tmp_path / "official.safetensors", num_heads=HEADS).weights, found.weights)
+    same(convert(tmp_path / "official.safetensors", **TOLD).weights, found.weights)
 
 
 # --- safetensors, shards, prefixes, types
@@ -222,7 +224,7 @@ def test_larger_images_have_a_larger_grid(tmp_path, official):
 
 def test_official_keys_in_safetensors_with_prefixes(tmp_path, official, expected):
     save_file({f"module._orig_mod.{key}": value for key, value in official.items()}, tmp_path / "model.safetensors")
-    same(convert(tmp_path / "model.safetensors", num_heads=HEADS).weights, expected.weights)
+    same(convert(tmp_path / "model.safetensors", **TOLD).weights, expected.weights)
 
 
 @pytest.mark.parametrize("given", ["folder", "index"])
@@ -238,7 +240,7 @@ def test_sharded_safetensors(tmp_path, official, expected, given):
     index.write_text(
         json.dumps({"metadata": {}, "weight_map": {k: name for name, keys in shards.items() for k in keys}})
     )
-    found = convert(folder if given == "folder" else index)
+    found = convert(folder if given == "folder" else index, prediction="epsilon")
     same(found.weights, expected.weights)
     assert set(found.provenance["source"]["sha256"]) == set(shards)
     json.dumps(found.provenance)
@@ -254,14 +256,14 @@ def test_other_float_types_are_read_for_what_they_hold(tmp_path, official, dtype
         torch.save({key: torch.tensor(value).to(getattr(torch, dtype)) for key, value in official.items()}, path)
     else:
         save_file(narrow, path)
-    found = convert(path, num_heads=HEADS)
+    found = convert(path, **TOLD)
     back = dict(state_dict(found.config, found.weights))
     same(back, {key: value.astype(np.float32) for key, value in narrow.items()})
 
 
 def test_conversion_to_bfloat16_rounds_once_and_spares_the_positions(tmp_path, expected, official):
     save_file(official, tmp_path / "model.safetensors")
-    found = convert(tmp_path / "model.safetensors", num_heads=HEADS, dtype="bfloat16")
+    found = convert(tmp_path / "model.safetensors", **TOLD, dtype="bfloat16")
     for path, array in found.weights.items():
         rounded = expected.weights[path] if path == "pos_embed" else expected.weights[path].astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(array, rounded, err_msg=path)
@@ -307,7 +309,7 @@ def test_export_is_the_inverse_of_conversion_bit_for_bit(tmp_path, official, exp
     }
     del wanted["pos_embed"]
     same(found, wanted)
-    again = convert(path, num_heads=HEADS)
+    again = convert(path, **TOLD)
     np.testing.assert_array_equal(again.weights["pos_embed"], official["pos_embed"][0])
     assert not list(path.parent.glob(".*"))
 
@@ -363,7 +365,7 @@ def test_export_refuses_what_it_cannot_do(tmp_path, expected, monkeypatch):
 @pytest.mark.parametrize("convention", ["official", "diffusers"])
 def test_verification_passes_on_the_true_model_and_finds_the_stage_of_a_fault(tmp_path, official, convention):
     folder = diffusers_folder(tmp_path, diffusers_form(official))
-    conversion = convert(folder, timestep_convention=convention)
+    conversion = convert(folder, prediction="epsilon", timestep_convention=convention)
     stages = compare_stages(folder, assemble(conversion.config, conversion.weights))
     assert len(stages) == 2 + 6 * DEPTH + 1
     table, passed = report(stages, DEPTH)
@@ -382,7 +384,7 @@ def test_verification_passes_on_the_true_model_and_finds_the_stage_of_a_fault(tm
 def test_a_stage_that_is_zero_on_both_sides_deviates_by_nothing(tmp_path, official):
     quiet = {key: np.zeros_like(value) if key.startswith("final") else value for key, value in official.items()}
     save_file(quiet, tmp_path / "model.safetensors")
-    conversion = convert(tmp_path / "model.safetensors", num_heads=HEADS)
+    conversion = convert(tmp_path / "model.safetensors", **TOLD)
     with np.errstate(all="raise"):
         stages = compare_stages(tmp_path / "model.safetensors", assemble(conversion.config, conversion.weights))
     assert stages[-1] == ("out", (0.0, 0.0))
@@ -398,7 +400,7 @@ def test_the_reference_in_pytorch_is_the_official_function(official, refs):
     """Against the recorded official outputs, so that what conversions are verified with is itself verified."""
     from dit_jax.torch_reference import TorchDiT
 
-    config = convert(TINY, num_heads=HEADS).config
+    config = convert(TINY, **TOLD).config
     stored = torch.load(TINY, weights_only=True)
     for convention, reference in (("official", refs["out_f32"]), ("diffusers", refs["diffusers_stock_out_f32"])):
         model = TorchDiT(dataclasses.replace(config, timestep_convention=convention))
@@ -414,7 +416,7 @@ def test_coupled_replicas_in_pytorch_are_those_in_jax(g, refs):
     from dit_jax.attention import symmetric_gate
     from dit_jax.torch_reference import TorchDiT
 
-    conversion = convert(TINY, num_heads=HEADS)
+    conversion = convert(TINY, **TOLD)
     reference = TorchDiT(conversion.config)
     reference.load_state_dict(torch.load(TINY, weights_only=True))
     x = np.random.default_rng(0).standard_normal((2, 3, 8, 8, 4), np.float32)

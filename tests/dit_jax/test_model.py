@@ -42,7 +42,7 @@ def refs():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return convert(DATA / "tiny_xl_like.pt", num_heads=6)
+    return convert(DATA / "tiny_xl_like.pt", num_heads=6, num_classes=10, prediction="epsilon")
 
 
 def build(tiny, dtype="float32") -> DiT:

@@ -37,7 +37,7 @@ def test_a_shipped_model_says_where_it_comes_from(name):
 def test_the_default_is_shipped_and_all_stay_small():
     assert DEFAULT_WEIGHTS in NAMES
     files = [path for name in NAMES for path in shipped_model(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 20e6
+    assert sum(path.stat().st_size for path in files) < 21e6
     with pytest.raises(CheckpointError, match="photos16-v"):
         shipped_model("photos99")
 
@@ -51,6 +51,19 @@ def test_a_shipped_model_of_photographs_knows_their_covariance(name):
     ratio = found.band_variance()[1] / found.band_variance()[-1]
     expected = {"photos8-whitened": (0.9, 1), "photos8-reversed": (0.003, 0.01)}.get(name, (50, 500))
     assert expected[0] < ratio < expected[1]
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_a_shipped_model_of_16_pixels_knows_the_directions_of_its_data(name):
+    """For `syncgap compare --modes`, in a file that stays small."""
+    path = shipped_model(name) / "covariance.npz"
+    found = load_covariance(path.parent)
+    assert path.stat().st_size < 200e3
+    assert found.components.shape == (63, 768)
+    assert found.class_share.shape == (768, 9)
+    luminance = np.abs(found.colour_axes[:, 0])
+    np.testing.assert_allclose(luminance, 3**-0.5, rtol=0.02)  # grey
+    assert found.variance[:63].sum() > 0.9 * found.variance.sum()
 
 
 @pytest.mark.parametrize("name", PHOTOS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import CONFIG, DEEP, KEYS, PICKLES, refused, repacked, same, tensors, torch_file, with_pickle
+from hostile import CONFIG, DEEP, KEYS, PICKLES, TOLD, refused, repacked, same, tensors, torch_file, with_pickle
 
 from dit_jax.weights import WeightsError, convert
 
@@ -24,33 +24,7 @@ def plain(tmp_path):
     return torch_file(tmp_path / "plain" / "model.pt")
 
 
-class OlderReader:
-    """PyTorch's reader of archives as it was in 2.11: it cannot tell the size of a record."""
-
-    def __init__(self, path: str):
-        reader = READER(path)
-        self.get_record, self.get_record_offset = reader.get_record, reader.get_record_offset
-
-
-READER = torch._C.PyTorchFileReader
-
-
-@pytest.fixture(params=["this PyTorch", "PyTorch 2.11"])
-def pytorch(request, monkeypatch):
-    if request.param == "PyTorch 2.11":
-        monkeypatch.setattr(torch._C, "PyTorchFileReader", OlderReader)
-        load = torch.load
-
-        def loaded(*args, **options):  # PyTorch's own loading needs its own reader
-            with monkeypatch.context() as patch:
-                patch.setattr(torch._C, "PyTorchFileReader", READER)
-                return load(*args, **options)
-
-        monkeypatch.setattr(torch, "load", loaded)
-    return request.param
-
-
-def test_repacked_archives_are_read(plain, tmp_path, pytorch):
+def test_repacked_archives_are_read(plain, tmp_path):
     same(repacked(plain, tmp_path / "again.pt"))
 
 
@@ -60,8 +34,9 @@ def test_compressed_archive_is_refused_before_it_is_unpacked(plain, tmp_path):
     assert torch.load(packed, weights_only=True)  # PyTorch itself reads it
 
 
-def test_archive_that_python_and_pytorch_see_differently(plain, tmp_path, pytorch):
-    """Two directories in one archive: Python takes the one before the end, PyTorch the one at the offset given."""
+def test_archive_that_python_and_pytorch_see_differently(plain, tmp_path):
+    """Two directories in one archive: Python takes the one before the end, PyTorch the one at the offset given. Only
+    Python's is read, whose records are not where they should be."""
     bomb = repacked(plain, tmp_path / "bomb.pt", bytes(2**22), zipfile.ZIP_DEFLATED).read_bytes()
     good = repacked(plain, tmp_path / "good.pt").read_bytes()
 
@@ -76,7 +51,7 @@ def test_archive_that_python_and_pytorch_see_differently(plain, tmp_path, pytorc
     path.write_bytes(bomb[:offset] + seen + shown + end)
     with zipfile.ZipFile(path) as file:
         assert {item.compress_type for item in file.infolist()} == {zipfile.ZIP_STORED}
-    refused(path, "its archive is compressed; save it with" if pytorch == "this PyTorch" else "it is damaged")
+    refused(path, "it is damaged")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -129,19 +104,19 @@ def test_values_that_are_no_real_tensors_are_listed(tmp_path, kind, legacy):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("kind", ["sparse", "quantised", "float8", "bytes"])
-def test_tensors_of_other_kinds_are_refused_by_name(tmp_path, kind, legacy):
-    if kind == "sparse":
-        value, name = torch.eye(8).to_sparse(), "_rebuild_sparse_tensor"
-    elif kind == "quantised":
-        value, name = torch.quantize_per_tensor(torch.ones(8), 0.1, 0, torch.quint8), "_rebuild_qtensor"
-    elif kind == "float8":
-        value, name = torch.ones(8).to(torch.float8_e4m3fn), "_rebuild_tensor_v3"
-    else:
-        value, name = b"8", "encode"
+@pytest.mark.parametrize("kind", ["sparse", "quantised", "float8", "bytes", "negated"])
+def test_tensors_of_other_kinds_are_listed(tmp_path, kind, legacy):
+    value = {
+        "sparse": lambda: torch.eye(8).to_sparse(),
+        "quantised": lambda: torch.quantize_per_tensor(torch.ones(8), 0.1, 0, torch.quint8),
+        "float8": lambda: torch.ones(8).to(torch.float8_e4m3fn),
+        "bytes": lambda: b"8",
+        "negated": lambda: torch._neg_view(torch.ones(8)),
+    }[kind]()
     content = {**tensors(), "x_embedder.proj.bias": value}
     torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
-    refused(tmp_path / "model.pt", rf"objects other than dense tensors \(\S+ {name}\), which are never loaded")
+    message = refused(tmp_path / "model.pt", "cannot be converted|numbers of an unknown kind")
+    assert message.splitlines()[1:] in ([], ["  not a real-valued dense tensor: x_embedder.proj.bias"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -164,7 +139,7 @@ def test_tar_archive_of_the_first_versions(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_keys_that_are_no_strings(tmp_path, legacy):
     weights = tensors()
-    for content in ({**weights, 1: torch.ones(1)}, {"ema": {**weights, (1, 2): 3}}, {"ema": weights, 3: 4}):
+    for content in ({**weights, 1: torch.ones(1)}, {"ema": {**weights, (1, 2): 3}}, {3: 4, "ema": weights}):
         torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
         refused(tmp_path / "model.pt", "keys that are not strings")
 
@@ -173,7 +148,7 @@ def test_keys_that_are_no_strings(tmp_path, legacy):
 @pytest.mark.parametrize("name", PICKLES)
 def test_pickles_made_to_exhaust_memory_or_stack(plain, name, legacy):
     start = time.monotonic()
-    refused(with_pickle(plain, PICKLES[name], legacy), "not a readable checkpoint|not a state dict")
+    refused(with_pickle(plain, PICKLES[name], legacy), "not a readable checkpoint|not? a? ?state dict|no entries")
     assert time.monotonic() - start < 20
 
 
@@ -186,8 +161,8 @@ def test_lists_in_lists_do_no_harm(plain):
 @pytest.mark.parametrize("junk", [[1, 2], "weights", 3, None, {}, {"a": 3}, {"blocks.0.attn": {"b": 1}}, {"a": [1]}])
 def test_training_form_with_junk_for_weights(tmp_path, junk):
     torch.save({"ema": junk, "model": tensors(), "args": argparse.Namespace(a=1)}, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "without 'ema'|no entries blocks|missing")
-    assert convert(tmp_path / "model.pt", which="model", num_heads=2).config == CONFIG
+    refused(tmp_path / "model.pt", "without 'ema' weights .* give --which model")
+    assert convert(tmp_path / "model.pt", which="model", **TOLD).config == CONFIG
 
 
 @pytest.mark.parametrize("name", ["../../x", "/x", "model/../../../x", "..\\x", "model/data/../../x"])
@@ -217,7 +192,7 @@ class Planted:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("place", ["entry", "folder", "args", "ema", "key"])
-def test_planted_code_never_runs(tmp_path, place, legacy, pytorch):
+def test_planted_code_never_runs(tmp_path, place, legacy):
     marker = tmp_path / "marker"
     planted, weights = Planted(marker), tensors()
     content = {
@@ -232,7 +207,7 @@ def test_planted_code_never_runs(tmp_path, place, legacy, pytorch):
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     for which in ("ema", "model"):
         with pytest.raises(WeightsError, match=r"\(posix mkdir\), which are never loaded"):
-            convert(path.parent if place == "folder" else path, which=which, num_heads=2)
+            convert(path.parent if place == "folder" else path, which=which, **TOLD)
     assert not marker.exists()
     torch.load(path, weights_only=False)  # the attack does work where files are trusted
     assert marker.exists()

@@ -14,6 +14,8 @@ from dit_jax.config import DiTConfig
 from dit_jax.images import ImageSet
 from dit_jax.model import DiT
 from dit_jax.training import TrainConfig, batch_indices, learning_rate, make_step, optimizer, train
+from dit_jax.training_run import TrainingError
+from experiments.cli import main
 
 MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=2, prediction="v")
 FLOW = replace(MODEL, prediction="velocity", path="linear", learn_sigma=False)
@@ -46,7 +48,8 @@ def test_the_folder_holds_model_log_and_samples(whole, images):
     manifest = load_manifest(whole / "model")
     assert manifest["data"] == images.preparation()
     assert manifest["training"]["steps"] == 6
-    assert manifest["command"] == "syncgap train"
+    assert (manifest["command"], manifest["generator"]) == ("syncgap train", "threefry2x32")
+    assert "extensions" not in manifest["training"]
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(np.isfinite(line["loss"]) for line in lines)
@@ -92,10 +95,70 @@ def test_foreign_folders_and_misfits_are_refused(images, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"batch_size": 0}, {"label_dropout": 1.0}, {"decay_fraction": 0.0}])
-def test_impossible_settings_are_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        TrainConfig(**bad)
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("steps", (0, -1)),
+        ("batch_size", (0, -4)),
+        ("learning_rate", (0, -1, NAN, INF)),
+        ("warmup_steps", (-1,)),
+        ("decay_fraction", (0.0, 1.1, NAN)),
+        ("weight_decay", (-1, NAN, INF)),
+        ("beta2", (-0.1, 1, NAN)),
+        ("clip_norm", (0, -1, NAN)),
+        ("ema_decay", (-0.1, 1, NAN)),
+        ("label_dropout", (1.0, -0.1, NAN)),
+        ("weight_cap", (0, -1, NAN, INF)),
+        ("seed", (-1, 2**32)),
+    ],
+)
+def test_impossible_settings_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--learning-rate", "-1"], "learning_rate must be positive and finite, got -1.0"),
+        (["--learning-rate", "nan"], "learning_rate must be positive and finite, got nan"),
+        (["--size", "-4"], "--size must be at least 1, got -4"),
+        (["--size", "7"], "patch"),
+        (["--seed", "-1"], "seed must be a whole number from 0"),
+        (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1, got 0"),
+        (["--depth", "0"], "depth must be a positive integer"),
+        (["--dtype", "float64"], "set JAX_ENABLE_X64=1"),
+        (["--dtype", "float99"], "float99"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_read_or_made(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "no-images-here", "out", *options]) == 2
+    assert said in (told := capsys.readouterr().err)
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_double_precision_is_not_trained_in_single(images, tmp_path):
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64=1"):
+        train(images, replace(MODEL, dtype="float64"), FAST, tmp_path / "run", progress=False)
+    for every in ({"checkpoint_every": 0}, {"log_every": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(every))} must be at least 1"):
+            train(images, MODEL, FAST, tmp_path / "run", progress=False, **every)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_diverges_stops_and_says_what_to_try(images, tmp_path):
+    config = replace(FAST, learning_rate=1e30, steps=20)
+    with pytest.raises(TrainingError, match=r"at step \d+: training stops, and the last good .*below 1e\+30"):
+        train(images, MODEL, config, tmp_path / "run", checkpoint_every=1, log_every=1, progress=False)
+    for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def state_of(config, model=MODEL):
@@ -147,6 +210,38 @@ def test_rate_warms_up_holds_and_decays_to_zero():
     assert np.all(np.diff(rate[:11]) > 0)
     assert np.all(np.diff(rate[80:]) < 0)
     np.testing.assert_allclose(rate[100], 0, atol=1e-12)
+
+
+def rates(config):
+    return np.array([float(np.asarray(learning_rate(config)(step))) for step in range(config.steps + 1)])
+
+
+SHORT = TrainConfig(steps=100, warmup_steps=20, learning_rate=1e-3, decay_fraction=0.2)
+
+
+@pytest.mark.parametrize("at", [0, 7, 20, 50, 80])
+def test_a_run_made_longer_before_its_decay_has_the_rate_of_a_long_one(at):
+    longer = replace(SHORT, steps=200, extensions=((at, 100),))
+    np.testing.assert_array_equal(rates(longer), rates(replace(SHORT, steps=200)))
+
+
+@pytest.mark.parametrize("extensions", [((81, 100),), ((90, 100),), ((100, 100),), ((100, 100), (130, 140))])
+def test_the_rate_of_a_run_made_longer_has_no_jump(extensions):
+    longer = replace(SHORT, steps=200, extensions=extensions)
+    rate = rates(longer)
+    first = extensions[0][0]
+    np.testing.assert_allclose(rate[: first + 1], rates(SHORT)[: first + 1], rtol=1e-6)
+    assert np.abs(np.diff(rate)).max() < 1.01e-3 / 20  # of the warm-up and of a decay over 20 steps
+    assert rate[-1] == pytest.approx(0, abs=1e-12)
+    assert rate[extensions[-1][0] + 1 :].max() == pytest.approx(1e-3)  # it is reached again
+
+
+@pytest.mark.parametrize(("at", "steps"), [(90, 101), (100, 101), (100, 110), (100, 130)])
+def test_a_run_made_a_little_longer_still_ends_at_zero(at, steps):
+    rate = rates(replace(SHORT, steps=steps, extensions=((at, 100),)))
+    assert rate[-1] == 0
+    assert np.abs(np.diff(rate)).max() < 1.01e-3 / 20
+    assert np.all(rate[1:-1] > 0) or at == 100  # which is the last step of the short run, where it was zero
 
 
 def test_lengthening_a_run_keeps_the_rate_before_the_decay():

@@ -1,6 +1,8 @@
 """The log of a training: a run that is stopped anywhere and goes on ends with the log of one that is not."""
 
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -11,10 +13,14 @@ from flax import nnx
 
 import dit_jax.training as training
 from dit_jax.config import DiTConfig
+from dit_jax.disk import CheckpointError
 from dit_jax.images import ImageSet
+from dit_jax.lock import FolderInUse, held
 from dit_jax.model import DiT
-from dit_jax.training import TrainConfig, train
+from dit_jax.training import TrainConfig, learning_rate, train
 from dit_jax.training_log import LossLog
+from dit_jax.training_run import TrainingError
+from ou_theory.clock import make_clock
 
 MODEL = DiTConfig(input_size=4, in_channels=3, hidden_size=8, depth=1, num_heads=1, num_classes=2, prediction="v")
 STEPS, LINE, CHECKPOINT = 10, 3, 4  # lines at 3, 6, 9 and 10, checkpoints at 4, 8 and 10
@@ -166,14 +172,14 @@ def test_repeated_and_torn_lines_of_older_runs_are_mended(images, stub, tmp_path
 
 
 def test_rows_are_kept_as_they_are(tmp_path):
-    log = LossLog(tmp_path / "log.jsonl", training.make_clock(10), lambda step: 0.0)
+    log = LossLog(tmp_path / "log.jsonl", make_clock(10), lambda step: 0.0)
     rows = [
         {"t": np.arange(3, dtype=np.int32), "loss": np.float32(i / 3), "norm": jnp.bfloat16(i / 3)} for i in range(2)
     ]
     for row in rows:
         log.add(row)
     log.keep(5)
-    again = LossLog(log.path, training.make_clock(10), lambda step: 0.0)
+    again = LossLog(log.path, make_clock(10), lambda step: 0.0)
     again.rewind(5)
     for row, kept in zip(rows, again.rows, strict=True):
         jax.tree.map(np.testing.assert_array_equal, {**row, "norm": np.float32(row["norm"])}, kept)
@@ -190,3 +196,147 @@ def test_a_network_s_log_goes_on_in_the_middle_of_a_line(images, tmp_path, monke
             run(images, tmp_path / "run")
     run(images, tmp_path / "run", resume=True)
     assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_last_good_checkpoint(
+    images, stub, tmp_path, monkeypatch, what
+):
+    run(images, tmp_path / "whole")
+    make_step, calls = training.make_step, []
+
+    def bad_from(first):
+        def make(*arguments):
+            update = make_step(*arguments)
+
+            def spoilt(state, *batch):
+                state, metrics = update(state, *batch)
+                calls.append(int(state["step"]))
+                return state, {**metrics, what: jnp.float32(np.nan)} if calls[-1] >= first else metrics
+
+            return spoilt
+
+        return make
+
+    for first in range(1, STEPS + 1):
+        out = tmp_path / f"run-{first}"
+        calls.clear()
+        monkeypatch.setattr(training, "make_step", bad_from(first))
+        with pytest.raises(TrainingError, match=rf"is nan at step {first}: .*--learning-rate below 0\.001") as error:
+            run(images, out)
+        assert calls[-1] <= first + 1
+        kept = CHECKPOINT * ((first - 1) // CHECKPOINT)
+        assert (f"of step {kept}, stays in" if kept else "there is no checkpoint yet") in str(error.value)
+        assert (out / "state").exists() == (kept > 0)
+        assert not kept or (out / "state" / "step").read_text() == str(kept)
+        assert all(line["step"] < first for line in (history(out) if (out / "log.jsonl").exists() else ()))
+        monkeypatch.setattr(training, "make_step", make_step)
+        run(images, out, resume=True)
+        assert history(out) == history(tmp_path / "whole")
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_last_good_ones(images, stub, tmp_path, monkeypatch):
+    make_step = training.make_step
+
+    def make(*arguments):
+        update = make_step(*arguments)
+
+        def spoilt(state, *batch):
+            state, metrics = update(state, *batch)
+            return {**state, "params": jnp.float32(np.inf if int(state["step"]) == 8 else 0)}, metrics
+
+        return spoilt
+
+    monkeypatch.setattr(training, "make_step", make)
+    with pytest.raises(TrainingError, match=r"the weights are not finite after step 8: .* of step 4, stays in"):
+        run(images, tmp_path / "run")
+    assert (tmp_path / "run" / "state" / "step").read_text() == "4"
+
+
+def test_a_start_that_failed_claims_nothing(images, stub, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError
+
+    for broken, change in (("make_network", {}), ("make_step", {}), ("save_arrays", {"steps": 7})):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, broken, fail)
+            with pytest.raises(RuntimeError):
+                run(images, tmp_path / "run")
+        shutil.copytree(tmp_path / "run", tmp_path / broken) if (tmp_path / "run").exists() else None
+        run(images, tmp_path / broken, **change)  # with other settings, too, and without --resume
+        assert settings(tmp_path / broken)["steps"] == change.get("steps", STEPS)
+        assert history(tmp_path / broken)[-1]["step"] == change.get("steps", STEPS)
+    with pytest.raises(TrainingError, match="give --resume"):
+        run(images, tmp_path / "save_arrays")
+
+
+def settings(out):
+    return json.loads((out / "run.json").read_text())["training"]
+
+
+def test_fewer_steps_are_other_settings(images, stub, tmp_path, monkeypatch):
+    run(images, tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(TrainingError, match=r"training.steps: 10 -> 9\. Resume it with its own \(only --steps may be"):
+        run(images, tmp_path / "run", steps=9, resume=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    with monkeypatch.context() as patch:
+        die(patch, "update", 6)
+        with pytest.raises(Killed):
+            run(images, tmp_path / "stopped")
+    with pytest.raises(TrainingError, match=r"training.steps: 10 -> 9"):  # though it has done four only
+        run(images, tmp_path / "stopped", steps=9, resume=True)
+
+
+def test_more_steps_are_an_extension_and_recorded_as_one(images, stub, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run(images, out)
+    assert "extensions" not in settings(out)
+    with monkeypatch.context() as patch:
+        die(patch, "update", 5)
+        with pytest.raises(Killed):
+            run(images, out, steps=16, resume=True)
+    first = [{"at_step": 10, "steps_before": 10}]
+    assert settings(out)["extensions"] == first
+    run(images, out, steps=16, resume=True)
+    assert settings(out)["extensions"] == first  # gone on with, not made longer again
+    run(images, out, steps=20, resume=True)
+    assert settings(out)["extensions"] == [*first, {"at_step": 16, "steps_before": 16}]
+    expected = TrainConfig(steps=20, batch_size=2, extensions=((10, 10), (16, 16)))
+    rate = learning_rate(expected)
+    logged = {line["step"]: line["learning_rate"] for line in history(out)}
+    assert logged[20] == float(np.asarray(rate(19)))
+    with pytest.raises(TrainingError, match=r"training\.steps: 20 -> 16"):
+        run(images, out, steps=16, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"training": {}}', '{"training": {"steps": 3, "extensions": [1]}}'])
+def test_settings_that_cannot_be_read_are_named(images, stub, tmp_path, content):
+    run(images, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"run\.json cannot be used"):
+        run(images, tmp_path / "run", resume=True)
+
+
+def test_a_disk_that_fills_up_costs_no_more_than_a_checkpoint(images, stub, tmp_path, monkeypatch):
+    run(images, tmp_path / "whole")
+    save, saved = training.save_arrays, []
+
+    def full(folder, state):
+        saved.append(1)
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(folder, state)
+
+    monkeypatch.setattr(training, "save_arrays", full)
+    with pytest.raises(CheckpointError, match="run cannot be written: the disk is full"):
+        run(images, tmp_path / "run")
+    run(images, tmp_path / "run", resume=True)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
+def test_two_trainings_do_not_share_a_folder(images, stub, tmp_path):
+    with held(tmp_path / "run"), pytest.raises(FolderInUse, match=f"process {os.getpid()} on"):
+        run(images, tmp_path / "run")
+    run(images, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

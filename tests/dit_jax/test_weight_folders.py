@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import DIFFUSERS, KEYS, OFFICIAL, refused, same
+from hostile import DIFFUSERS, KEYS, OFFICIAL, model_folder, refused, same
 from safetensors.numpy import save_file
 
 # --- indexes and links
@@ -162,6 +162,21 @@ def test_several_checkpoints_are_named(tmp_path):
     for name in ("ema.safetensors", "model.safetensors"):
         save_file(OFFICIAL, tmp_path / name)
     refused(tmp_path, r"several checkpoints, ema\.safetensors, model\.safetensors; give the file")
+
+
+def test_model_folders_are_no_checkpoints(tmp_path):
+    refused(model_folder(tmp_path / "model"), "is a model folder already; --export makes a file of it")
+
+
+def test_a_pipeline_in_the_cache_of_hugging_face(tmp_path):
+    """Its folders are one level deeper, and their links lead to the same blobs."""
+    root = tmp_path / "models--facebook--DiT"
+    (root / "blobs").mkdir(parents=True)
+    transformer = root / "snapshots" / "0123abc" / "transformer"
+    transformer.mkdir(parents=True)
+    save_file(OFFICIAL, root / "blobs" / "f00d")
+    (transformer / "model.safetensors").symlink_to("../../../blobs/f00d")
+    same(transformer)
 
 
 def test_folder_of_a_whole_pipeline(tmp_path):

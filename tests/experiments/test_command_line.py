@@ -1,9 +1,18 @@
-"""What the command line says of settings that it refuses."""
+"""What the command line says of settings and of paths that it refuses, and where it runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import experiments.frame.study
+from dit_jax.disk import from_home
+from dit_jax.lock import held
 from experiments import cli
 
 
@@ -49,3 +58,85 @@ def test_training_says_what_it_reads_in_the_order_of_the_labels(tmp_path, monkey
     assert trained_on == [("1", "2", "10"), ("10", "1")]
     assert cli.main(["train", "solvable", str(tmp_path / "run"), "--size", "8", "--labels", "labels.txt"]) == 2
     assert "--labels applies to folders" in capsys.readouterr().err
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert from_home("--out=~/x") == f"--out={tmp_path}/x"
+    assert from_home("~/x") == f"{tmp_path}/x"
+    for plain in ("--out=a~b", "a/~/b", "--quiet", "--a-b=c=~/d", "red panda", ""):
+        assert from_home(plain) == plain
+    monkeypatch.chdir(tmp_path)
+    assert (
+        cli.main(["sample", "photos8-natural", "--steps", "1", "--count", "1", "--classes", "0", "--quiet", "~/p"]) == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]
+    assert json.loads((tmp_path / "p" / "manifest.json").read_text())["command"].endswith("'~/p'")
+
+
+@pytest.mark.parametrize("command", [[], ["compare"], ["convert"]])
+def test_help_on_a_terminal_that_shows_ascii_only(command):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], env=environment, capture_output=True)
+    assert done.returncode == 0
+    assert b"usage: syncgap" in done.stdout
+    assert done.stdout.isascii()
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("runs/mine/modle", r"there is no folder runs/mine/modle; is it runs/mine/model\?"),
+        ("run/mine/model", "there is no folder run/mine/model: .*/run/mine does not exist"),
+        ("runs/mine", "runs/mine is a training run; its model is runs/mine/model"),
+        ("photos8-naturl", r"no folder photos8-naturl and no shipped model .*; known: .*; is it photos8-natural\?"),
+        ("dit.pt", r"dit.pt is a file; give a model folder \(syncgap convert"),
+    ],
+)
+def test_a_mistyped_model_is_told_what_is_there(given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "model" / "manifest.json").write_text("{}")
+    (tmp_path / "dit.pt").write_text("")
+    for command in (["info", given], ["sample", given, "out"], ["compare", "--weights", given, "--out", "out"]):
+        assert cli.main(command) == 2
+        assert re.search(said, capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit.pt", "runs"]
+
+
+def test_reports_are_of_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "manifest.json").write_text('{"format": "syncgap-pictures"}')
+    for given, said in (
+        ("runs", "there is no folder runs"),
+        ("pictures", "pictures holds pictures, of which there is no"),
+    ):
+        assert cli.main(["report", given]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_a_lack_of_memory_is_one_line(error, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(experiments.frame.study, "run_study", fail)
+    assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("syncgap: the memory does not suffice")
+    assert "smaller --block" in said
+
+
+def test_a_folder_that_is_being_written_is_left_alone(tmp_path, capsys):
+    out = tmp_path / "out"
+    with held(out):
+        for command in (["compare", "--out", str(out)], ["sample", "photos8-natural", str(out)],
+                        ["theory", "--out", str(out)], ["convert", str(tmp_path / "x.pt"), str(out)]):  # fmt: skip
+            assert cli.main(command) == 2
+            assert f"being written by process {os.getpid()}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

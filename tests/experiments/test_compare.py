@@ -1,5 +1,6 @@
 """The main job from end to end on a tiny random network: contents, resume, bad input."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from experiments.frame.draws import pair_draws
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
+from experiments.frame.verdict import LEAST
 from experiments.studies.compare.analysis import estimates, joined_draws
 from experiments.studies.compare.measure import Instrument
 from experiments.studies.compare.page import section
@@ -76,6 +78,23 @@ def test_the_folder_holds_what_was_measured(finished):
     assert manifest["command"].startswith("syncgap compare")
     for group in GROUPS:
         assert run.load(group).sizes
+
+
+def test_bands_of_the_dct_keep_the_names_that_they_have_had(finished):
+    """Runs of any age open alike."""
+    run = RunFolder.open(finished)
+    coords = "count coupling ell label mode_band mode_count pair parity radius step timestep band column row mode"
+    network = run.load("network")
+    assert set(network.coords) == set(coords.split())
+    variables = "energy projection state_energy coefficient_energy coefficient_projection one_pass_energy"
+    assert set(network.data_vars) == {*variables.split(), "mode_energy", "mode_product", "mode_state"}
+    assert network.coefficient_energy.dims == ("pair", "step", "row", "column")
+    assert run.load("wiener").variance.dims == ("band",)
+    analysis = run.load("analysis")
+    assert "modes" not in analysis.attrs
+    assert "band_name" not in analysis.coords
+    assert "highest band less that of the lowest above DC" in analysis.gap.attrs["long_name"]
+    assert (analysis.attrs["low_band"], analysis.attrs["high_band"]) == (1, 6)
 
 
 def test_energies_are_those_of_the_samples(finished, weights):
@@ -219,6 +238,7 @@ def test_a_finished_folder_is_not_overwritten(finished, weights, capsys):
         ({"pairs": 0}, "pairs"),
         ({"pairs": 1}, "pairs"),
         ({"gate_kind": "both"}, "gate_kind"),
+        ({"modes": "fourier"}, "modes 'fourier' is not one of dct, pca, colour, class"),
         ({"gate_kind": "convex", "couplings": (0.0, 1.5)}, "convex gate .* at most 1; got 1.5"),
         ({"steps": "fifty"}, "steps"),
         ({"steps": "5000"}, "steps"),
@@ -254,6 +274,43 @@ def test_a_sweep_is_one_compilation(weights, tmp_path):
             instrument.network(model, grid, first + np.arange(2), labels, with_more=True)
     assert instrument._network_run._cache_size() == 1
     assert instrument._network_gain._cache_size() == 1
+
+
+@pytest.mark.long
+def test_what_the_environment_says_of_numerics_changes_nothing(finished, weights, tmp_path):
+    """Double precision, strict promotion and stops at NaN once ended runs in tracebacks, after all the sampling."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        assert cli.main(arguments(weights, tmp_path / "run")) == 0
+    found, known = (RunFolder.open(path) for path in (tmp_path / "run", finished))
+    for group in ("network", "untrained", "wiener", "analysis"):
+        xr.testing.assert_identical(found.load(group), known.load(group))
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_network_without_a_gap_has_nothing_that_could_collapse(tmp_path):
+    """At its initial values a DiT puts out zero: nothing but rounding tells its bands apart."""
+    save_model(DiT(dataclasses.replace(MODEL, prediction="v"), nnx.Rngs(0)), tmp_path / "zero", extra={"data": DATA})
+    assert cli.main(arguments(str(tmp_path / "zero"), tmp_path / "run")) == 0
+    exists, collapses, _, ordered = json.loads((tmp_path / "run" / "claims.json").read_text())["claims"]
+    assert abs(exists["value"]) < LEAST
+    assert exists["verdict"] == "does not hold"
+    assert "no gap can be told from 0" in exists["statement"]
+    assert not any("%" in control["statement"] for control in exists["controls"])
+    assert (collapses["verdict"], collapses["value"], collapses["interval"]) == ("undecided", None, None)
+    assert all(control["value"] is None for control in collapses["controls"] if control["name"].startswith("by "))
+    assert (ordered["verdict"], ordered["value"]) == ("undecided", None)
+
+
+def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys):
+    save_model(untrained_model(MODEL, 5), tmp_path / "m", extra={"data": DATA, "training": {"label_dropout": 0}})
+    without = untrained_model(dataclasses.replace(MODEL, null_label=False), 5)
+    save_model(without, tmp_path / "none", extra={"data": DATA})
+    for name, message in (("m", "the null label, on which this network was not trained"), ("none", "does not have")):
+        assert cli.main(arguments(str(tmp_path / name), tmp_path / "out", "--guidance", "2")) == 2
+        assert cli.main(["sample", str(tmp_path / name), str(tmp_path / "pictures"), "--guidance", "2"]) == 2
+        assert " ".join(capsys.readouterr().err.split()).count(message) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "none"}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from experiments.frame import drawing
-from experiments.frame.drawing import draw_figures
+from experiments.frame.drawing import draw_figures, new_figure
 from experiments.studies.compare import figures
 
 
@@ -254,6 +254,24 @@ def test_drawing_again_gives_the_same_files(drawn_run, analysis, fine):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     draw_figures(folder, {name: partial(figures.FIGURES[name][1], analysis) for name in ("gap", "noise_floor")})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "mine", [{"text.usetex": True}, {"font.family": ["No Such Font"]}, {"svg.fonttype": "none", "axes.grid": True}]
+)
+def test_a_user_s_own_style_changes_nothing(mine, tmp_path, caplog):
+    def figure():
+        drawn, ax = new_figure(2, 1.5)
+        ax.plot([0, 1], label="$g$ of 100 % _")
+        ax.legend()
+        return drawn
+
+    draw_figures(tmp_path / "plain", {"one": figure})
+    with matplotlib.rc_context(mine):
+        draw_figures(tmp_path / "mine", {"one": figure})
+    for kind in ("png", "svg"):
+        assert (tmp_path / "mine" / f"one.{kind}").read_bytes() == (tmp_path / "plain" / f"one.{kind}").read_bytes()
+    assert not caplog.records
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_old_one(analysis, monkeypatch, tmp_path):

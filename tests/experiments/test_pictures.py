@@ -12,6 +12,7 @@ from PIL import Image
 from dit_jax.checkpoint import load_manifest, load_model, save_model
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import network_denoiser, sample
+from dit_jax.disk import CheckpointError
 from dit_jax.images import to_pixels
 from dit_jax.replicas import INITIAL, pair_noise
 from experiments import cli
@@ -260,7 +261,7 @@ def test_a_failure_while_writing_leaves_what_was_there(photos, tmp_path, monkeyp
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="out cannot be written: no space"):
         sample_pictures(photos, SampleConfig(**QUICK, seed=1), out, overwrite=True, progress=False)
     np.testing.assert_array_equal(stored(out)[0], before)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

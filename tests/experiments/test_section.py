@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from experiments import studies
+from experiments.cli import main
 from experiments.frame.bench import Bench
+from experiments.frame.collection import runs_in
 from experiments.frame.draws import pair_draws, resampled_mean, with_interval
 from experiments.frame.page import Page, Section, Table, formatted, store_page, stored_section, write_page
 from experiments.frame.settings import StudyConfig
@@ -95,6 +98,45 @@ def test_runs_of_a_folder_are_joined_by_claim(tmp_path):
     assert "localised in depth" in text
     assert text.index('id="a"') < text.index('id="b"')
     assert 'id="c"' not in text
+
+
+def test_what_is_no_run_is_listed_and_left_out(tmp_path, capsys, monkeypatch):
+    for name in ("a", "several/a", "several/b"):
+        made(tmp_path / name)
+    RunFolder.create(tmp_path / "begun", {})
+    there = {
+        "pictures/manifest.json": '{"format": "syncgap-pictures"}',
+        "xl2/manifest.json": '{"format": "syncgap-dit"}',
+        "mine/run.json": "{}",
+        "mine/log.jsonl": "",
+        "mine/model/manifest.json": '{"format": "syncgap-dit"}',
+        "theory/theory.html": "",
+        "torn/manifest.json": '{"format": ',
+        "foreign/manifest.json": '{"format": ["x"]}',
+        "newer/manifest.json": '{"format": "syncgap-run", "format_version": 99}',
+        "several/c/manifest.json": '{"format": "syncgap-dit"}',
+        ".hidden/manifest.json": "{}",
+        "note.txt": "",
+    }
+    for name, text in there.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "newer" / "section.json").write_text("{}")
+    runs, others = runs_in(tmp_path)
+    assert list(runs) == ["a", "several/a", "several/b"]
+    assert list(others) == ["begun", "foreign", "mine", "newer", "pictures", "theory", "torn", "xl2"]
+    assert others["pictures"] == "pictures"
+    assert (others["xl2"], others["mine"], others["theory"]) == ("a model", "a training run", "no run")
+    assert "--resume" in others["begun"]
+    assert "version 99" in others["newer"]
+    monkeypatch.setattr(studies, "find", lambda name: None)  # these runs cannot be laid side by side
+    assert main(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    text = (tmp_path / "report.html").read_text()
+    for name, what in others.items():
+        assert f"{name}: {what}" in told.err
+        assert f"{name} ({what.split()[0]}" in text
+    assert all(f'id="{name}"' in text and f'href="{name}/report.html"' in text for name in runs)
 
 
 def test_a_folder_without_runs_has_no_page(tmp_path):

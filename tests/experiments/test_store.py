@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import xarray as xr
@@ -79,6 +81,7 @@ def test_manifest_says_what_was_run(tmp_path):
     assert manifest["versions"]["numpy"] == np.__version__
     assert manifest["versions"].keys() >= {"jax", "flax", "xarray", "zarr", "syncgap"}
     assert manifest.keys() >= {"python", "device", "platform", "git_revision", "started"}
+    assert manifest["numerics"] == {"generator": "threefry2x32", "x64": False, "matmul_precision": None}
     run.note(sampling_s=1.5)
     run.finish()
     manifest = json.loads((run.path / "manifest.json").read_text())
@@ -112,6 +115,20 @@ def test_a_declared_group_is_empty_and_described(tmp_path):
     run.declare("network", template())  # is there already
     assert run.finished("network") == {2}
     assert not np.isnan(run.load("network", partial=True).state_energy.values[2:4]).any()
+
+
+def test_coordinates_may_be_all_zero(tmp_path):
+    """A network of one layer has the coordinate 0 and nothing else, which is also what stands for a missing chunk."""
+    run = RunFolder.create(tmp_path / "run", SETTINGS)
+    coords = {"layer": [0], "label": ("pair", [0] * PAIRS), "level": [0.0], "name": [""]}
+    dims = ("pair", "layer", "level", "name")
+    run.declare("network", xr.Dataset({"found": (dims, np.empty((PAIRS, 1, 1, 1)))}, coords=coords), chunk=PAIRS)
+    run.write("network", xr.Dataset({"found": (dims, np.ones((PAIRS, 1, 1, 1)))}), 0)
+    found = RunFolder.open(run.path).load("network")
+    assert found.layer.values.tolist() == [0]
+    assert found.label.values.tolist() == [0] * PAIRS
+    assert found.level.values.tolist() == [0.0]
+    assert found.name.values.tolist() == [""]
 
 
 def test_values_of_the_template_do_not_count(tmp_path):
@@ -222,8 +239,12 @@ def test_a_put_that_was_killed_between_its_moves_is_undone(tmp_path):
 def test_any_xarray_reads_the_arrays(tmp_path):
     run = RunFolder.create(tmp_path / "run", SETTINGS)
     run.put("analysis", measured())
-    tree = xr.open_datatree(run.path / "data.zarr", engine="zarr", consolidated=False)
+    (call,) = re.findall(r"``(xr\.open_datatree\(.*?\))``", store.__doc__)
+    with warnings.catch_warnings(action="error"):
+        tree = eval(call, {"xr": xr, "folder": run.path})
     np.testing.assert_array_equal(tree["analysis"].energy, measured().energy)
+    shown = call.replace('folder / "data.zarr"', '"runs/small/data.zarr"')
+    assert f"`{shown}`" in (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
 
 
 def test_labels_select_after_loading(tmp_path):
@@ -256,6 +277,18 @@ def test_resume_records_what_changed_around_it(tmp_path, monkeypatch):
     again = RunFolder.create(run.path, SETTINGS, resume=True)
     assert again.manifest["resumed"][0]["changed"] == [f"versions.jax: {here['versions']['jax']} -> 99.0"]
     assert again.manifest["versions"] == here["versions"]
+
+
+def test_resume_records_other_settings_of_jax(tmp_path):
+    run = RunFolder.create(tmp_path / "run", SETTINGS)
+    with jax.default_matmul_precision("highest"):
+        again = RunFolder.create(run.path, SETTINGS, resume=True)
+    assert again.moved == ["numerics.matmul_precision: None -> highest"]
+    assert RunFolder.create(run.path, SETTINGS, resume=True).moved == []
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    del manifest["numerics"]  # as older runs
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    assert RunFolder.create(run.path, SETTINGS, resume=True).moved == []
 
 
 def test_resume_starts_where_nothing_is(tmp_path):

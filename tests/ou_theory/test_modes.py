@@ -8,7 +8,7 @@ import scipy.fft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ou_theory.modes import band_mean, dct2, idct2, pair_modes, radial_bands
+from ou_theory.modes import Directions, band_mean, dct2, idct2, pair_modes, radial_bands, rank_groups
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 # few shapes, so that laws do not compile anew for every example
@@ -143,3 +143,31 @@ def test_with_index_keeps_the_rest():
     np.testing.assert_array_equal(turned.radius, bands.radius)
     np.testing.assert_array_equal(turned.averaging, bands.averaging[::-1])
     assert bands.index[0, 0] == 0  # the original is untouched
+
+
+def test_the_dct_as_directions_is_its_bands():
+    bands, x = radial_bands(8, 8, 6), draw(0, (5, 8, 8, 3)).astype(np.float32)
+    same = Directions(np.eye(192, dtype=np.float32).reshape(8, 8, 3, 192), bands.index.reshape(-1).repeat(3))
+    modes = dct2(jnp.asarray(x))
+    squares = [jnp.square(groups.coefficients(modes)) for groups in (same, bands)]
+    np.testing.assert_allclose(same.mean(squares[0]), bands.mean(squares[1]), rtol=1e-5)
+    np.testing.assert_array_equal(same.count, 3 * bands.count)
+    for groups, square in ((same, squares[0]), (bands, squares[1])):  # what is kept by coefficient makes up the bands
+        each = np.asarray(groups.each(square)).reshape(5, -1) @ groups.averaging.reshape(-1, len(groups))
+        np.testing.assert_allclose(each, groups.mean(square), rtol=1e-5)
+
+
+def test_directions_keep_what_lies_along_them_and_nothing_else():
+    rows = np.linalg.qr(draw(1, (32, 32)))[0].T
+    along = Directions(rows[:5].T.reshape(4, 4, 2, 5).astype(np.float32), rank_groups(5))
+    part, rest = (rows[chosen].T @ draw(2, (len(rows[chosen]),)) for chosen in (slice(0, 5), slice(5, None)))
+    image = idct2(jnp.asarray(part.reshape(4, 4, 2), jnp.float32))
+    both = along.coefficients(jnp.asarray((part + rest).reshape(4, 4, 2), jnp.float32))
+    np.testing.assert_allclose(along.images(both), image, atol=1e-5)
+    np.testing.assert_allclose(jnp.square(both).sum(), np.square(part).sum(), rtol=1e-5)
+    assert len(along) == 3
+
+
+def test_groups_of_ranks_double():
+    np.testing.assert_array_equal(np.bincount(rank_groups(63)), [1, 2, 4, 8, 16, 32])
+    np.testing.assert_array_equal(np.bincount(rank_groups(9)), [1, 2, 4, 2])

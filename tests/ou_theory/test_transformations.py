@@ -207,7 +207,9 @@ EXAMPLES = {
 EXEMPT = {
     "tables in NumPy's double precision, constants of a run": """
         clock.linear_betas clock.ou_time clock.sigma2 clock.log_snr clock.alpha_bar_of_log_snr clock.schedule_index
-        clock.respace clock.make_clock clock.Clock.step modes.radial_bands modes.Bands.with_index
+        clock.respace clock.make_clock clock.path_clock clock.Clock.step modes.radial_bands modes.Bands.with_index
+        paths.ProbabilityPath.rates paths.ProbabilityPath.denoising_weights paths.ProbabilityPath.scale
+        paths.ProbabilityPath.alpha_bar paths.ProbabilityPath.log_snr
         cloning.half_energy_bias bootstrap.resample bootstrap.percentile_interval bootstrap.family_level""",
     "Python numbers": """
         estimator.threshold_gap gain_model.effective_variance gain_model.critical_rho

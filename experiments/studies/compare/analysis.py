@@ -25,9 +25,11 @@ from experiments.frame.estimator import (
     order,
 )
 from experiments.frame.exact import exact_statistics
-from experiments.frame.measured import Definitions, Measured
+from experiments.frame.measured import Measured
 from experiments.frame.steps import WINDOW_START
 from experiments.frame.streams import numpy_stream
+from experiments.frame.verdict import LEAST, told_from_zero
+from experiments.studies.compare.modes import ends
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import (
     Gains,
@@ -41,56 +43,13 @@ from ou_theory import estimator as oc
 from ou_theory.attention import GateKind
 from ou_theory.bootstrap import family_level
 from ou_theory.clock import Clock
-from ou_theory.modes import Bands
+from ou_theory.modes import Bands, Directions
 
 SHUFFLED = "shuffled bands"  # the network's energies with coefficients assigned to bands at random
 SHUFFLES = 999  # times
 CLAIMS = 3  # verdicts of the page, whose intervals hold the truth together with 95 %
 
-DEFINITIONS: Definitions = {
-    "tau": ("commitment level of a band", "nat"),
-    "tau_interval": ("its 95 % interval", "nat"),
-    "tau_steps": ("commitment level on the sampler's own scale", "sampler steps"),
-    "decided": (
-        "decided fraction of a band: what replicas decide individually, in units of its uncoupled variation; above 1 "
-        "where coupling amplifies their difference",
-        "1",
-    ),
-    "decided_interval": ("its 95 % interval", "1"),
-    "gap": ("synchronization gap: level of the highest band less that of the lowest above DC", "nat"),
-    "gap_interval": ("its 95 % interval", "nat"),
-    "gap_steps": ("synchronization gap on the sampler's own scale", "sampler steps"),
-    "gap_steps_interval": ("its 95 % interval", "sampler steps"),
-    "latched_gap": ("gap of the levels that are not normalised by the decided fraction", "nat"),
-    "relative_energy": ("energy of the denoised difference over that of its uncoupled end", "1"),
-    "end_energy": ("energy of the difference of the final images over that of the uncoupled ones", "1"),
-    "end_energy_interval": ("its 95 % interval", "1"),
-    "image_energy": ("energy of a final image, mean of both replicas, over that of an uncoupled one", "1"),
-    "weak": ("whether no more is decided than the error where the window opens, so that the level is not known", "1"),
-    "estimator": ("what is accumulated until a band counts as decided; the first is the headline", "1"),
-    "gap_by": ("synchronization gap of the network by other estimators, too", "nat"),
-    "gap_by_interval": ("its 95 % interval", "nat"),
-    "gain": ("one-pass gain rho: what one denoising leaves of a difference, relative to no coupling", "1"),
-    "residual": ("share of the denoised difference's energy that does not lie along the difference of the states", "1"),
-    "tau_excess": ("commitment level of the network less that of a theory", "nat"),
-    "tau_excess_interval": ("its 95 % interval", "nat"),
-    "gap_excess": ("synchronization gap of the network less that of a theory", "nat"),
-    "gap_excess_interval": ("its 95 % interval", "nat"),
-    "theory": ("source that the network is compared with", "1"),
-    "floor": ("noise floor: error energy where the window opens, in units of the band's uncoupled end", "1"),
-    "projection_level": ("log-SNR at which the predicted difference has half of its energy along the final one", "nat"),
-    "strongest": ("strongest coupling at which both bands of the gap decide more than their error", "1"),
-    "uncoupled": ("synchronization gap without coupling, as the claims have it", "nat"),
-    "uncoupled_interval": ("its interval, at the level at which those of all claims hold together with 95 %", "nat"),
-    "remains": ("gap at that coupling over the gap without", "1"),
-    "remains_interval": ("its interval, at the level of the claims", "1"),
-    "order": ("Kendall's tau-b of commitment level against frequency, DC left out, without coupling", "1"),
-    "order_interval": ("its interval, at the level of the claims", "1"),
-    "in_order": ("share of the resampled runs in which the lowest band commits before the highest", "1"),
-    "shuffled_order": ("Kendall's tau-b with coefficients assigned to bands at random", "1"),
-    "shuffle": ("number of the random assignment", "1"),
-    "order_p": ("share of random assignments, the true one among them, with at least the network's order", "1"),
-}
+_KEPT = ("band", "radius", "band_name", "count", "step", "ell", "timestep")  # coordinates of what is measured
 
 
 def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
@@ -98,16 +57,27 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
     ``data`` where the run has it."""
     config, groups = measured.config, measured.sources("network", "untrained", "wiener")
     data = measured.load("data") if measured.run.holds("data") else None
+    bands, between = measured.bands, (LOW, HIGH)
+    if config.modes != "dct":  # their groups are enough here
+        bands = Directions(np.empty((0, 0, 0, 0)), groups["network"].direction_band.values)
+        between = ends(config.modes, len(bands))
     with jax.enable_x64(True):
         found = estimates(
             measured.clock,
-            measured.bands,
+            bands,
             **groups,
             data=data,
             eta=config.eta,
             seed=config.seed,
             kind=config.gate_kind,
+            between=between,
         )
+    if config.modes != "dct":
+        found = found.assign_attrs(modes=config.modes)
+        found["gap"].attrs = {
+            "long_name": f"level of group {between[1]} less that of group {between[0]}",
+            "units": "nat",
+        }
     return found.assign_attrs(
         model=measured.subject_name,
         prediction=measured.model.prediction,
@@ -120,7 +90,7 @@ def analyse(measured: Measured[CompareConfig]) -> xr.Dataset:
 
 def estimates(
     clock: Clock,
-    bands: Bands,
+    bands: Bands | Directions,
     network: xr.Dataset,
     untrained: xr.Dataset,
     wiener: xr.Dataset,
@@ -129,6 +99,7 @@ def estimates(
     eta: float,
     seed: int,
     kind: GateKind = "joint",
+    between: tuple[int, int] = (LOW, HIGH),
 ) -> xr.Dataset:
     """The analysis in double precision, see `analyse`.
 
@@ -137,6 +108,7 @@ def estimates(
       eta: stochasticity of the recursion: 0 for DDIM, 1 for the ancestral sampler.
       seed: of the resampling.
       kind: of the gate, whose gain the ideal model has.
+      between: first and last band of the gap.
     """
     ell, couplings, stochastic = clock.log_snr, network.coupling.values, eta > 0
     energy = _difference(network)
@@ -146,14 +118,15 @@ def estimates(
     grids: dict[str, np.ndarray] = {}
 
     def levels(energy: ArrayLike, inner: ArrayLike | None = None) -> Drawn:
-        found = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
+        found = commitment_of(energy, ell, inner=inner, stochastic=stochastic, ends=between)
         return {"tau": found.tau, "decided": found.decided, "gap": found.gap}
 
     def add(name: str, statistics: Callable[..., tuple[ArrayLike, ArrayLike]], grid: np.ndarray, values=()):
         """Adds a theory. `statistics` maps means of `values` to energies and inner products; without `values` there is
         nothing to resample."""
         energy, inner = statistics(*(np.asarray(v, np.float64).mean(0) for v in values))
-        sources[name], grids[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic), grid
+        found = commitment_of(energy, ell, inner=inner, stochastic=stochastic, ends=between)
+        sources[name], grids[name] = found, grid
         if values:
             weights = pair_draws(seed, len(values[0]))  # of its own: a draw of all pairs might hold none of these
             draws[name] = bootstrap(lambda *m: levels(*statistics(*m)), values, weights, numbers=np.size(energy))[1]
@@ -162,7 +135,7 @@ def estimates(
         """Adds what was measured, by the part of its energy that lies along its own outcome."""
         values = (_difference(group), group.projection.values)
         energy, inner = (v.mean(1, dtype=np.float64) for v in values)
-        sources[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic)
+        sources[name] = commitment_of(energy, ell, inner=inner, stochastic=stochastic, ends=between)
         grids[name] = group.coupling.values
         draws[name] = bootstrap(levels, values, pair_draws(seed, group.sizes["pair"]), 1)[1]
 
@@ -200,9 +173,8 @@ def estimates(
         add(exact, lambda variance: band_statistics(couplings, variance, clock, eta, kind), couplings, (ends,))
     run("untrained", untrained)
     run("wiener", wiener)
-    filtered = band_statistics(wiener.coupling.values, wiener.variance.values, clock, eta, kind)
-    add("wiener theory", lambda: filtered, wiener.coupling.values)
-    dataset = _dataset(clock, network, sources, draws, grids)
+    add("wiener theory", lambda: _filtered(wiener, bands, clock, eta, kind), wiener.coupling.values)
+    dataset = _dataset(clock, network, sources, draws, grids, between)
     for name, found in per_pass.items():
         dataset[name] = (("source", "coupling", "step", "band"), _full(dataset, "network", found, left.shape[1:]))
     end = mean[0, -1]
@@ -215,7 +187,9 @@ def estimates(
 
     values, weights = (energy, network.projection.values), pair_draws(seed, network.sizes["pair"])
     by, drawn_by = bootstrap(
-        lambda energy, inner: {"gap": companions(energy, inner, ell, WINDOW_START, stochastic=stochastic)},
+        lambda energy, inner: {
+            "gap": companions(energy, inner, ell, WINDOW_START, stochastic=stochastic, ends=between)
+        },
         values,
         weights,
         1,
@@ -232,15 +206,17 @@ def estimates(
         ("coupling", "band", "bound"),
         interval_ends(point["ratio"], ends["ratio"]),
     )
+    if isinstance(bands, Directions):
+        _add_data_variance(dataset, wiener.variance.values @ bands.averaging, energy[0, :, -1], weights)
     images = network.energy.isel(step=-1).sum("parity").mean("pair", dtype=np.float64)
     dataset["image_energy"] = (("coupling", "band"), (images / images.isel(coupling=0)).values)
     dataset["shuffled_order"] = ("shuffle", shuffled_orders(network, bands, ell, seed, stochastic=stochastic))
-    _add_claimed(dataset, sources, draws, grids)
+    _add_claimed(dataset, sources, draws, grids, between)
     beside = bootstrap(levels, values, joined_draws(seed, gain_pairs, network.sizes["pair"]), 1)[1]
     _add_excess(dataset, sources, draws, {**dict.fromkeys(recursions, beside), exact: draws["network"]})
     return dataset.assign_attrs(
-        low_band=LOW,
-        high_band=dataset.sizes["band"] + HIGH,
+        low_band=between[0],
+        high_band=between[1] % dataset.sizes["band"],
         ell_start=WINDOW_START,
         steps=len(clock),
         pairs=network.sizes["pair"],
@@ -252,7 +228,26 @@ def estimates(
     )
 
 
-def shuffled_orders(network: xr.Dataset, bands: Bands, ell: np.ndarray, seed: int, *, stochastic: bool) -> np.ndarray:
+def _add_data_variance(dataset: xr.Dataset, variance: np.ndarray, ends: np.ndarray, weights: np.ndarray) -> None:
+    """Adds the variance (B,) of the data in each group, and the energy of the uncoupled ends (P, B) in units of it."""
+    point, drawn = bootstrap(lambda mean: {"ratio": mean / variance}, ends, weights)
+    dataset["data_variance"], dataset["end_variance"] = ("band", variance), ("band", point["ratio"])
+    dataset["end_variance_interval"] = (("band", "bound"), interval_ends(point["ratio"], drawn["ratio"]))
+
+
+def _filtered(
+    wiener: xr.Dataset, bands: Bands | Directions, clock: Clock, eta: float, kind: GateKind
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energies and inner products of the exact denoiser of the controls, by band."""
+    energy, inner = band_statistics(wiener.coupling.values, wiener.variance.values, clock, eta, kind)
+    if isinstance(bands, Bands):
+        return energy, inner
+    return energy @ bands.averaging, inner @ bands.averaging  # it is made for the variance along each direction
+
+
+def shuffled_orders(
+    network: xr.Dataset, bands: Bands | Directions, ell: np.ndarray, seed: int, *, stochastic: bool
+) -> np.ndarray:
     """Kendall's tau-b (`SHUFFLES`,) of the network's levels when its coefficients are assigned to bands at random: what
     the claim about order is worth. The pairs are those whose coefficients are stored: none in runs of older versions.
     """
@@ -268,7 +263,8 @@ def shuffled_orders(network: xr.Dataset, bands: Bands, ell: np.ndarray, seed: in
     found = []
     for chosen in in_chunks(orders, mean["energy"].size):
         energy, inner = (np.moveaxis(v[:, chosen] @ averaging, 0, 1)[:, None] for v in mean.values())
-        found.append(order(commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]))
+        tau = commitment_of(energy, ell, inner=inner, stochastic=stochastic).tau[:, 0]
+        found.append(order(tau, LOW if isinstance(bands, Bands) else 0))
     return np.concatenate(found)
 
 
@@ -300,7 +296,11 @@ def _add_excess(
 
 
 def _add_claimed(
-    dataset: xr.Dataset, sources: dict[str, Estimates], draws: dict[str, Drawn], grids: dict[str, np.ndarray]
+    dataset: xr.Dataset,
+    sources: dict[str, Estimates],
+    draws: dict[str, Drawn],
+    grids: dict[str, np.ndarray],
+    between: tuple[int, int],
 ) -> None:
     """Adds what the claims rest on, of every source that has draws: the gap without coupling, what remains of it, and
     the order of the bands. Their intervals hold together, see `CLAIMS`."""
@@ -309,12 +309,16 @@ def _add_claimed(
     share, strongest = np.full((2, len(names)), np.nan)
     for i, (name, drawn) in enumerate(draws.items()):
         row = list(dataset.source.values).index(name)
-        known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, [LOW, HIGH]].any(-1)
+        known = np.isfinite(dataset.gap[row].values) & ~dataset.weak[row].values[:, list(between)].any(-1)
         of_grid = np.searchsorted(grids[name], dataset.coupling.values[known])
         tables["uncoupled"][i] = with_interval(sources[name].gap[0], drawn["gap"][:, 0], level)
-        tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
+        if told_from_zero(tables["uncoupled"][i]):
+            tables["remains"][i] = remaining_gap(sources[name].gap[of_grid], drawn["gap"][:, of_grid], level)
         strongest[i] = dataset.coupling.values[known][-1] if known.any() else np.nan
-        tables["order"][i] = with_interval(order(sources[name].tau[0]), order(drawn["tau"][:, 0]), level)
+        first = LOW if "radius" in dataset else 0
+        levels, drawn_levels = sources[name].tau[0], drawn["tau"][:, 0]
+        if np.ptp(levels[first:]) > LEAST:
+            tables["order"][i] = with_interval(order(levels, first), order(drawn_levels, first), level)
         share[i] = np.mean(drawn["gap"][:, 0] > 0)
     dataset["in_order"] = ("claimed", share)
     dataset["strongest"] = ("claimed", strongest)
@@ -348,7 +352,7 @@ def _full(dataset: xr.Dataset, source: str, values: np.ndarray, tail: tuple[int,
     return table
 
 
-def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dataset:
+def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids, between: tuple[int, int]) -> xr.Dataset:
     couplings = network.coupling.values
     names = list(sources)
     tables: dict[str, np.ndarray] = {}
@@ -360,7 +364,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
 
     def steps_between(tau):  # the gap on the sampler's own scale
         step = clock.step(tau)
-        return step[..., HIGH] - step[..., LOW]
+        return step[..., between[1]] - step[..., between[0]]
 
     for name, point in sources.items():
         grid = grids[name]
@@ -400,7 +404,7 @@ def _dataset(clock: Clock, network: xr.Dataset, sources, draws, grids) -> xr.Dat
             "source": names,
             "coupling": couplings,
             "bound": ["low", "high"],
-            **{name: network[name] for name in ("band", "radius", "count", "step", "ell", "timestep")},
+            **{name: network[name] for name in _KEPT if name in network.coords},
         },
     )
     dataset["weak"] = dataset.decided <= dataset.floor

@@ -17,7 +17,7 @@ from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import exact_of
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f99"]
-ALIKE = ("steps", "sampler", "guidance", "guided_channels", "guided_coupling", "gate_kind", "classes", "seed")
+ALIKE = ("steps", "sampler", "guidance", "guided_channels", "guided_coupling", "gate_kind", "classes", "seed", "modes")
 Found = dict[str, tuple[Measured[CompareConfig], xr.Dataset]]  # by the folder of the run
 
 
@@ -73,6 +73,7 @@ def run_table(found: Found) -> Table:
                 f"{config.guidance:g}",
                 config.gate_kind,
                 str(config.seed),
+                config.modes,
                 formatted(with_ends(at, "gap", source="network")[0]),
                 formatted(with_ends(at, "gap_excess", theory=exact_of(at))[0]),
                 f"{float(claimed.strongest):g}",
@@ -80,7 +81,18 @@ def run_table(found: Found) -> Table:
                 formatted([float(claimed.order), *claimed.order_interval.values]),
             ]
         )
-    head = ["run", "network", "predicts", "trained on", "sampler", "guidance", "gate", "seed", "gap at g = 0, nats"]
+    head = [
+        "run",
+        "network",
+        "predicts",
+        "trained on",
+        "sampler",
+        "guidance",
+        "gate",
+        "modes",
+        "seed",
+        "gap at g = 0, nats",
+    ]
     head += ["less that of an exact denoiser", "strongest g at which the gap is known", "share of the gap left there"]
     note = "Intervals of the last two columns are those of the claims, which hold together with 95 %."
     return Table("The runs", [*head, "Kendall's tau-b at g = 0"], rows, note)

@@ -16,10 +16,11 @@ from dit_jax.images import to_pixels
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from experiments.frame.bench import Bench, Variables, one_of
-from experiments.frame.eigenmodes import eigenmodes
+from experiments.frame.eigenmodes import eigenmodes, fine_directions
 from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import coupled_wiener, one_pass, trajectories
 from experiments.frame.subject import model_folder
+from experiments.studies.compare.modes import DataModes, data_modes
 from experiments.studies.compare.settings import CompareConfig
 
 PICTURED_PAIRS = 6
@@ -47,6 +48,10 @@ NETWORK: Variables = {
 }
 UNTRAINED: Variables = {**TRAJECTORIES, "one_pass_energy": NETWORK["one_pass_energy"]}
 MORE = tuple(name for name in NETWORK if name not in TRAJECTORIES)  # of some pairs only, for time and space
+DIRECTIONS: Variables = {  # in the place of those by DCT coefficient
+    "coefficient_energy": (("pair", "step", "direction"), "square of the uncoupled denoised difference along it"),
+    "coefficient_projection": (("pair", "step", "direction"), "its inner product with its end, along the direction"),
+}
 
 
 class Instrument:
@@ -56,20 +61,28 @@ class Instrument:
         self.bench, self.config = bench, bench.config
         kind = bench.config.gate_kind
         self.covariance = load_covariance(model_folder(one_of(bench.config.weights)))
-        self.modes = eigenmodes(bench.bands, bench.model.in_channels, self.covariance)
+        if bench.config.modes == "dct":
+            self.data_modes, self.bands, self.variables = None, bench.bands, NETWORK
+            self.modes = eigenmodes(bench.bands, bench.model.in_channels, self.covariance)
+        else:
+            self.data_modes = data_modes(bench.config.modes, one_of(bench.config.weights))
+            self.bands, self.variables = self.data_modes.directions, {**NETWORK, **DIRECTIONS}
+            self.modes = fine_directions(self.bands, self.data_modes.variance)
         self._network_run = jax.jit(lambda model, *args: self._run(bench.coupled(model), *args))
         self._network_gain = jax.jit(
             lambda model, *args: one_pass(bench.coupled(model), bench.clock, self.modes, *args)
         )
         self._wiener_run = jax.jit(
-            lambda variance, *args: self._run(coupled_wiener(variance, bench.clock, kind), *args)
+            lambda variance, *args: self._run(
+                coupled_wiener(variance, bench.clock, kind, self.data_modes and self.data_modes.directions), *args
+            )
         )
 
     def _run(self, coupled: CoupledDenoiser, couplings, pairs, labels):
         return trajectories(
             coupled,
             self.bench.clock,
-            self.bench.bands,
+            self.bands,
             couplings,
             pairs,
             labels,
@@ -91,13 +104,17 @@ class Instrument:
         else:
             grid, steps = found["energy"].shape[:3], len(self.bench.clock)
             sizes = {"coupling": grid[0], "pair": grid[1], "step": steps, "mode": len(self.modes.band)}
-            sizes |= {"band": len(self.bench.bands)} | dict.fromkeys(("row", "column"), self.bench.model.input_size)
-            found |= {name: np.full([sizes[dim] for dim in NETWORK[name][0]], np.nan, np.float32) for name in MORE}
+            sizes |= {"band": len(self.bands)} | dict.fromkeys(("row", "column"), self.bench.model.input_size)
+            sizes |= {"direction": np.size(self.bands.index)}
+            dims = {name: self.variables[name][0] for name in MORE}
+            found |= {name: np.full([sizes[dim] for dim in dims[name]], np.nan, np.float32) for name in MORE}
         return found
 
     def wiener(self, variance: np.ndarray, couplings, pairs, labels) -> dict[str, np.ndarray]:
-        """Measurements of pairs on the exact denoiser of Gaussian modes of band variances (B,), see `TRAJECTORIES`."""
-        variances = jnp.asarray(variance)[self.bench.bands.index]
+        """Measurements of pairs on the exact denoiser of Gaussian modes of band variances (B,), or of variances (M,)
+        along the directions; see `TRAJECTORIES`."""
+        variances = jnp.asarray(variance, jnp.float32)
+        variances = variances[self.bands.index] if self.data_modes is None else variances
         found = dict(self._wiener_run(variances, jnp.asarray(couplings, jnp.float32), pairs, labels))
         return jax.device_get({name: found[name] for name in TRAJECTORIES})
 
@@ -122,34 +139,51 @@ def measure(bench: Bench[CompareConfig]) -> None:
         return {name: found[name] for name in UNTRAINED}
 
     size, parity = bench.model.input_size, ["common", "difference"]
-    plane = {"row": np.arange(size), "column": np.arange(size)}
-    modes = instrument.modes
+    plane: dict[str, Any] = {"row": np.arange(size), "column": np.arange(size)}
+    modes, bands = instrument.modes, None
+    if instrument.data_modes is not None:
+        plane, bands = _coords(instrument.data_modes)
     groups = {
         "mode": np.arange(len(modes.band)),
         "mode_band": ("mode", modes.band),
         "mode_count": ("mode", modes.count),
     }
     coords = {"coupling": grid, "parity": parity, **plane, **groups}
-    network = bench.measure("network", NETWORK, coords, config.pairs, on_network)
+    network = bench.measure("network", instrument.variables, coords, config.pairs, on_network, bands=bands)
     if not bench.run.holds("pictures"):  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
         on_network(pairs, pair_labels(pairs, bench.classes))
     # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
     count = min(config.untrained_pairs, config.pairs)
-    bench.measure("untrained", UNTRAINED, {"coupling": few, "parity": parity}, count, on_untrained)
+    bench.measure("untrained", UNTRAINED, {"coupling": few, "parity": parity}, count, on_untrained, bands=bands)
     bench.whole("wiener", lambda: _wiener(instrument, network))
     if (covariance := instrument.covariance) is not None:
-        bench.whole("data", lambda: covariance_group(covariance))
+        bench.whole("data", lambda: covariance_group(covariance, instrument.data_modes and instrument.data_modes.share))
+
+
+def _coords(of: DataModes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Coordinates of directions, and of their groups."""
+    about = {"long_name": "group of directions, in the place of a band of the DCT", "units": "1"}
+    count = {"long_name": "directions in the group", "units": "1"}
+    index, groups = of.directions.index, len(of.names)
+    directions = {"direction": np.arange(index.size), "direction_band": ("direction", index)}
+    bands = {"band": ("band", np.arange(groups), about), "count": ("band", of.directions.count, count)}
+    return directions, {**bands, "band_name": ("band", of.names)}
 
 
 def _wiener(instrument: Instrument, network: xr.Dataset) -> xr.Dataset:
-    """The exact denoiser of the network's own band variances on the same pairs, all at once, for it costs little."""
-    energy = network.energy.sel(parity="difference")
-    variance = energy.isel(coupling=0, step=-1).mean("pair").values.astype(np.float64)
+    """An exact denoiser on the same pairs, all at once, for it costs little: of the network's own variance in each
+    band, or of the data's along each direction."""
+    if instrument.data_modes is None:
+        energy = network.energy.sel(parity="difference")
+        variance = energy.isel(coupling=0, step=-1).mean("pair").values.astype(np.float64)
+        of = "band"
+    else:
+        variance, of = instrument.data_modes.variance, "direction"
     found = instrument.wiener(variance, network.coupling.values, network.pair.values, network.label.values)
     data = {name: (TRAJECTORIES[name][0], value, network[name].attrs) for name, value in found.items()}
-    about = {"long_name": "variance of each band that the denoiser is made for", "units": "1"}
-    return xr.Dataset(data | {"variance": ("band", variance, about)}, coords=network.coords)
+    about = {"long_name": f"variance of each {of} that the denoiser is made for", "units": "1"}
+    return xr.Dataset(data | {"variance": (of, variance, about)}, coords=network.coords)
 
 
 def _pictures(bench: Bench, samples: np.ndarray, grid: np.ndarray, labels: np.ndarray) -> xr.Dataset:

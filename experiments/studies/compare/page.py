@@ -18,6 +18,7 @@ from experiments.studies.compare.claims import claims
 from experiments.studies.compare.figures import FIGURES
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import EXACT, RECURSIONS, exact_gain, exact_of, recursion_of
+from experiments.studies.compare.wording import BANDS, QUESTIONS, SORTED, first_and_last, modes_of
 from ou_theory.bootstrap import family_level
 
 
@@ -43,12 +44,14 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
     recursion, exact = recursion_of(analysis), exact_of(analysis)
     uncoupled = _cell(analysis.sel(source=exact).isel(coupling=0), "gap")
     by_gain = _cell(analysis.sel(source=recursion).isel(coupling=-1), "gap")
-    strongest = f"g = {float(analysis.coupling[-1]):.4g}"
+    strongest, (early, late) = f"g = {float(analysis.coupling[-1]):.4g}", first_and_last(analysis)
+    kind = modes_of(analysis)
+    if kind != "dct":
+        low, high = early, late
     return Section(
         title=f"Synchronization gap of {attrs['model']}",
-        question="When does a diffusion transformer decide each spatial frequency of an image, what does coupling two "
-        "of its trajectories do to that, and does the solvable theory say the same?",
-        answer=f"Uncoupled, the highest band commits {first} nats after the lowest. An exact denoiser made for "
+        question=QUESTIONS[kind],
+        answer=f"Uncoupled, {late} commits {first} nats after {early}. An exact denoiser made for "
         f"{EXACT[exact]} has {uncoupled}. At {strongest} the gap is {last} nats, and {by_gain} by the recursion under "
         f"the {recursion} of the network. Differences in single bands can cancel in a gap; the tables have them.",
         claims=found,
@@ -60,9 +63,14 @@ def section(manifest: Mapping[str, Any], analysis: xr.Dataset, preview: str = "p
             *(excess_table(analysis, theory) for theory in analysis.theory.values),
         ],
         captions=captions(analysis, preview),
-        methods=[_run(manifest, analysis), *methods(attrs["gate_kind"]), _theories(analysis), _controls(analysis)],
+        methods=[
+            _run(manifest, analysis),
+            *methods(attrs["gate_kind"], kind),
+            _theories(analysis),
+            _controls(analysis),
+        ],
         limits=limits(analysis),
-        definitions=definitions(low, high, attrs["draws"], attrs["gate_kind"]),
+        definitions=definitions(low, high, attrs["draws"], attrs["gate_kind"], kind),
     )
 
 
@@ -83,16 +91,16 @@ def _run(manifest: Mapping[str, Any], analysis: xr.Dataset) -> str:
     )
 
 
-def methods(kind: GateKind) -> list[str]:
-    """How it was measured under a kind of gate, for readers who know attention."""
-    return [text.format(coupled=told(kind)) for text in METHODS]
+def methods(kind: GateKind, modes: str = "dct") -> list[str]:
+    """How it was measured under a kind of gate and by kind of modes, for readers who know attention."""
+    return [text.format(coupled=told(kind), sorted=SORTED[modes]) for text in METHODS]
 
 
 METHODS = [
     "A diffusion model turns noise into an image in many steps, and the image is not decided all at once. To see "
     "when, run two trajectories – a pair of replicas – of the same class from different noise, and compare at every "
     "step the clean image that each predicts. Where nothing is decided yet, both predict the same blur. Once "
-    "something is decided, they differ. Sorted by spatial frequency, this difference shows which parts of an image "
+    "something is decided, they differ. Sorted by {sorted}, this difference shows which parts of an image "
     "are settled early and which late.",
     "Then let the replicas see each other: in every attention layer {coupled} What that does to their difference is "
     "measured band by band: it may fade in some bands and grow in others.",
@@ -164,12 +172,12 @@ CAPTIONS = {
 }
 
 
-def definitions(low: str, high: str, draws: int, kind: GateKind) -> dict[str, str]:
+def definitions(low: str, high: str, draws: int, kind: GateKind, modes: str = "dct") -> dict[str, str]:
     """What the words of the page mean."""
+    sign = "low frequencies commit first" if modes == "dct" else f"{low} commits first"
     return {
-        "Band, log-SNR ℓ": "A band is a ring of spatial frequencies (of the DCT), named by its radius r, where 1 is "
-        f"the highest frequency along one axis; DC, the mean, is a band of its own. Low is {low}, high is {high}. ℓ "
-        "is the logarithm of the signal-to-noise ratio in nats, and rises as generation goes on.",
+        "Band, log-SNR ℓ": f"{BANDS[modes]} Low is {low}, high is {high}. ℓ is the logarithm of the "
+        "signal-to-noise ratio in nats, and rises as generation goes on.",
         "Aligned energy": "The part of the energy of the predicted difference that lies along the final difference of "
         "the same pair, in units of what the band has at the end uncoupled. Errors that have nothing to do with the "
         "outcome average out of it.",
@@ -178,8 +186,8 @@ def definitions(low: str, high: str, draws: int, kind: GateKind) -> dict[str, st
         "Commitment level τ": "The mean log-SNR at which that fraction gets decided: the end of the window minus the "
         "area under the running maximum of the aligned energy over F. Uncoupled Gaussian modes commit where their "
         "signal-to-noise ratio is 1.",
-        "Synchronization gap Γ": "τ of the high band minus τ of the low band, in nats. Positive: low frequencies "
-        "commit first. In sampler steps the same difference is read off at the steps of this run, so it depends on "
+        "Synchronization gap Γ": "τ of the high band minus τ of the low band, in nats. Positive: "
+        f"{sign}. In sampler steps the same difference is read off at the steps of this run, so it depends on "
         "their number.",
         "One-pass gain ρ": "How much one pass through the coupled network shrinks the difference of two given inputs, "
         f"relative to the uncoupled network: 1 leaves it, 0 removes it. The ideal model has {RHO[kind]}. It is the "
@@ -259,11 +267,17 @@ def band_table(analysis: xr.Dataset) -> Table:
     rows = []
     for band, name in enumerate(band_names(analysis)):
         at, here = network.isel(band=band), analysis.isel(coupling=0, band=band)
-        row = [name, str(int(analysis["count"][band])), _cell(at, "tau"), number(at.tau_steps.item(), 1)]
+        row = [name, str(int(analysis["count"][band]))]
+        if "data_variance" in analysis:
+            row += [f"{at.data_variance.item():.3g}", _cell(at, "end_variance")]
+        row += [_cell(at, "tau"), number(at.tau_steps.item(), 1)]
         for theory in theories:
             row += [_cell(here.sel(source=theory), "tau"), _cell(here.sel(theory=theory), "tau_excess")]
         rows.append([*row, number(at.projection_level.item()), number(at.floor.item(), 3)])
-    head = ["band", "coefficients per channel", "τ, nats", "τ, sampler step"]
+    head = ["band", "coefficients per channel" if modes_of(analysis) == "dct" else "directions"]
+    if "data_variance" in analysis:
+        head += ["variance of the data", "network's over that"]
+    head += ["τ, nats", "τ, sampler step"]
     for theory in theories:
         head += [f"τ, {theory}", "τ less that"]
     note = (
@@ -303,11 +317,15 @@ def calibration(analysis: xr.Dataset) -> dict[str, str]:
 
 def _controls(analysis: xr.Dataset) -> str:
     off = calibration(analysis)
+    made, error = "of the network's own spectrum", ""
+    if modes_of(analysis) != "dct":
+        made = "made for the variance of the data along each direction"
+        error = " Many directions share a band, so that it differs by the sampling error of the pairs."
     return (
         "Controls. The same architecture with random weights everywhere goes through the same instrument: what it "
-        "also shows is not learned. An exact denoiser goes through it, too: a Wiener filter of the network's own "
-        f"spectrum, whose gap, levels and fractions are known: its measured gap is at most {off['gap']} nats, its τ at "
-        f"most {off['tau']} nats and its F at most {off['decided']} from the theory."
+        f"also shows is not learned. An exact denoiser goes through it, too: a Wiener filter {made}, whose gap, "
+        f"levels and fractions are known: its measured gap is at most {off['gap']} nats, its τ at "
+        f"most {off['tau']} nats and its F at most {off['decided']} from the theory.{error}"
     )
 
 

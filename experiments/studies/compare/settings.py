@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from math import isfinite
+from typing import Literal, get_args
 
 from experiments.frame.settings import StudyConfig, check_shares
+
+ModesKind = Literal["dct", "pca", "colour", "class"]
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,7 @@ class CompareConfig(StudyConfig):
     couplings: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 4.0)  # g, 0 among them
     pairs: int = 64  # pairs of replicas
     gain_pairs: int = 32  # pairs on which the one-pass gain is measured
+    modes: ModesKind = "dct"  # dct: bands of frequency; pca, colour, class: directions of the training data
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -21,6 +25,8 @@ class CompareConfig(StudyConfig):
         if len(set(self.couplings)) < 2 or 0 not in self.couplings:
             raise ValueError(f"couplings must hold 0, the reference, and at least one more value, got {self.couplings}")
         check_shares(self.gate_kind, self.couplings)
+        if self.modes not in get_args(ModesKind):
+            raise ValueError(f"modes {self.modes!r} is not one of {', '.join(get_args(ModesKind))}")
         if self.gain_pairs < 2:
             raise ValueError("gain_pairs must be at least 2: intervals come from resampling pairs")
         object.__setattr__(self, "couplings", tuple(sorted({float(g) for g in self.couplings})))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, percent
 from experiments.frame.settings import SAMPLER_NAMES
-from experiments.frame.verdict import Claim, Control
+from experiments.frame.verdict import LEAST, Claim, Control
 from experiments.studies.depth.figures import (
     figure_coupled,
     figure_decodable,
@@ -49,7 +49,7 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
     claims = [_claim(analysis, name) for name in known]
     parts = []
     for name in known:
-        has_gap = final_gap(analysis, "network", name)[1] > 0
+        has_gap = final_gap(analysis, "network", name)[1] > LEAST
         share = percent(analysis[f"network_{name}_share"].values) if has_gap else "(no gap)"
         parts.append(f"{READINGS[name][0]} {share}")
     captions = {
@@ -109,7 +109,7 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
 def _claim(analysis: xr.Dataset, reading: str) -> Claim:
     share, low, high = (float(v) for v in analysis[f"network_{reading}_share_claimed"].values)
     final = final_gap(analysis, "network", reading)
-    there = final[1] > 0
+    there = final[1] > LEAST
     verdict, doubt = verdict_of(analysis, reading)
     half = analysis[f"network_{reading}_half"].values
     controls = []
@@ -120,7 +120,7 @@ def _claim(analysis: xr.Dataset, reading: str) -> Claim:
         if f"{source}_{name}_share_claimed" not in analysis:
             continue
         gap, values = final_gap(analysis, source, name), analysis[f"{source}_{name}_share_claimed"].values
-        has_gap = bool(gap[1] > 0)
+        has_gap = bool(gap[1] > LEAST)
         controls.append(
             Control(
                 "untrained network" if source == "untrained" else "shuffled bands",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import xarray as xr
 
-from experiments.frame.verdict import Verdict, above
+from experiments.frame.verdict import LEAST, Verdict, above
 from experiments.studies.depth.readings import CENSORED
 from experiments.studies.depth.settings import CLAIMED, LAST
 from ou_theory.estimator import HIGH_BAND, LOW_BAND
@@ -54,7 +54,7 @@ def verdict_of(analysis: xr.Dataset, reading: str, source: str = "network") -> t
     share, and the reverse.
     """
     share, low, high = (float(v) for v in analysis[f"{source}_{reading}_share_claimed"].values)
-    if not final_gap(analysis, source, reading)[1] > 0 or not np.isfinite([share, low, high]).all():
+    if not final_gap(analysis, source, reading)[1] > LEAST or not np.isfinite([share, low, high]).all():
         return "undecided", "there is no gap to be localised"
     verdict = above([low, high], CLAIMED)
     at = (1 - LAST) * (analysis.sizes["layer"] - 1)

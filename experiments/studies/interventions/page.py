@@ -14,7 +14,7 @@ from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, power
 from experiments.frame.settings import SAMPLER_NAMES
 from experiments.frame.steps import WINDOW_START
-from experiments.frame.verdict import Claim, Control, Verdict, above, all_hold, bounds
+from experiments.frame.verdict import LEAST, Claim, Control, Verdict, above, all_hold, bounds
 from experiments.studies.interventions import figures as draw
 from experiments.studies.interventions.analysis import BY
 from experiments.studies.interventions.figures import arms_of
@@ -29,7 +29,7 @@ def page(measured: Measured[InterventionsConfig], analysis: xr.Dataset) -> Page:
         "parts": partial(draw.figure_parts, analysis),
         "schedules": partial(draw.figure_schedules, analysis),
     }
-    if not analysis.effect[1] > 0:
+    if not analysis.effect[1] > LEAST:
         del figures["layers"]  # shares of nothing
     return Page(section(measured, analysis, list(figures)), figures)
 
@@ -106,14 +106,14 @@ def localisation(analysis: xr.Dataset) -> Claim:
     """Claim 3 in a causal reading: coupling the last layers alone brings the gap down.
 
     The full effect is the reduction of the gap when all layers are coupled; there is one if its whole interval is above
-    0. The claim holds if coupling the last fifth of the layers alone brings more than half of it, and more than
+    `LEAST`. The claim holds if coupling the last fifth of the layers alone brings more than half of it, and more than
     coupling the first fifth does, each with its whole interval. It does not hold if the whole interval of either says
     the opposite. Otherwise, and where there is no full effect, it is undecided.
     """
     fifth, depth = analysis.attrs["fifth"], analysis.sizes["layer"]
     shares = {end: analysis.share.sel(arm=f"{end} {fifth}").values for end in ("first", "middle", "last")}
     verdict = localised(analysis.effect.values, shares["last"], analysis.last_minus_first.values)
-    there = bool(analysis.effect[1] > 0)
+    there = bool(analysis.effect[1] > LEAST)
     controls = [
         Control(
             f"{end} {fifth} layers",
@@ -130,7 +130,7 @@ def localisation(analysis: xr.Dataset) -> Claim:
     blank = analysis.untrained_effect.values
     gaps = [analysis.untrained_gap.sel(untrained_arm=name).values for name in (NONE, ALL)]
     found = analysis.untrained_share.sel(untrained_arm=f"last {fifth}").values
-    acts = bool(blank[1] > 0)
+    acts = bool(blank[1] > LEAST)
     text = f"The same architecture with random weights: gap {formatted(gaps[0])} nats, coupled {formatted(gaps[1])}"
     controls.append(
         Control(
@@ -164,7 +164,7 @@ def localised(effect: ArrayLike, last: ArrayLike, difference: ArrayLike) -> Verd
     """The verdict of `localisation` from (estimate, low, high) of the full effect, of the last fifth's share, and of
     that share minus the first fifth's."""
     effect, last, difference = (np.asarray(x, np.float64) for x in (effect, last, difference))
-    if not effect[1] > 0 or not np.isfinite([last, difference]).all():
+    if not effect[1] > LEAST or not np.isfinite([last, difference]).all():
         return "undecided"
     return all_hold(above(last[1:], CLAIMED), above(difference[1:]))
 
@@ -183,7 +183,7 @@ def _answer(analysis: xr.Dataset, g: float, depth: int) -> str:
         f"Coupling everything at g = {g:g} takes the gap from {gaps[0]} to {gaps[1]} nats (by all energy: from "
         f"{gaps[2]} to {gaps[3]})"
     )
-    if not analysis.effect[1] > 0:
+    if not analysis.effect[1] > LEAST:
         return f"{start}: there is no effect to share among parts."
     fifth = analysis.attrs["fifth"]
 
@@ -204,7 +204,7 @@ def _row(analysis: xr.Dataset, name: str) -> list[str]:
     weak = " *" if np.any(decided[[LOW, HIGH]] <= at.floor[[LOW, HIGH], 0].values) else ""
     cells = [name]
     for by in BY:
-        there = analysis[f"effect{by}"][1] > 0
+        there = analysis[f"effect{by}"][1] > LEAST
         cells += [formatted(at[f"gap{by}"]) + weak, formatted(at[f"share{by}"]) if there else "–"]
     return cells + [formatted(at[what][band]) for what in ("decided", "left") for band in (LOW, HIGH)]
 

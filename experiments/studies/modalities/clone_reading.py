@@ -13,6 +13,7 @@ from scipy.optimize import root_scalar
 
 from ou_theory import ensembles as en
 from ou_theory.cluster_laws import Clusters
+from ou_theory.keys import random_key
 from ou_theory.mixture import Mixture
 from ou_theory.process import Transition
 
@@ -142,7 +143,7 @@ def clones_of_modes(law: Clusters, noise: jax.Array, seeds: jax.Array, paths: in
 def clones_of_mixture(law: Mixture, steps: Transition, seeds: jax.Array, paths: int) -> tuple[jax.Array, jax.Array]:
     """Ends of two clones each of a mixture under any drift; `steps` are the forward steps."""
     late = jax.tree.map(lambda v: v[-1], en.state_laws(law, steps))
-    start = late.draw(jax.random.key(seeds[0]), paths)
+    start = late.draw(random_key(seeds[0]), paths)
     bridges = en.bridges(law, steps)
     first, second = (en.simulate(en.mixture_sde, start, bridges, seed)[0] for seed in (seeds[1], seeds[2]))
     return first, second

@@ -34,6 +34,7 @@ from ou_theory import process as ou
 from ou_theory.cluster_laws import Clusters, sign_correlation
 from ou_theory.collapse import condensation, pair_collapse_times
 from ou_theory.gain_model import commitment_time, q_uncoupled
+from ou_theory.keys import random_key
 from ou_theory.mixture import two_clusters
 from ou_theory.speciation import kappa, mode_kappa, mode_speciation_time
 
@@ -123,7 +124,7 @@ def timescales(config: ModalitiesConfig) -> xr.Dataset:
 
     rates, errors = [], []
     for i, g in enumerate(cases.COUPLINGS):
-        start, x = (np.asarray(v, np.float64) for v in decay(g, jax.random.fold_in(jax.random.key(config.seed), i)))
+        start, x = (np.asarray(v, np.float64) for v in decay(g, jax.random.fold_in(random_key(config.seed), i)))
         factor = (start * x).mean(0) / (start**2).mean(0)
         error = (start * (x - factor * start)).std(0) / (start**2).mean(0) / len(x) ** 0.5
         # (1 - rate dt)^n is what Euler's rule makes of exp(-rate t)
@@ -213,7 +214,7 @@ def collapse(config: ModalitiesConfig) -> xr.Dataset:
     @partial(jax.jit, static_argnums=(0, 1))
     def excess(size, count, seed, trials):
         def one(trial):
-            for_data, for_noise = jax.random.split(jax.random.fold_in(jax.random.key(seed), trial))
+            for_data, for_noise = jax.random.split(jax.random.fold_in(random_key(seed), trial))
             stored = jax.random.normal(for_data, (count, 2 * size))
             return condensation(stored, jax.random.normal(for_noise, (2 * size,)), jnp.repeat(levels, size, -1))
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from dit_jax.training import TrainConfig
 from ou_theory.cluster_laws import Clusters
+from ou_theory.keys import random_key
 from ou_theory.modes import dct2, idct2
 
 SIZE, CHANNELS = 8, 2
@@ -87,7 +88,7 @@ class SolvableData:
         @jax.jit
         def draw(seed, step, labels):
             # Training splits the key of (seed, step) for itself, and parts of a split are what folding 0, 1, ... gives.
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), OWN)
+            key = jax.random.fold_in(jax.random.fold_in(random_key(seed), step), OWN)
             each = jnp.stack([one.draw(jax.random.fold_in(key, c), labels.size) for c, one in enumerate(laws)])
             return to_images(each[labels, jnp.arange(labels.size)])
 
