@@ -304,7 +304,7 @@ import resource, signal, sys
 from experiments.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.exit(main(["convert", {str(TINY)!r}, {str(out)!r}, "--num-heads", "6"]))
+sys.exit(main(["convert", {str(TINY)!r}, {str(out)!r}, *{TOLD}]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
@@ -332,5 +332,5 @@ def test_places_where_nothing_can_be_written_are_named_before_the_file_is_read(r
 
 def test_a_path_may_begin_with_the_home_folder(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run(TINY, "~/model", "--num-heads", 6)[0] == 0
+    assert run(TINY, "~/model", *TOLD)[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

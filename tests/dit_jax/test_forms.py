@@ -350,7 +350,7 @@ def test_export_refuses_what_it_cannot_do(tmp_path, expected, monkeypatch):
         export_model(tmp_path / "model", tmp_path / "folder.pt", overwrite=True)
     export_model(tmp_path / "model", tmp_path / "taken.pt", overwrite=True)
     assert torch.load(tmp_path / "taken.pt", weights_only=True)
-    with pytest.raises(CheckpointError, match="not a model folder"):
+    with pytest.raises(CheckpointError, match="there is no folder"):
         export_model(tmp_path / "nowhere", tmp_path / "a.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(CheckpointError, match="needs PyTorch"):

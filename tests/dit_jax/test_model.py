@@ -241,7 +241,9 @@ def test_output_without_learned_variance_has_the_input_channels():
         {"mlp_ratio": 0.0},
         {"mlp_ratio": float("nan")},
         {"mlp_ratio": float("inf")},
-        {"prediction": "score"},
+        {"prediction": "noise"},
+        {"prediction": "velocity"},  # without a path
+        {"path": "straight"},
         {"dtype": "float16"},
     ],
 )
