@@ -44,7 +44,7 @@ class Shape:
     batch_size: int = 128
     learning_rate: float = 1.5e-3
     patch_size: int = 2
-    images: str = "images.zip"  # beside the images that are given
+    images: str | None = None  # a file beside the images that are given; by default these
 
 
 DEEP = Shape(depth=28, batch_size=256, learning_rate=1e-3)
@@ -123,7 +123,7 @@ def train_group(name: str, out: Path, images: Path, seconds: float, rehearse: bo
     from dit_jax.transforms import training_data
 
     shape, networks = GROUPS[name]
-    found = gpu_carry.unpack(images.with_name(shape.images))
+    found = gpu_carry.unpack(images.with_name(shape.images or images.name))
     data = {network.transform: training_data(found, network.transform) for network in networks.values()}
     prediction = next(iter(networks.values())).prediction  # one kind a group, as a program has one loss
     if rehearse:

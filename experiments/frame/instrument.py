@@ -108,8 +108,7 @@ def trajectories(
     Returns:
       energy (C, P, K, B, 2): mean square of the denoised common and difference modes per coefficient.
       projection (C, P, K, B): inner product of the denoised difference with its own end, per coefficient.
-      coefficient_energy, coefficient_projection (P, K, H, W): of the uncoupled difference, by coefficient, not by band;
-        (P, K, M) for directions.
+      coefficient_energy, coefficient_projection (P, K, H, W), for directions (P, K, M): of the uncoupled difference.
       state_energy (P, K, B): of the difference of the uncoupled states in the rescaled frame.
       states (K, 2, P, H, W, channels): the uncoupled states, for `one_pass`.
       sample (2, C, P, H, W, channels).

@@ -1,10 +1,10 @@
 """A run on disk: one folder with a manifest, labelled arrays, figures and a report.
 
     manifest.json   settings, versions and device, and which blocks of pairs are finished
-    data.zarr       one group per dataset, opened by any xarray:
-                    ``xr.open_datatree(folder / "data.zarr", engine="zarr", consolidated=False)``
+    data.zarr       one group per dataset
 
-A block counts once the manifest names it. A process that dies before that leaves the manifest and the blocks it names
+Any xarray opens the groups: ``xr.open_datatree(folder / "data.zarr", engine="zarr", consolidated=False)``. A block
+counts once the manifest names it. A process that dies before that leaves the manifest and the blocks it names
 unchanged; the block is written again when the run is resumed. Every stored chunk carries a checksum, which is verified
 on each read. The manifest has a digest of every block, of every group that was written whole, and of the descriptions
 of arrays. Damaged or missing data are an error for readers. Resuming the run measures them again, and only them.

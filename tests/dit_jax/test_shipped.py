@@ -17,7 +17,7 @@ from experiments.studies.solvable.measure import exact_denoiser
 from experiments.studies.spectrum.settings import SHIPPED as SPECTRA
 from ou_theory.clock import make_clock
 
-PHOTOS = {"photos16-v": "v", "photos16-epsilon": "epsilon"}
+PHOTOS = {"photos16-v": "v", "photos16-epsilon": "epsilon", "photos16-velocity": "velocity"}
 NAMES = {**PHOTOS, "solvable8": "v", **dict.fromkeys(SPECTRA, "v")}
 
 
@@ -26,8 +26,8 @@ def test_a_shipped_model_says_where_it_comes_from(name):
     folder = shipped_model(name)
     manifest = load_manifest(folder)
     assert manifest["config"]["prediction"] == NAMES[name]
-    assert manifest["command"].startswith("syncgap train")
-    assert manifest["training"]["steps"] == manifest["final_loss"]["step"]
+    assert manifest["command"].startswith(("syncgap train", "python benchmarks/gpu.py"))
+    assert manifest["final_loss"]["step"] == manifest["training"]["steps"] > 1000
     assert len(manifest["data"]["class_names"]) == manifest["config"]["num_classes"]
     card = (folder / "README.md").read_text()
     assert manifest["command"] in card
@@ -37,7 +37,7 @@ def test_a_shipped_model_says_where_it_comes_from(name):
 def test_the_default_is_shipped_and_all_stay_small():
     assert DEFAULT_WEIGHTS in NAMES
     files = [path for name in NAMES for path in shipped_model(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 21e6
+    assert sum(path.stat().st_size for path in files) < 26e6
     with pytest.raises(CheckpointError, match="photos16-v"):
         shipped_model("photos99")
 
@@ -71,7 +71,7 @@ def test_a_shipped_model_denoises(name):
     """Smooth random images of unit variance, noise of a tenth of it: a trained network takes out most of the noise
     (the error of doing nothing is 0.1), the same architecture untrained does not."""
     model = load_model(name)  # by name, as by folder
-    clock = make_clock(1000)
+    clock = model.config.training_clock()
     step = int(np.searchsorted(clock.log_snr, np.log(10)))
     corners = jax.random.normal(jax.random.key(0), (8, 2, 2, 3))
     clean = jax.image.resize(corners, (8, 16, 16, 3), "linear")

@@ -216,6 +216,10 @@ EXEMPT = {
         replica_speciation.marginal_threshold""",
     "of functions, not of arrays; test_roots.py": """
         roots.require roots.bisect roots.implicit roots.falling_root cluster_laws.field_average""",
+    "of objects that are no arrays; test_modes.py": """
+        modes.Bands.coefficients modes.Bands.each modes.Bands.mean modes.Directions.coefficients modes.Directions.each
+        modes.Directions.images modes.Directions.mean modes.rank_groups""",
+    "makes keys; test_keys.py": "keys.random_key",
     "draws random numbers": "cluster_laws.Clusters.draw mixture.Mixture.draw",
     "draws random paths, or prepares that; test_ensembles.py": """
         ensembles.path_keys ensembles.simulate ensembles.noise_steps ensembles.noised_clusters ensembles.clusters_sde
