@@ -244,6 +244,7 @@ def test_output_without_learned_variance_has_the_input_channels():
         {"prediction": "noise"},
         {"prediction": "velocity"},  # without a path
         {"path": "straight"},
+        {"timestep_convention": "reversed"},  # without a path
         {"dtype": "float16"},
     ],
 )
