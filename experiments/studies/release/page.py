@@ -146,8 +146,8 @@ def section(measured: Measured[ReleaseConfig], analysis: xr.Dataset) -> Section:
             f"Dashed: exact denoiser ({exact_of(analysis)}) with the ideal gain; dotted: recursion under the network's "
             "one-pass gain.",
             "levels": f"Level at which the share {q:g} of what coupling takes is left, for both orders, with 95 % "
-            "intervals; only bands from which coupling takes more than a tenth. Dashed and dotted: as above. Grey: commitment "
-            "level of the uncoupled run.",
+            "intervals; only bands from which coupling takes more than a tenth. Dashed and dotted: as above. Grey: "
+            "commitment level of the uncoupled run.",
         },
         methods=[
             f"{analysis.attrs['pairs']} pairs under {SAMPLER_NAMES[settings.sampler]}, {n} steps, {settings.gate_kind} "
@@ -256,8 +256,8 @@ def _gap_table(analysis: xr.Dataset) -> Table:
     head = ["g", "order", f"gap to {names[HIGH]}, nats", "steps", "bands", "gap between these, steps", "nats"]
     head += [*sources[1:-3], "exact denoiser", "its theory", "untrained network"]
     head += [f"gap of the uncoupled run to {names[HIGH]}", "between these bands"]
-    note = "The gap to the highest band exists where coupling takes more than a tenth of it. The other columns are between the "
-    note += "lowest band above DC and the last to which the criterion applies on the network."
+    note = "The gap to the highest band exists where coupling takes more than a tenth of it. The other columns are "
+    note += "between the lowest band above DC and the last to which the criterion applies on the network."
     return Table("Gap by release", head, rows, note)
 
 
