@@ -83,7 +83,7 @@ def test_the_two_orders_share_every_step_and_the_ends_are_never_and_always():
 
 def test_as_many_releases_as_steps_are_all_of_the_window():
     inside = np.flatnonzero(CLOCK.log_snr >= -6)
-    np.testing.assert_array_equal(release_steps(CLOCK, 2000), np.unique([0, *inside, 50]))
+    np.testing.assert_array_equal(release_steps(CLOCK, 2000), np.concatenate([[0], inside, [50]]))
 
 
 @pytest.mark.parametrize(
