@@ -158,7 +158,7 @@ def section(measured: Measured[ReleaseConfig], analysis: xr.Dataset) -> Section:
             "Coupling all the way leaves the difference D(always), for the replicas began apart and no network pulls "
             "them together entirely. It is taken off: r(s) = (D(s) − D(always)) / (1 − D(always)) goes from 1 to 0 if "
             f"coupling comes first, and from 0 to 1 if it comes last. A band commits where r passes {q:g} for the last "
-            "time, linear in log-SNR between the releases **[our criterion]**. It applies where 1 − D(always), what "
+            "time, linear in log-SNR between the releases (our criterion). It applies where 1 − D(always), what "
             f"coupling takes, lies above {LEAST_TAKEN:g} with its whole interval: of less it cannot be told what is "
             "taken early and what late. Where coupling adds to the difference, "
             "nothing is made alike, and there is no level. Beside it stands the level where D itself passes the same "
