@@ -177,8 +177,8 @@ def section(measured: Measured[ReleaseConfig], analysis: xr.Dataset) -> Section:
             "each replica has noise of its own after the release.",
             "The level of the end is that of the last step and one more step's width: beyond the last step there is no "
             "log-SNR. A level in that last piece says that the last step alone decides.",
-            "Levels are interpolated between few releases; --releases sets how many. Network and theory are read off the "
-            "same releases, so that they compare; a level of its own may be off by a part of their distance.",
+            "Levels are interpolated between few releases; --releases sets how many. Network and theory are read off "
+            "the same releases, so that they compare; a level of its own may be off by a part of their distance.",
             "Accounts of the paper (arXiv 2603.20987) give a gap of 39 to 41 diffusion steps. Which threshold, which "
             "modes and how many sampler steps that is for is not known to us, so the gap is given in steps of several "
             "samplers, and no verdict is drawn.",
