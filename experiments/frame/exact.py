@@ -48,13 +48,13 @@ def exact_statistics(
     rho: np.ndarray, variance: np.ndarray, share: np.ndarray, clock: Clock, eta: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Energy of the denoised difference and its inner product with its end, (..., C, K, B) float64 each, of an exact
-    denoiser of Gaussian data whose difference mode is multiplied by a gain, the same at all steps.
+    denoiser of Gaussian data whose difference mode is multiplied by a gain.
 
     Each principal component is denoised by ``rho`` times its Wiener gain and keeps its own course, so a band is the sum
     over what of the components lies in it (docs/theory.md, eq. 9.7).
 
     Args:
-      rho: (C,) gains of the couplings; 1 is no coupling.
+      rho: (C,) gains of the couplings, the same at all steps; or (C, K), by step. 1 is no coupling.
       variance: (..., n) of the components.
       share: (n, B) of each component in each band.
       eta: stochasticity of the sampler: 0 for DDIM, 1 for the ancestral sampler.
@@ -62,7 +62,8 @@ def exact_statistics(
     with jax.enable_x64(True):
         sigma = jnp.asarray(clock.sigma, jnp.float64)
         wiener = wiener_gain(jnp.asarray(variance, jnp.float64)[..., None, None, :], sigma[:, None] ** 2)
-        gain = jnp.asarray(rho, jnp.float64)[:, None, None] * wiener
+        by_step = jnp.asarray(rho, jnp.float64).reshape(len(rho), -1, 1)
+        gain = by_step * wiener
         start = jnp.full(gain.shape[:-2] + gain.shape[-1:], 1 / clock.alpha_bar[0])
         energy, inner = recursion_statistics(gain, sigma, start, eta)
         return np.asarray(energy) @ share, np.asarray(inner) @ share

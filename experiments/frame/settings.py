@@ -16,6 +16,8 @@ GuidedCoupling = Literal["both", "conditional"]
 Parameters = Literal["replicated", "sharded"]
 Sampler = Literal["ddim", "ancestral"]
 
+PAPER_DEPTH, PAPER_LAST = 28, 5  # blocks of the paper's network, and how many of the last ones it names
+
 SAMPLER_NAMES: dict[str, str] = {"ddim": "DDIM", "ancestral": "the ancestral sampler"}
 RENAMED = {"gate": "gate_kind"}  # settings of older runs, and what they are called now
 ADDED = {"modes": "dct"}  # settings that older runs do not store, and what they ran with

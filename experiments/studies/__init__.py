@@ -7,7 +7,18 @@ A study of your own is one more folder and one more name in `NAMES`. Its ``setti
 from importlib import import_module
 from typing import Any
 
-NAMES = ("compare", "spectrum", "depth", "mechanism", "interventions", "cloning", "response", "solvable", "modalities")
+NAMES = (
+    "compare",
+    "spectrum",
+    "depth",
+    "mechanism",
+    "interventions",
+    "release",
+    "cloning",
+    "response",
+    "solvable",
+    "modalities",
+)
 
 
 def settings_of(name: str) -> type[Any]:

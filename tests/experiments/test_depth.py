@@ -22,11 +22,11 @@ from experiments.frame.measured import Measured
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.studies.depth import scaled
-from experiments.studies.depth.analysis import analyse
+from experiments.studies.depth.analysis import _fill, analyse
 from experiments.studies.depth.family import answer, localised, together
 from experiments.studies.depth.page import gap_cell
 from experiments.studies.depth.probe import patch_modes, probe_bands, probe_scores
-from experiments.studies.depth.readings import localisation, probe_readings, readings
+from experiments.studies.depth.readings import localisation, made_in_last, probe_readings, readings
 from experiments.studies.depth.settings import FOLDS, DepthConfig
 from experiments.studies.depth.study import STUDY
 from experiments.studies.depth.verdicts import known_gap, verdict_of
@@ -394,6 +394,20 @@ def test_a_pair_is_scored_by_maps_that_never_saw_it():
 def test_a_gap_that_grows_evenly_has_a_fifth_in_the_last_fifth(layers, final):
     share, half = localisation(final * np.arange(layers + 1) / layers)
     np.testing.assert_allclose([share, half], [0.2, 0.5], atol=1e-9)
+
+
+def test_the_last_five_of_28_layers_are_told_where_there_are_28():
+    assert made_in_last(np.arange(29.0), 5) == pytest.approx(5 / 28)
+    assert made_in_last(np.append(np.zeros(24), [1, 2, 3, 4, 5]), 5) == 1
+    assert made_in_last(np.append(np.zeros(28), 2.0), 1) == 1
+    assert np.isnan(made_in_last(np.zeros(29), 5))
+    for layers, told in ((12, False), (28, True)):
+        gap = np.broadcast_to(np.arange(layers + 1.0), (3, 1, layers + 1))
+        found = {"gap": gap, "level": np.zeros((3, 1, layers + 1, 2)), "edge": np.zeros((3, 1, layers + 1, 2))}
+        data = {}
+        _fill(data, "network", "readout", found, "band")
+        assert ("network_readout_paper_share" in data) == told
+    np.testing.assert_allclose(data["network_readout_paper_share"][1], 5 / 28)
 
 
 def test_localisation_of_extreme_gaps():

@@ -81,6 +81,7 @@ def test_the_last_fifth_is_rounded_up(depth, fifth):
         assert sets[f"{end} {fifth}"][1].sum() == fifth
     assert sets[f"last {fifth}"][1][-1]
     assert sets[f"first {fifth}"][1][0]
+    assert ("last 5" in sets) == (depth == 28)  # the paper's
 
 
 def test_layer_sets_complement_each_other_and_single_layers_are_spread():

@@ -13,11 +13,12 @@ from dit_jax.covariance import DataCovariance
 from dit_jax.diffusion import DenoiserOutput
 from experiments.frame.eigenmodes import eigenmodes
 from experiments.frame.estimator import commitment_of, order
+from experiments.frame.gains import measured_statistics, regression_gains
 from experiments.frame.gates import COMMON, OWN, RHO, told
 from experiments.frame.instrument import coupled_wiener, one_pass, shuffled_bands, trajectories
 from experiments.frame.settings import GateKind
 from experiments.studies.compare.claimed import shuffled_orders
-from experiments.studies.compare.theory import band_statistics, energy_gains, measured_statistics, regression_gains
+from experiments.studies.compare.theory import band_statistics, energy_gains
 from ou_theory import attention
 from ou_theory.attention import coupling_at, rho
 from ou_theory.clock import make_clock

@@ -17,12 +17,12 @@ from experiments import cli
 from experiments.frame.eigenmodes import fine_directions
 from experiments.frame.estimator import commitment_of
 from experiments.frame.exact import exact_statistics
+from experiments.frame.gains import ideal_gain, measured_statistics, regression_gains
 from experiments.frame.instrument import coupled_wiener, one_pass, trajectories
 from experiments.frame.manifest import comparable
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import untrained_model
 from experiments.studies.compare.modes import FREQUENCIES, data_modes, ends
-from experiments.studies.compare.theory import ideal_gain, measured_statistics, regression_gains
 from ou_theory.clock import make_clock
 from ou_theory.modes import Directions, dct2, rank_groups
 

@@ -17,12 +17,12 @@ from experiments import cli
 from experiments.frame.eigenmodes import eigenmodes
 from experiments.frame.estimator import commitment_of
 from experiments.frame.exact import exact_statistics
+from experiments.frame.gains import measured_statistics, regression_gains
 from experiments.frame.gaussian import ddim_factors, wiener_gains
 from experiments.frame.instrument import coupled_wiener, trajectories
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import untrained_model
 from experiments.frame.trainings import over_networks, trained_again
-from experiments.studies.compare.theory import measured_statistics, regression_gains
 from experiments.studies.spectrum.family import line, more_than_data, order_beyond_data, trainings
 from experiments.studies.spectrum.settings import SHIPPED, SpectrumConfig
 from ou_theory.clock import make_clock

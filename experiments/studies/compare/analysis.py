@@ -24,19 +24,13 @@ from experiments.frame.estimator import (
     companions,
 )
 from experiments.frame.exact import exact_statistics
+from experiments.frame.gains import Gains, ideal_gain, measured_statistics, regression_gains
 from experiments.frame.measured import Measured
 from experiments.frame.steps import WINDOW_START
 from experiments.studies.compare.claimed import CLAIMS, add_claimed, shuffled_orders
 from experiments.studies.compare.modes import ends
 from experiments.studies.compare.settings import CompareConfig
-from experiments.studies.compare.theory import (
-    Gains,
-    band_statistics,
-    energy_gains,
-    ideal_gain,
-    measured_statistics,
-    regression_gains,
-)
+from experiments.studies.compare.theory import band_statistics, energy_gains
 from ou_theory import estimator as oc
 from ou_theory.attention import GateKind
 from ou_theory.bootstrap import family_level

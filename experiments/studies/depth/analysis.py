@@ -7,8 +7,9 @@ import xarray as xr
 
 from experiments.frame.draws import bootstrap, both, packed, pair_draws
 from experiments.frame.measured import Definitions, Measured
+from experiments.frame.settings import PAPER_DEPTH, PAPER_LAST
 from experiments.frame.steps import spaced_steps
-from experiments.studies.depth.readings import localisation, probe_readings, readings
+from experiments.studies.depth.readings import localisation, made_in_last, probe_readings, readings
 from experiments.studies.depth.scaled import scaled_readings
 from experiments.studies.depth.settings import CLAIMS, DepthConfig
 from ou_theory.bootstrap import family_level
@@ -23,6 +24,7 @@ DEFINITIONS: Definitions = {
     ),
     "share": ("share of the final uncoupled gap that is made in the last fifth of the layers", "1"),
     "share_claimed": ("that share, with its interval at the level of the claims", "1"),
+    "paper_share": (f"share of it that is made in the last {PAPER_LAST} layers, if there are {PAPER_DEPTH}", "1"),
     "half": ("relative depth beyond which the uncoupled gap stays above half of its final value", "1"),
     "r2": ("share of the pair's outcome that the reader explains", "1"),
     "gained": ("how much earlier a band commits after a layer than in the noisy state, by regression on both", "nat"),
@@ -117,6 +119,8 @@ def _fill(data, source, reading, found, band, coupling="coupling", layer="layer"
     if "r2" in found:
         data[f"{name}_r2"] = ((coupling, layer, "level", band, "bound"), packed(found["r2"]))
     if layer == "layer":
+        if gap.shape[-1] == PAPER_DEPTH + 1:
+            data[f"{name}_paper_share"] = (("bound",), packed(made_in_last(gap[:, 0], PAPER_LAST)))
         for what, values in zip(("share", "half"), localisation(gap[:, 0]), strict=True):
             data[f"{name}_{what}"] = (("bound",), packed(values))
             if what == "share":

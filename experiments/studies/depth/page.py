@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, percent
-from experiments.frame.settings import SAMPLER_NAMES
+from experiments.frame.settings import PAPER_DEPTH, PAPER_LAST, SAMPLER_NAMES
 from experiments.frame.verdict import LEAST, Claim, Control
 from experiments.studies.depth.figures import (
     figure_coupled,
@@ -200,7 +200,7 @@ def _gained(analysis: xr.Dataset) -> Table:
 
 
 def _summary(analysis: xr.Dataset, known: list[str]) -> Table:
-    rows = []
+    rows, as_in_paper = [], "network_readout_paper_share" in analysis
     for source in ("network", "untrained"):
         for name in known:
             grid = grid_of(name)
@@ -208,6 +208,8 @@ def _summary(analysis: xr.Dataset, known: list[str]) -> Table:
             ends = [formatted(gap.isel({grid: i}).values) for i in (0, -1)]
             share, half = (analysis[f"{source}_{name}_{what}"].values for what in ("share", "half"))
             rows.append([source, READINGS[name][0], *ends, formatted(share), formatted(half)])
+            if as_in_paper:
+                rows[-1].append(formatted(analysis[f"{source}_{name}_paper_share"].values))
     head = [
         "source",
         "reading",
@@ -215,6 +217,7 @@ def _summary(analysis: xr.Dataset, known: list[str]) -> Table:
         "final gap, strongest g",
         "share in the last fifth",
         "depth of half the gap",
+        *([f"share in the last {PAPER_LAST} of {PAPER_DEPTH}"] if as_in_paper else []),
     ]
     return Table(
         "Localisation",

@@ -52,6 +52,13 @@ def levels_of(q: np.ndarray, ell: np.ndarray, start: float | None) -> dict[str, 
     return {"level": np.asarray(found.level), "gap": gap, "edge": np.asarray(edge)}
 
 
+def made_in_last(gap: np.ndarray, count: int) -> np.ndarray:
+    """Share (...) of the final gap (..., layer) that is made in the last `count` layers; NaN where the final gap is 0.
+    Layer 0 is the embedding."""
+    final = gap[..., -1]
+    return 1 - gap[..., -1 - count] / np.where(final == 0, np.nan, final)
+
+
 def localisation(gap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How late in depth a gap is made.
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_jax.config import DiTConfig
+from experiments.frame.settings import PAPER_DEPTH, PAPER_LAST
 from experiments.frame.steps import WINDOW_START
 from experiments.studies.interventions.settings import ALL, CONSTANT, NO_HEAD, NONE, InterventionsConfig, last_layers
 from ou_theory.clock import Clock
@@ -30,8 +31,8 @@ def spread(count: int, most: int) -> np.ndarray:
 def layer_sets(depth: int, singles: int) -> dict[str, tuple[str, np.ndarray]]:
     """Sets of layers that are coupled together: single layers, and the first and the last k of them.
 
-    The numbers k are a fifth of the layers, one, two and three quarters, and all but a fifth. A fifth in the middle is
-    a set too.
+    The numbers k are a fifth of the layers, one, two and three quarters, and all but a fifth; of 28 layers
+    also 5, as in the paper. A fifth in the middle is a set too.
 
     Args:
       depth: layers of the network.
@@ -44,6 +45,7 @@ def layer_sets(depth: int, singles: int) -> dict[str, tuple[str, np.ndarray]]:
     sets = {f"layer {i}": ("layer", layers == i) for i in spread(depth, singles)}
     fifth = last_layers(depth)
     sizes = {fifth, depth // 4, depth // 2, 3 * depth // 4, depth - fifth} - {0}
+    sizes |= {PAPER_LAST} if depth == PAPER_DEPTH else set()
     for k in sorted(sizes):
         sets[f"first {k}"] = ("first", layers < k)
         sets[f"last {k}"] = ("last", layers >= depth - k)
