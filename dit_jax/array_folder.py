@@ -97,7 +97,7 @@ def write_arrays(directory: Path, arrays: Arrays) -> None:
     devices()  # Orbax asks for them, too, and what is wrong with them is no fault of the folder
     target = directory.resolve()
     try:
-        with _quiet_orbax(logging.CRITICAL), _quiet_threads():  # an error is raised, which says it once
+        with _quiet_orbax(logging.CRITICAL), _quiet_threads(target):  # an error is raised, which says it once
             handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, save_concurrent_gb=1, type_handler_registry=registry)
             with ocp.Checkpointer(handler) as checkpointer:
                 checkpointer.save(target, ocp.args.PyTreeSave(tree, save_args=chunks), force=True)
@@ -122,18 +122,23 @@ def _refusal(error: Exception) -> OSError:
 
 
 @contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Silences TensorStore's threads, which print a traceback each if they end after Orbax has given up. They may do so
-    at any later time, so that this holds on after a failure."""
-    before = sys.unraisablehook
+def _quiet_threads(target: Path) -> Iterator[None]:
+    """Silences TensorStore's threads, which print a traceback each if they end after Orbax has given up, and asyncio,
+    which logs what nobody asked them. They may do so at any later time, so that this holds on after a failure."""
+    before, logger = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return str(target) not in record.getMessage()
 
     def hook(failed: Any) -> None:
         if not (failed.exc_type is RuntimeError and str(failed.exc_value) == "Event loop is closed"):
             before(failed)
 
     sys.unraisablehook = hook
+    logger.addFilter(of_others)
     yield
     sys.unraisablehook = before
+    logger.removeFilter(of_others)
 
 
 @contextmanager

@@ -33,14 +33,15 @@ def infer_config(
 ) -> tuple[DiTConfig | None, list[str]]:
     """Infers the config from the shapes of an official state dict and what else is known.
 
+    On a path of flow matching the config has no variance, even where the final layer has rows for one, unless an export
+    says so; see `dit_jax.weights.used_entries`.
+
     Args:
       grid: gives what the values of the position embedding tell, see `dit_jax.facts.token_grid`; called where that is
         needed.
 
     Returns:
-      config: to check shapes with, with anything for what is not told; None if the shapes do not tell a size. On a path
-        of flow matching it has no variance, even where the final layer has rows for one, unless an export says so:
-        see `dit_jax.weights.used_entries`.
+      config: to check shapes with, with anything for what is not told; None if the shapes do not tell a size.
       problems: one line for everything that cannot be inferred, or does not fit.
     """
     problems = []

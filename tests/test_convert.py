@@ -241,6 +241,7 @@ def test_export_takes_no_facts(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_conversion_that_is_killed_leaves_nothing_half_written(tmp_path):
     """Killed at any moment, the folder is not there, or whole; and the next conversion succeeds."""
     out = tmp_path / "model"
@@ -297,6 +298,7 @@ def test_syncgap_convert_is_the_same_command(run, tmp_path, capsys):
     assert "exists and is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     out, limit = tmp_path / "model", 20_000  # bytes of a file
     script = f"""

@@ -48,6 +48,7 @@ def test_every_command_says_one_line(broken, command, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_platform_that_does_not_exist(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "nonsense"}
     code = "import sys; from experiments.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -120,6 +120,7 @@ def test_trajectories_in_float32(name):
     assert deviation(end, theirs[-1]) <= 5e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WHOLE)
 def test_trajectories_in_float64(name, x64):
     """With sinusoids in float64."""
@@ -127,12 +128,14 @@ def test_trajectories_in_float64(name, x64):
     assert deviation(end, nhwc(REFS[f"{name}.final_f64s"][:2])) <= 1e-10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ENDS)
 def test_results_in_float32(name):
     end, _ = run(name, "float32", *ENDS[name])
     assert deviation(end, nhwc(REFS[f"{name}.final_f32"][:2])) <= 5e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ENDS)
 def test_results_in_float64(name, x64):
     """They were recorded with sinusoids in float32 alone, whose rounding is all that is allowed."""
@@ -179,6 +182,7 @@ def gaussian_flow(path, times, variance):
     return Flow(path, times, lambda x, k: Field(jnp.asarray(velocity)[k] * x, -x / jnp.asarray(total)[k]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
 @pytest.mark.parametrize("path", ["linear", "gvp"])
 def test_orders_of_the_samplers(sampler, order, path, x64):
@@ -191,6 +195,7 @@ def test_orders_of_the_samplers(sampler, order, path, x64):
     assert np.log2(error(40) / error(80)) == pytest.approx(order, abs=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("diffusion", get_args(Diffusion))
 def test_every_diffusion_leaves_the_law_as_it_is(diffusion, x64):
     """A step is linear in state and noise, so that variances follow from the step of each."""

@@ -57,6 +57,7 @@ def test_the_folder_holds_model_log_and_samples(whole, images):
     assert (whole / "samples.png").stat().st_size > 0
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_with_the_same_bits(whole, images, tmp_path, monkeypatch):
     out = tmp_path / "run"
     step = training.standardize
@@ -152,6 +153,7 @@ def test_double_precision_is_not_trained_in_single(images, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_training_that_diverges_stops_and_says_what_to_try(images, tmp_path):
     config = replace(FAST, learning_rate=1e30, steps=20)
     with pytest.raises(TrainingError, match=r"at step \d+: training stops, and the last good .*below 1e\+30"):
@@ -191,6 +193,7 @@ def test_ema_follows_the_weights(images):
     np.testing.assert_allclose(after, before + (1 - decay) * (now - before), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.long
 def test_dropped_labels_are_null(images):
     """With every label dropped, the update does not depend on the labels."""
     config = replace(FAST, label_dropout=0.999999)

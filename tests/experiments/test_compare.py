@@ -198,6 +198,7 @@ def test_draws_of_all_pairs_hold_those_of_the_first():
     np.testing.assert_allclose(joined_draws(0, 4, 4), pair_draws(0, 4))
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, weights, tmp_path, monkeypatch):
     out = tmp_path / "run"
     written = RunFolder.write

@@ -46,6 +46,7 @@ def test_the_manifest_and_info_name_the_path(trained):
     assert (lines["prediction"], lines["path"]) == ("velocity", "linear")
 
 
+@pytest.mark.long
 def test_a_study_runs_on_the_clock_of_the_path(trained, tmp_path):
     bench = Bench("cloning", CloningConfig(weights=trained, steps="7"), tmp_path / "run")
     expected = path_clock("linear", 7)
@@ -72,6 +73,7 @@ def test_steps_of_a_schedule_are_refused_before_there_is_a_folder(trained, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_pictures_are_euler_steps_of_the_flow(trained, tmp_path):
     assert cli.main(["sample", trained, str(tmp_path / "out"), "--steps", "4", "--count", "2", "--quiet"]) == 0
     with np.load(tmp_path / "out" / "latents.npz") as arrays:

@@ -231,8 +231,8 @@ def test_data_without_such_directions_are_refused(images, tmp_path):
 # --- the study
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pca", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_study_runs_in_other_modes(kind, weights, tmp_path):
     flags = ["--couplings", "0", "0.3", "1", "--pairs", "4", "--steps", "8", "--block", "2", "--gain-pairs", "2"]
     out = tmp_path / "run"

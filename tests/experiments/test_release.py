@@ -102,6 +102,7 @@ def test_bad_settings_are_told(change, message):
         ReleaseConfig(**change)
 
 
+@pytest.mark.long
 def test_a_sampler_without_two_steps_in_the_window_is_refused(weights, tmp_path):
     with pytest.raises(ValueError, match="must have a log-SNR of -6 or more"):
         run_study(STUDY, settings(weights, steps="1"), tmp_path / "run")
@@ -171,6 +172,7 @@ def test_longer_coupling_takes_more_at_every_release():
 
 
 @pytest.mark.parametrize("g", [0.3, 1.0])
+@pytest.mark.long
 def test_with_many_steps_levels_are_those_of_the_continuum(g):
     clock = make_clock(1000)
     releases = np.arange(len(clock) + 1)
@@ -201,6 +203,7 @@ def test_the_recursion_under_wiener_gains_is_the_exact_one():
 # --- the measurement
 
 
+@pytest.mark.long
 def test_no_phase_is_the_uncoupled_run_and_the_whole_is_the_coupled_one_bit_for_bit(weights, tmp_path):
     bench = Bench("release", settings(weights, couplings=(0.7,)), tmp_path / "o")
     instrument, pairs = ReleaseInstrument(bench), np.arange(2)
@@ -216,6 +219,7 @@ def test_no_phase_is_the_uncoupled_run_and_the_whole_is_the_coupled_one_bit_for_
     np.testing.assert_array_equal(never, np.broadcast_to(never[:, :, :1, :1], never.shape))  # g = 0: D = 1 for all
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 def test_the_exact_denoiser_agrees_with_the_recursion_in_both_orders(weights, tmp_path, sampler):
     """Under DDIM the ratios are exact; under the ancestral sampler to the sampling error of the pairs."""
@@ -238,6 +242,7 @@ def test_the_exact_denoiser_agrees_with_the_recursion_in_both_orders(weights, tm
 # --- the study
 
 
+@pytest.mark.long
 def test_the_folder_holds_everything(finished, stored, has_ink):
     analysis, network = stored["analysis"], stored["network"]
     assert network.energy.dims == ("pair", "coupling", "order", "release", "row", "column")
@@ -263,6 +268,7 @@ def test_the_folder_holds_everything(finished, stored, has_ink):
     assert "release &lt;b&gt;" in (finished / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_uncoupled_replicas_of_the_gain_are_those_of_the_arms(stored):
     """The reference of the curves is the uncoupled run on whose states the gain is measured."""
     network = stored["network"]
@@ -272,6 +278,7 @@ def test_uncoupled_replicas_of_the_gain_are_those_of_the_arms(stored):
     np.testing.assert_allclose(first, end, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_the_ancestral_sampler_leaves_the_law_of_the_orders_untested(weights, tmp_path):
     config = settings(weights, sampler="ancestral", couplings=(1.0,), pairs=2)
     run_study(STUDY, config, tmp_path / "run", progress=False)
