@@ -33,6 +33,8 @@ from experiments.studies.depth.verdicts import known_gap, verdict_of
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
+pytestmark = pytest.mark.long
+
 FLAGS = ["--pairs", "4", "--block", "4", "--untrained-pairs", "4", "--steps", "10", "--couplings", "0", "1"]
 FLAGS += ["--probe-pairs", "8", "--probe-levels", "4", "--quiet"]
 

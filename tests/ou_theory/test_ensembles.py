@@ -14,6 +14,8 @@ from ou_theory import mixture as mx
 from ou_theory import process as ou
 from ou_theory.cluster_laws import Clusters
 
+pytestmark = pytest.mark.long
+
 PAIR = ([1.0, 0.4, 0.2], [[1.5, -0.8, 0.0], [0.0, 0.0, 1.2]])  # variances within, centres of two signs
 LAW = ([0.4, 0.6], [[1.0, 0.5], [-1.0, 0.2]], [[[0.5, 0.1], [0.1, 0.4]], [[0.3, -0.05], [-0.05, 0.6]]])
 DRIFTS = {

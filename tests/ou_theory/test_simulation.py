@@ -20,6 +20,8 @@ from ou_theory.collapse import collapse_time_isotropic, condensation, mode_infor
 from ou_theory.estimator import commitment, relative_energy
 from ou_theory.gain_model import q_uncoupled
 
+pytestmark = pytest.mark.long
+
 PATHS = 8000
 
 
