@@ -157,6 +157,17 @@ def estimated(groups, data=None):
         return estimates(make_clock("8"), radial_bands(8, 8, 6), **groups, data=data, eta=0.0, seed=0)
 
 
+def test_verdicts_rest_on_wider_intervals_than_tables_show(finished):
+    """Three claims of 98.3 % each are right together with 95 %."""
+    analysis = RunFolder.open(finished).load("analysis")
+    shown = analysis.gap_interval.sel(source="network").isel(coupling=0).values
+    claimed = analysis.uncoupled_interval.sel(claimed="network").values
+    assert claimed[0] < shown[0] < shown[1] < claimed[1]
+    stored = json.loads((finished / "claims.json").read_text())["claims"]
+    np.testing.assert_allclose(stored[0]["interval"], claimed)
+    assert [claim["level"] for claim in stored if claim["verdict"] != "not tested"] == [1 - 0.05 / 3] * 3
+
+
 def test_the_recursion_has_the_uncoupled_energies_of_any_network(finished):
     """An identity between averages over the pairs that the gain is measured on."""
     network = RunFolder.open(finished).load("network").isel(pair=slice(4))

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from experiments.frame.drawing import FAINT, coupling_axis, curve, new_figure
+from experiments.frame.drawing import COLORS, FAINT, coupling_axis, curve, new_figure
 from experiments.frame.exact import data_in_words
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted
@@ -16,7 +16,6 @@ from experiments.frame.trainings import Training, trained_again
 from experiments.studies.compare.settings import CompareConfig
 from experiments.studies.compare.theory import exact_of
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f99"]
 ALIKE = ("steps", "sampler", "guidance", "guided_channels", "guided_coupling", "gate_kind", "classes", "seed", "modes")
 Found = dict[str, tuple[Measured[CompareConfig], xr.Dataset]]  # by the folder of the run
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.frame.drawing import (
+    COLORS,
     FAINT,
     INK,
     LEVEL_LABEL,
@@ -18,7 +19,7 @@ from experiments.frame.drawing import (
     new_figure,
 )
 
-VECTOR_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+VECTOR_COLORS = COLORS[:6]
 RATE = "growth rate per nat of $\\ln(1/\\sigma)$"
 
 

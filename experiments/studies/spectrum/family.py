@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.frame.drawing import FAINT, INK, band_names, coupling_axis, curve, new_figure
+from experiments.frame.drawing import COLORS, FAINT, INK, band_names, coupling_axis, curve, new_figure
 from experiments.frame.draws import with_interval
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, interval, number
@@ -21,7 +21,6 @@ from ou_theory.bootstrap import family_level, percentile_interval
 
 ARCHITECTURES = {"dit": ("transformer", "o"), "unet": ("U-Net", "s"), "mlp": ("MLP", "^")}
 Networks = dict[str, xr.Dataset]  # the analysis of each network, by name
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f99"]
 
 
 @dataclass(frozen=True)
