@@ -32,11 +32,10 @@ STYLE: Any = {
     "savefig.facecolor": "white",
     "svg.hashsalt": "syncgap",  # the same figure is the same file
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart
+# Okabe and Ito's colours, told apart by every kind of colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f99")
 DPI = 180
 INK, QUIET, FAINT = "#1f2430", "#8a8f99", "#d5d8de"
-# Okabe and Ito's colours, told apart by every kind of colour vision.
 GAP_LABEL = "synchronization gap  $\\Gamma_\\tau = \\tau_{high} - \\tau_{low}$  (nats)"
 TAU_LABEL = "commitment level  $\\tau$  (nats)"
 LEVEL_LABEL = "log-SNR  $\\ell$  (nats)   generation $\\rightarrow$"
