@@ -56,6 +56,21 @@ def held(directory: str | Path) -> Iterator[None]:
                 parent.rmdir()
 
 
+def is_held(directory: str | Path) -> bool:
+    """Whether a process holds the folder now. A process that tries to take it in this very moment may be refused."""
+    if fcntl is None:
+        return False
+    try:
+        with beside(Path(directory).resolve(), "lock").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.errno in _TAKEN
+            return False
+    except OSError:
+        return False
+
+
 def _locked(directory: Path, path: Path) -> IO[str] | None:
     """The lock's open file, or None where there can be none."""
     while fcntl is not None:

@@ -1,0 +1,1 @@
+"""Sweeps: one study over many settings, each cell of the grid an ordinary run."""
