@@ -136,8 +136,8 @@ def finish(folder: SweepFolder) -> int:
         print(f"report: {write_sweep_page(folder)}")
     if states["failed"]:
         print(
-            f"syncgap: {states['failed']} of {len(folder.cells)} cells failed; the report says why, and the same command "
-            "with --resume tries them again",
+            f"syncgap: {states['failed']} of {len(folder.cells)} cells failed; the report says why, and the same "
+            "command with --resume tries them again",
             file=sys.stderr,
         )
     return FAILED if states["failed"] else 0

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -35,15 +36,20 @@ def gpus() -> int:
     return count if platform == "gpu" else 0
 
 
+@dataclass
 class _Worker:
     """A process and the cells of its share."""
 
-    def __init__(self, sweep: SweepFolder, shard: Shard, cells: list[Cell], environment: Mapping[str, str], log: IO[str],
-        options: tuple[str, ...],
-    ):  # fmt: skip
-        self.sweep, self.shard, self.cells, self.environment, self.log = sweep, shard, cells, environment, log
-        self.options = options
-        self.deaths: dict[str, tuple[object, int]] = {}  # cell -> where it was, and how often a process died there
+    sweep: SweepFolder
+    shard: Shard
+    cells: list[Cell]
+    environment: Mapping[str, str]
+    log: IO[str]
+    options: Sequence[str]
+    deaths: dict[str, tuple[object, int]] = field(default_factory=dict)  # cell -> where it was, deaths there
+    process: subprocess.Popen = field(init=False)
+
+    def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
@@ -128,7 +134,7 @@ def run_processes(
             options = ("--figures",) if figures else ()
             workers.append(_Worker(sweep, Shard(index, len(shares)), cells, environment, log, options))
             stack.callback(_end, workers[-1])
-        while any([worker.is_at_work() for worker in workers]):  # all are asked, not only up to the first
+        while sum(worker.is_at_work() for worker in workers):  # each is asked
             watch()
             time.sleep(poll_s)
         watch()

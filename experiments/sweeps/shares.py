@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from experiments.sweeps.plan import PlanError
 
-_SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_STEP")
+_TASK = "SLURM_ARRAY_TASK_ID"
+_SLURM = {_TASK: 0, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 1, "SLURM_ARRAY_TASK_STEP": 1}
 _KUBERNETES = "JOB_COMPLETION_INDEX"  # of an indexed job, which does not say how many there are
 
 
@@ -43,7 +44,7 @@ def read_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
         index = int(match[1]) if match[1] else index
         if index is None:
             raise PlanError(
-                f"--shard {text} leaves the index to the environment, which has neither {_SLURM[0]} nor {_KUBERNETES}"
+                f"--shard {text} leaves the index to the environment, which has neither {_TASK} nor {_KUBERNETES}"
             )
     if index is None:
         return WHOLE
@@ -56,8 +57,8 @@ def read_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
 
 def _of_environment(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
     try:
-        if _SLURM[0] in environment:
-            task, first, count, step = (int(environment.get(name, default)) for name, default in zip(_SLURM, "0011"))
+        if _TASK in environment:
+            task, first, count, step = (int(environment.get(name, default)) for name, default in _SLURM.items())
             return (task - first) // step, count
         if _KUBERNETES in environment:
             return int(environment[_KUBERNETES]), None
