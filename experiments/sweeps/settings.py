@@ -13,9 +13,9 @@ _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class Sweep:
     """Run a study over many settings: every combination is an ordinary run, and all become one labelled result.
 
-    `syncgap sweep PLAN` runs the plan of a TOML file, or a shipped plan by its name. Without a file it is, for example, `syncgap
-    sweep --study compare --set guidance=1,1.5,4 steps=50,250`. `syncgap sweep status FOLDER` says how far a sweep is,
-    `syncgap sweep cancel FOLDER` ends it. docs/sweeps.md has more.
+    `syncgap sweep PLAN` runs the plan of a TOML file, or a shipped plan by its name. A plan may come without a file,
+    too: `syncgap sweep --study compare --set guidance=1,1.5,4 steps=50,250`. `syncgap sweep status FOLDER` says how far
+    a sweep is, `syncgap sweep cancel FOLDER` ends it. docs/sweeps.md has more.
     """
 
     plan: tyro.conf.Positional[tuple[str, ...]] = ()  # a plan; or status FOLDER, or cancel FOLDER
