@@ -1,5 +1,6 @@
 """Networks under study: a converted, trained or shipped network, and its control with random weights."""
 
+from collections.abc import Hashable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -76,6 +77,16 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
     with jax.default_device(host_device()) if on_host else nullcontext():
         model = cast(DiT, load_model(source, dtype, params=dtype))
         return Subject(model_name(source), model, load_manifest(source))
+
+
+def subject_key(weights: str, dtype: Dtype | None, on_host: bool) -> Hashable:
+    """What tells subjects apart: where their weights lie, what is in them, and how they are loaded.
+
+    Raises:
+      ValueError: there is no such model, or its folder cannot be used.
+    """
+    source = model_folder(weights).resolve()
+    return (source, load_manifest(source)["digest"], dtype, on_host)
 
 
 def check_dit(subject: Subject, study: str) -> None:
