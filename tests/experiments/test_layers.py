@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOORS = ("frame", "studies", "tools", "cli")  # each may use those before it, and itself
+FLOORS = ("frame", "studies", "tools", "sweeps", "cli")  # each may use those before it, and itself
 PAGES = {"page", "figures", "family"}  # files of a study that draw and write, and what only they may be used by
 SHOWING = {"page", "figures", "family", "study"}
 
