@@ -35,6 +35,7 @@ class Joined:
         self._values: dict[str, np.ndarray] = {}
         self._dims: dict[str, tuple[str, ...]] = {}
         self._coordinates: set[str] = set()
+        self._fractions: set[str] = set()  # variables that are not whole numbers
         self._attrs: dict[str, dict[str, Any]] = {}
 
     def add(self, place: tuple[int, ...], cell: xr.Dataset) -> None:
@@ -71,6 +72,8 @@ class Joined:
                 self._drop(name, "it is text in some cells and numbers in others")
             if name in cell.coords:
                 self._coordinates.add(name)
+            if variable.dtype.kind not in "iu":
+                self._fractions.add(name)
         self._make_room()
         return where
 
@@ -83,6 +86,8 @@ class Joined:
                 common = _common(values, len(self.axes))
                 if common is not None:
                     dims, values = self._dims[name], common
+                    if name not in self._fractions and not np.isnan(common).any():
+                        values = common.astype(int)
                 coords[name] = (dims, values, self._attrs[name])
             else:
                 data[name] = (dims, values, self._attrs[name])

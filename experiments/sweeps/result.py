@@ -212,7 +212,7 @@ def _claims(claims: list[dict[str, Any]]) -> xr.Dataset:
         {
             "claim": np.array(titles, str),
             "bound": list(BOUNDS),
-            "claim_id": ("claim", np.array([claim["id"] for claim in claims], float)),
+            "claim_id": ("claim", np.array([claim["id"] for claim in claims], int)),
             "claim_measure": ("claim", np.array([claim["measure"] for claim in claims], object)),
             "claim_level": ("claim", np.array(levels, float)),
         },
