@@ -71,6 +71,15 @@ def is_held(directory: str | Path) -> bool:
         return False
 
 
+def last_owner(directory: str | Path) -> int | None:
+    """The process that holds the folder, or that was killed while it did; None if the last one gave it back."""
+    try:
+        found = json.loads(beside(Path(directory).resolve(), "lock").read_text("utf-8"))["process"]
+        return found if isinstance(found, int) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def _locked(directory: Path, path: Path) -> IO[str] | None:
     """The lock's open file, or None where there can be none."""
     while fcntl is not None:

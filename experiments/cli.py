@@ -19,6 +19,7 @@ from dit_jax.conversion import convert_checkpoint
 from dit_jax.disk import from_home, writing
 from dit_jax.lock import held
 from experiments import studies
+from experiments.sweeps.settings import Sweep
 from experiments.tools.settings import SampleConfig
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def main(args: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     commands: dict[str, Any] = {name: _command(name) for name in studies.NAMES}
     commands |= {
+        "sweep": Sweep,
         "report": Report,
         "theory": Theory,
         "train": Train,
@@ -170,7 +172,7 @@ def main(args: list[str] | None = None) -> int:
     line = shlex.join(["syncgap", *given])
     try:
         with _ending_like_an_interrupt():
-            if not isinstance(command, Info):  # which needs no device unless it reads arrays
+            if not isinstance(command, Info | Sweep):  # which need none, or leave them to other processes
                 from dit_jax.platform import devices
 
                 devices()
@@ -184,7 +186,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"syncgap: {_in_one_line(MemoryError(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as end:
-        resumable = isinstance(command, Train | StudyRun)
+        resumable = isinstance(command, Train | StudyRun | Sweep)
         how = "; the same command with --resume continues where it stopped" if resumable else ""
         terminated = isinstance(end, Terminated)
         print(f"\nsyncgap: {'terminated' if terminated else 'interrupted'}{how}", file=sys.stderr)
@@ -218,7 +220,7 @@ def _ending_like_an_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covariance, line: str) -> int:
+def _run(command: StudyRun | Sweep | Train | Report | Theory | Sample | Info | Covariance, line: str) -> int:
     if isinstance(command, StudyRun):
         from experiments.frame.study import run_each, run_study
 
@@ -229,6 +231,10 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
         with writing(out):
             page = run(studies.find(name), command.settings, out, **options)
         print(f"report: {page}")
+    elif isinstance(command, Sweep):
+        from experiments.sweeps.command import sweep
+
+        return sweep(command, line)
     elif isinstance(command, Report):
         print(f"report: {_report(command.run)}")
     elif isinstance(command, Theory):

@@ -19,7 +19,7 @@ from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
-from experiments.frame.subject import Subject, check_dit, check_guidance, load_subject
+from experiments.frame.subject import Facts, check_dit, check_guidance, load_subject
 from ou_theory.modes import Bands, radial_bands
 
 C = TypeVar("C")
@@ -36,6 +36,41 @@ def one_of(weights: str | Sequence[str]) -> str:
         return weights
     (name,) = weights
     return name
+
+
+def checked_settings(
+    study: str,
+    config: StudyConfig,
+    facts: Facts,
+    check: Callable[[Any, Facts], None] | None = None,
+    any_network: bool = False,
+    devices: int = 1,
+) -> tuple[int, ...]:
+    """The labels that pairs take in turn, after all that can be checked before anything is computed.
+
+    Args:
+      devices: over which the pairs of a block are split.
+
+    Raises:
+      ValueError: settings that fit neither the network nor the devices.
+    """
+    model = facts.config
+    if not any_network:
+        check_dit(facts, study)
+    check_guidance(facts.manifest, model, config.guidance)
+    classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
+    if not classes or any(not 0 <= c < model.num_classes for c in classes):
+        raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {classes}")
+    model.clock(config.steps)
+    radial_bands(model.input_size, model.input_size, NUM_BANDS)
+    if config.block % devices:
+        raise ValueError(
+            f"blocks of {config.block} pairs cannot be split over {devices} devices: "
+            f"give --block {devices} or a multiple of it"
+        )
+    if check is not None:
+        check(config, facts)
+    return classes
 
 
 class Bench(Measured[C]):
@@ -57,7 +92,7 @@ class Bench(Measured[C]):
         *,
         subject: str | None = None,
         definitions: Definitions | None = None,
-        check: Callable[[C, Subject], None] | None = None,
+        check: Callable[[C, Facts], None] | None = None,
         any_network: bool = False,
         resume: bool = False,
         command: str = "",
@@ -81,27 +116,13 @@ class Bench(Measured[C]):
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
             self.subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
-            if not any_network:
-                check_dit(self.subject, study)
-            model = self.subject.model.config
-            check_guidance(self.subject.manifest, model, config.guidance)
-            self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
-            if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):
-                raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {self.classes}")
-            model.clock(config.steps)
-            radial_bands(model.input_size, model.input_size, NUM_BANDS)
-            if self.mesh is not None and config.block % self.mesh.size:
-                raise ValueError(
-                    f"blocks of {config.block} pairs cannot be split over {self.mesh.size} devices: "
-                    f"give --block {self.mesh.size} or a multiple of it"
-                )
-            if check is not None:
-                check(config, self.subject)
+            devices = jax.local_device_count()
+            self.classes = checked_settings(study, config, self.subject.facts, check, any_network, devices)
             settings["classes"] = list(self.classes)
             extra |= {
                 "subject": self.subject.name,
                 "weights_digest": self.subject.manifest["digest"],
-                "model": model.to_dict(),
+                "model": self.subject.model.config.to_dict(),
                 "bands": NUM_BANDS,
             }
         super().__init__(RunFolder.create(out, settings, resume=resume, command=command, extra=extra), config)

@@ -91,7 +91,7 @@ class RunFolder:
         taken = sorted(set(extra or {}) & {*OWN_ENTRIES, *NEWER})
         if taken:
             raise StoreError(f"manifest entries {', '.join(taken)} are the store's own; rename those in extra")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(path.glob("[!.]*"))):  # parts of a killed write begin with a dot
             return cls._reopen(path, asked, resume, command)
         own = {
             "format": FORMAT,

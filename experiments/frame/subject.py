@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.checkpoint import load_manifest, load_model, shipped_model
-from dit_jax.config import ControlConfig, NetworkConfig
+from dit_jax.config import ControlConfig, DiTConfig, NetworkConfig, config_from_dict
 from dit_jax.controls import Network, make_network
 from dit_jax.diffusion import WITHOUT_GUIDANCE
 from dit_jax.disk import CheckpointError
@@ -41,17 +41,35 @@ def model_name(folder: Path) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-class Subject(NamedTuple):
-    """A network under study."""
+class Facts(NamedTuple):
+    """What is known of a network without its weights."""
 
     name: str  # see `model_name`
-    model: DiT  # a network of `dit_jax.controls` only in a study that accepts any network
+    config: DiTConfig  # a `ControlConfig` only in a study that accepts any network
     manifest: dict  # of its folder: digest, data, training
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        config = self.model.config
-        return (config.input_size, config.input_size, config.in_channels)
+        return (self.config.input_size, self.config.input_size, self.config.in_channels)
+
+
+class Subject(NamedTuple):
+    """A network under study."""
+
+    facts: Facts
+    model: DiT  # a network of `dit_jax.controls` only in a study that accepts any network
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @property
+    def manifest(self) -> dict:
+        return self.facts.manifest
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.facts.image_shape
 
     def untrained(self, seed: int) -> DiT:
         """The control: the same architecture with random weights, on the device of the subject's arrays. Weights that
@@ -75,15 +93,26 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
     source = model_folder(weights)
     with jax.default_device(host_device()) if on_host else nullcontext():
         model = cast(DiT, load_model(source, dtype, params=dtype))
-        return Subject(model_name(source), model, load_manifest(source))
+        return Subject(Facts(model_name(source), model.config, load_manifest(source)), model)
 
 
-def check_dit(subject: Subject, study: str) -> None:
-    """Raises ValueError unless the subject is a DiT, whose attention this study couples or reads."""
-    config = cast(NetworkConfig, subject.model.config)
+def load_facts(weights: str) -> Facts:
+    """What is known of a network, see `load_subject`, without reading its weights.
+
+    Raises:
+      ValueError: there is no such model, or its manifest cannot be used.
+    """
+    source = model_folder(weights)
+    manifest = load_manifest(source)
+    return Facts(model_name(source), cast(DiTConfig, config_from_dict(manifest["config"])), manifest)
+
+
+def check_dit(facts: Facts, study: str) -> None:
+    """Raises ValueError unless the network is a DiT, whose attention this study couples or reads."""
+    config = cast(NetworkConfig, facts.config)
     if isinstance(config, ControlConfig):
         raise ValueError(
-            f"syncgap {study} couples or reads attention and needs a DiT; {subject.name} is a {config.architecture}"
+            f"syncgap {study} couples or reads attention and needs a DiT; {facts.name} is a {config.architecture}"
         )
 
 

@@ -98,7 +98,9 @@ class SweepFolder:
         try:
             entries = json.loads((path / "sweep.json").read_text("utf-8"))
         except FileNotFoundError as error:
-            raise StoreError(f"{path} holds no sweep (no sweep.json); give the --out folder of syncgap sweep") from error
+            raise StoreError(
+                f"{path} holds no sweep (no sweep.json); give the --out folder of syncgap sweep"
+            ) from error
         except (OSError, ValueError) as error:
             raise StoreError(f"{path / 'sweep.json'} cannot be read ({error})") from error
         if not isinstance(entries, dict) or entries.get("format") != FORMAT:
@@ -169,4 +171,3 @@ class SweepFolder:
 
     def _failed(self, cell: Cell) -> Path:
         return self.path / "failed" / f"{cell.name}.json"
-

@@ -96,7 +96,7 @@ class Plan:
         unknown = sorted({*self.settings, *varied} - known)
         if unknown:
             raise PlanError(f"{self.study} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-        twice = sorted((set(self.axes) & (set(self.settings) | {n for p in self.points for n in p})))
+        twice = sorted(set(self.axes) & (set(self.settings) | {n for p in self.points for n in p}))
         twice += sorted(set(self.settings) & {n for p in self.points for n in p})
         if twice:
             raise PlanError(f"{', '.join(twice)} is given more than once: as a setting, an axis or in a point")
@@ -154,7 +154,8 @@ class Plan:
             axes[name] = list(values)
         if not all(isinstance(point, dict) and point for point in entries.get("points", [])):
             raise PlanError("every [[points]] must name settings and their values")
-        given = {name: entries[name] for name in (*forms, "study") if name in entries} | {"axes": axes}
+        given: dict[str, Any] = {name: entries[name] for name in (*forms, "study") if name in entries}
+        given["axes"] = axes
         return cls(**given).repeated(entries.get("repeats"))
 
     def repeated(self, repeats: int | None) -> "Plan":

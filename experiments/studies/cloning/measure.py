@@ -17,16 +17,16 @@ from dit_jax.replicas import pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
-from experiments.frame.subject import Subject
+from experiments.frame.subject import Facts
 from experiments.studies.cloning.settings import CloningConfig
 from experiments.studies.cloning.theory import gaussian_denoiser, gaussian_filters
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands, band_mean, dct2, pair_modes
 
 
-def check(config: CloningConfig, subject: Subject) -> None:
+def check(config: CloningConfig, facts: Facts) -> None:
     """Raises ValueError unless there are steps at which clones can branch."""
-    if inner_branches(subject.model.config.clock(config.steps), config.branches).size < 2:
+    if inner_branches(facts.config.clock(config.steps), config.branches).size < 2:
         raise ValueError(f"steps {config.steps!r}: clones need two sampler steps to branch at; give more --steps")
 
 

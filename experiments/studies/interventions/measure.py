@@ -16,16 +16,16 @@ from dit_jax.inside import chain, close_heads, share
 from dit_jax.model import DiT, Edit
 from dit_jax.replicas import run_pairs
 from experiments.frame.bench import Bench, Variables
-from experiments.frame.subject import Subject
+from experiments.frame.subject import Facts
 from experiments.studies.interventions.arms import Arm, control_arms, edit_arms, gate_arms, log_snr_weights, schedules
 from experiments.studies.interventions.settings import InterventionsConfig
 from ou_theory.modes import band_mean, pair_modes
 
 
-def check(config: InterventionsConfig, subject: Subject) -> None:
+def check(config: InterventionsConfig, facts: Facts) -> None:
     """Raises ValueError unless the estimator's window holds steps for schedules, and a convex gate always leaves a
     replica a share of its own, without which no head could be closed."""
-    ell = subject.model.config.clock(config.steps).log_snr
+    ell = facts.config.clock(config.steps).log_snr
     log_snr_weights(ell)
     strongest = max(config.strength, *(values.max() for values in schedules(ell, config.schedule_strength).values()))
     if config.gate_kind == "convex" and strongest >= 1:

@@ -1,0 +1,143 @@
+"""``syncgap sweep``: checks a plan, says what it costs, and runs it here, in part, or on a cluster."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+
+from dit_jax.disk import writing
+from dit_jax.lock import FolderInUse, held, is_held, last_owner
+from experiments.frame.manifest import StoreError
+from experiments.sweeps.cost import Cost, costs
+from experiments.sweeps.folder import SweepFolder
+from experiments.sweeps.local import gpus, run_processes
+from experiments.sweeps.plan import Cell, Plan, PlanError, read_plan
+from experiments.sweeps.settings import Sweep
+from experiments.sweeps.shares import WHOLE, Shard, read_shard, shares
+from experiments.sweeps.telling import Progress, dry_run, status, tell
+from experiments.sweeps.worker import work
+
+FAILED = 1  # exit code of a sweep of which cells failed
+
+
+def sweep(command: Sweep, line: str) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+      PlanError: a plan that cannot be run.
+      StoreError: a folder that holds something else, or in which another process runs the sweep.
+    """
+    match command.plan:
+        case ("status", folder):
+            print(status(SweepFolder.open(folder)))
+            return 0
+        case ("cancel", folder):
+            return cancel(SweepFolder.open(folder))
+        case ("work", folder):  # how worker processes are started
+            return _share(SweepFolder.open(folder), read_shard(command.shard, os.environ), command)
+        case _:
+            return _run(command, line)
+
+
+def plan_of(command: Sweep) -> Plan:
+    """The plan that a command line asks for.
+
+    Raises:
+      PlanError: none, or more than one.
+    """
+    if len(command.plan) > 1:
+        raise PlanError(f"give one plan, or status FOLDER, or cancel FOLDER; got {' '.join(command.plan)}")
+    if bool(command.plan) == (command.study is not None):
+        raise PlanError("give a plan (a TOML file, or the name of a shipped one), or --study with --set")
+    plan = read_plan(command.plan[0]) if command.study is None else Plan(command.study)
+    return plan.with_values(command.set)
+
+
+def _run(command: Sweep, line: str) -> int:
+    plan, shard = plan_of(command), read_shard(command.shard, os.environ)
+    cells = plan.cells()
+    alone = command.dry_run or shard != WHOLE
+    devices = 0 if alone else gpus()
+    workers = 1 if alone else min(command.workers or max(1, devices), len(cells))
+    if workers > 1 or command.dry_run:
+        jax.config.update("jax_platforms", "cpu")  # this process computes nothing: devices are left to the workers
+    cost = costs(plan, cells, jax.local_device_count())
+    tell(plan, cells, cost)
+    if command.dry_run:
+        print(dry_run(cells, cost))
+        return 0
+    name = Path(command.plan[0]).stem if command.plan else command.study
+    out = command.out or Path("runs") / f"sweep-{name}"
+    with writing(out), contextlib.ExitStack() as stack:
+        if shard == WHOLE:
+            stack.enter_context(held(out))
+        folder = SweepFolder.create(out, plan, resume=command.resume or shard != WHOLE, command=line)
+        if workers == 1:
+            return _share(folder, shard, command, cost)
+        _forget_failures(folder, cells, command)
+        each = _parts(cells, cost, workers)
+        with Progress(folder, cells, cost, quiet=command.quiet) as progress:
+            run_processes(folder, each, one_gpu_each=devices > 1, figures=command.figures, watch=progress.look)
+        return finish(folder)
+
+
+def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] | None = None) -> int:
+    """Runs one share in this process."""
+    cells = folder.cells
+    cost = costs(folder.plan, cells, jax.local_device_count()) if cost is None else cost
+    mine = _parts(cells, cost, shard.count)[shard.index]
+    _forget_failures(folder, mine, command)
+    by_name = {cell.name: each for cell, each in zip(cells, cost, strict=True)}
+    with Progress(folder, mine, [by_name[cell.name] for cell in mine], quiet=command.quiet) as progress:
+        work(folder, mine, command=folder.entries["command"], figures=command.figures, after=progress.after)
+    return finish(folder)
+
+
+def _parts(cells: list[Cell], cost: list[Cost], count: int) -> list[list[Cell]]:
+    parts = shares([each.flops for each in cost], [each.program for each in cost], count)
+    return [[cells[i] for i in part] for part in parts]
+
+
+def _forget_failures(folder: SweepFolder, cells: list[Cell], command: Sweep) -> None:
+    """Resuming tries again what failed. A worker that is started again does not."""
+    if command.resume:
+        for cell in cells:
+            folder.forget_failure(cell)
+
+
+def cancel(folder: SweepFolder) -> int:
+    """Ends the process that runs a sweep on this machine; its worker processes end with it, and what is measured stays.
+
+    Raises:
+      StoreError: no process on this machine runs it.
+    """
+    owner = last_owner(folder.path)
+    if owner is None or not is_held(folder.path):
+        raise StoreError(f"no process of this machine runs {folder.path}")
+    os.kill(owner, signal.SIGTERM)
+    print(f"asked process {owner} to end; the command that started the sweep continues it with --resume")
+    return 0
+
+
+def finish(folder: SweepFolder) -> int:
+    """Once no cell is left to run, makes the result and the page, if no other process does. Returns the exit code: 1 if
+    cells failed."""
+    from experiments.sweeps.page import write_sweep_page
+    from experiments.sweeps.result import write_result
+
+    states = folder.states()
+    if states["open"] + states["begun"] + states["running"]:
+        return 0
+    with contextlib.suppress(FolderInUse), held(folder.path / "result.zarr"):
+        write_result(folder)
+        print(f"report: {write_sweep_page(folder)}")
+    if states["failed"]:
+        print(
+            f"syncgap: {states['failed']} of {len(folder.cells)} cells failed; the report says why, and the same "
+            "command with --resume tries them again",
+            file=sys.stderr,
+        )
+    return FAILED if states["failed"] else 0

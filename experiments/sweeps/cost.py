@@ -1,0 +1,57 @@
+"""What the cells of a sweep cost, and whether they can run at all: checked whole before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+from experiments import studies
+from experiments.frame.bench import checked_settings, one_of
+from experiments.frame.cost import passes_of, run_flops
+from experiments.frame.settings import StudyConfig
+from experiments.frame.study import Study
+from experiments.frame.subject import Facts, load_facts
+from experiments.sweeps.plan import Cell, Plan, PlanError
+
+TRACED = ("seed", "classes", "pairs", "untrained_pairs")  # cells that differ in these alone share compiled programs
+
+
+class Cost(NamedTuple):
+    """Of a cell."""
+
+    images: int  # that go through a network
+    flops: float  # of the network's matrix products; 1 where the study does not say
+    program: object  # cells of the same one need no new compilation
+
+
+def costs(plan: Plan, cells: Sequence[Cell], devices: int = 1) -> list[Cost]:
+    """What every cell costs.
+
+    Args:
+      devices: over which each process splits its pairs.
+
+    Raises:
+      PlanError: a cell cannot run: its network does not exist, or its settings do not fit it; the message names the
+        cell.
+    """
+    study: Study = studies.find(plan.study)
+    facts = cache(load_facts)
+    found = []
+    for cell in cells:
+        try:
+            found.append(_cost(study, cell, facts, devices))
+        except ValueError as error:
+            raise PlanError(f"{cell.name}: {error}") from error
+    return found
+
+
+def _cost(study: Study, cell: Cell, facts, devices: int) -> Cost:
+    config = cell.settings
+    if not isinstance(config, StudyConfig):
+        return Cost(0, 1.0, None)
+    network: Facts = facts(one_of(config.weights))
+    checked_settings(study.name, config, network, study.check, study.any_network, devices)
+    alike = {name: getattr(StudyConfig, name) for name in TRACED} | {"weights": "", "guidance": float(config.is_guided)}
+    program = (network.config, len(getattr(config, "couplings", ())), replace(config, **alike))
+    images = sum(passes_of(study, config, network.config).values())
+    return Cost(images, run_flops(study, config, network.config) or 1.0, program)
