@@ -1,4 +1,4 @@
-"""Runs of one process that share programs and networks: the same numbers, nothing compiled again, nothing kept alive."""
+"""Runs of one process that share programs and networks: the same numbers, nothing compiled again, nothing left over."""
 
 import dataclasses
 import gc
