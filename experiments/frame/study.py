@@ -22,7 +22,7 @@ from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.numerics import own_numerics
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
-from experiments.frame.programs import compilations
+from experiments.frame.programs import compilations, kept
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.subject import Subject, model_folder, model_name
 from experiments.frame.verdict import finite
@@ -116,8 +116,9 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
     folders = {model_name(model_folder(each)): each for each in weights}
     if len(folders) < len(weights):
         raise ValueError(f"two of the networks have the same name: {', '.join(weights)}; rename a folder")
-    for name, each in folders.items():
-        run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
+    with kept():
+        for name, each in folders.items():
+            run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
     return joint_page(out, {study.name: study}.get)
 
 
