@@ -250,11 +250,10 @@ class Bench(Measured[C]):
             self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
         return self.run.load(group)
 
-    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> xr.Dataset:
-        """A group that is made at once; it is read from the store if it is there."""
+    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> None:
+        """Fills a group of the run at once, unless it is there."""
         if not self.run.holds(group):
             self.run.put(group, described(make(), self.definitions))
-        return self.run.load(group)
 
     def _coords(self, used: set[str], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
         clock = self.clock
