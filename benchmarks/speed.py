@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import tyro
 from flax import nnx
-from flops import flops
 
 from dit_jax.attention import symmetric_gate
 from dit_jax.config import DiTConfig, variant
@@ -28,6 +27,7 @@ from dit_jax.diffusion import network_denoiser, sample
 from dit_jax.model import DiT
 from dit_jax.torch_reference import TorchDiT
 from dit_jax.weights import state_dict
+from experiments.frame.cost import flops
 from ou_theory.clock import make_clock
 from ou_theory.keys import random_key
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flops import flops
 
 from dit_jax.attention import symmetric_gate
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion import guided_output
 from dit_jax.model import DiT
+from experiments.frame.cost import flops
 from gpu_stages.box import Box, markdown, median, random_model, seconds_of
 
 COUPLING = 0.3

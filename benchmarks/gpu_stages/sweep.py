@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import jax
-from flops import flops
 
 from dit_jax.checkpoint import save_model
 from experiments.cli import main
+from experiments.frame.cost import flops
 from gpu_stages.box import Box, markdown, random_model
 
 COUPLINGS = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1)

@@ -61,6 +61,11 @@ class StudyConfig:
             raise ValueError(f"guidance must be finite, got {self.guidance}")
 
     @property
+    def halves(self) -> int:
+        """Images that the network sees for one that is denoised: under guidance a conditional one and a null one."""
+        return 1 if self.guidance == 1 else 2
+
+    @property
     def eta(self) -> float:
         """Stochasticity of the sampler in exact recursions: 0 for DDIM, 1 for the ancestral sampler."""
         return 0.0 if self.sampler == "ddim" else 1.0

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import xarray as xr
 
+from dit_jax.config import NetworkConfig
 from dit_jax.disk import write_json
 from dit_jax.lock import held
 from experiments.frame.bench import Bench
@@ -43,6 +44,7 @@ class Study(Generic[C]):
     together: Callable[[Sequence[Measured[C]]], Page] | None = None  # several runs side by side
     subject: str | None = None  # what is studied, for a study without a network
     any_network: bool = False  # whether networks without attention are accepted, too
+    passes: Callable[[C, NetworkConfig], Mapping[str, int]] | None = None  # images through a network, see `frame.cost`
 
 
 @own_numerics()

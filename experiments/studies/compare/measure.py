@@ -119,12 +119,18 @@ class Instrument:
         return jax.device_get({name: found[name] for name in TRAJECTORIES})
 
 
+def few(couplings: tuple[float, ...]) -> np.ndarray:
+    """The couplings of the untrained network: the first, a middle and the last one."""
+    grid = np.asarray(couplings)
+    return grid[np.unique([0, len(grid) // 2, len(grid) - 1])]
+
+
 def measure(bench: Bench[CompareConfig]) -> None:
     """Fills the groups ``network``, ``pictures``, ``untrained`` and ``wiener``, and ``data`` if it is known what
     covariance the network's training data have."""
     config, instrument = bench.config, Instrument(bench)
     grid = np.asarray(config.couplings)
-    few = grid[np.unique([0, len(grid) // 2, len(grid) - 1])]
+    some = few(config.couplings)
 
     def on_network(pairs, labels):
         first = int(pairs[0])
@@ -135,7 +141,7 @@ def measure(bench: Bench[CompareConfig]) -> None:
         return found
 
     def on_untrained(pairs, labels):
-        found = instrument.network(bench.untrained, few, pairs, labels, with_more=False)
+        found = instrument.network(bench.untrained, some, pairs, labels, with_more=False)
         return {name: found[name] for name in UNTRAINED}
 
     size, parity = bench.model.input_size, ["common", "difference"]
@@ -155,7 +161,7 @@ def measure(bench: Bench[CompareConfig]) -> None:
         on_network(pairs, pair_labels(pairs, bench.classes))
     # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
     count = min(config.untrained_pairs, config.pairs)
-    bench.measure("untrained", UNTRAINED, {"coupling": few, "parity": parity}, count, on_untrained, bands=bands)
+    bench.measure("untrained", UNTRAINED, {"coupling": some, "parity": parity}, count, on_untrained, bands=bands)
     bench.whole("wiener", lambda: _wiener(instrument, network))
     if (covariance := instrument.covariance) is not None:
         bench.whole("data", lambda: covariance_group(covariance, instrument.data_modes and instrument.data_modes.share))

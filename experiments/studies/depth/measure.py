@@ -106,6 +106,11 @@ VARIABLES: Variables = {
 }
 
 
+def probed(config: DepthConfig, group: str) -> int:
+    """Pairs of the probe beside a group: fewer of the untrained network."""
+    return config.probe_pairs if group == "network" else max(2 * FOLDS, config.probe_pairs // 3)
+
+
 def measure(bench: Bench[DepthConfig]) -> None:
     """Fills ``network`` and ``untrained``, and, where there is a probe, ``probe_network`` and ``probe_untrained``."""
     config, instrument = bench.config, DepthInstrument(bench)
@@ -124,6 +129,6 @@ def measure(bench: Bench[DepthConfig]) -> None:
             name, VARIABLES, coords, pairs, lambda pairs, labels, model=model: instrument.energies(model, pairs, labels)
         )
         if config.probe_pairs:
-            few = config.probe_pairs if name == "network" else max(2 * FOLDS, config.probe_pairs // 3)
+            few = probed(config, name)
             group = f"probe_{name}"
             bench.whole(group, lambda model=model, few=few, group=group: probe.scores(model, group, couplings, few))

@@ -1,0 +1,156 @@
+"""What a run costs: the declared passes against a count of what goes through the network, and its arithmetic."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from dit_jax.attention import symmetric_gate
+from dit_jax.config import ControlConfig, DiTConfig
+from dit_jax.controls import make_network
+from dit_jax.model import DiT
+from experiments import studies
+from experiments.frame.bench import Bench
+from experiments.frame.cost import flops, passes_of, run_flops
+
+SEEN = [0]  # pixels that went through `counted`
+counted_p = Primitive("counted")  # the identity; what goes through it, tangents and cotangents too, is counted
+
+
+def counted(x):
+    return counted_p.bind(x)
+
+
+def _lowered(x):
+    jax.debug.callback(lambda: SEEN.__setitem__(0, SEEN[0] + x.size))
+    return x
+
+
+counted_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(counted_p, mlir.lower_fun(_lowered, multiple_results=False))
+ad.deflinear2(counted_p, lambda cotangent, _: [counted(cotangent)])
+batching.defvectorized(counted_p)
+
+SMALL = {"pairs": 4, "block": 2, "untrained_pairs": 2, "steps": "10"}
+CASES = {
+    "compare": {"couplings": (0.0, 0.1, 0.5, 1.0), "pairs": 5, "gain_pairs": 3, "guidance": 2.0},
+    "depth": {"couplings": (0.0, 0.2, 0.5), "probe_pairs": 8, "probe_levels": 4},
+    "mechanism": {"couplings": (0.0, 0.5, 1.0), "levels": 3},
+    "interventions": {"singles": 2, "guidance": 2.0},
+    "release": {"couplings": (0.5, 1.0), "releases": 3},
+    "cloning": {"branches": 3},
+    "response": {"levels": 3, "vectors": 2},
+    "solvable": {"branches": 3, "weights": "solvable8"},
+    "spectrum": {"couplings": (0.0, 0.5, 1.0), "weights": ("photos8-natural",)},
+}
+
+
+@pytest.fixture
+def measured_passes(monkeypatch, tmp_path):
+    """Runs what a study measures and counts the images that go through the network in each group."""
+
+    def run(name, weights):
+        study = studies.find(name)
+        settings = study.config(**{**SMALL, "weights": weights, **CASES[name]})
+        groups = {}
+
+        def of_group(original):
+            def measuring(bench, group, *args, **options):
+                if group == "pictures":  # made of what is measured for another group
+                    return original(bench, group, *args, **options)
+                SEEN[0] = 0
+                found = original(bench, group, *args, **options)
+                jax.effects_barrier()
+                groups[group], rest = divmod(SEEN[0], math.prod(bench.subject.image_shape))
+                assert rest == 0
+                return found
+
+            return measuring
+
+        for method in ("measure", "whole"):
+            monkeypatch.setattr(Bench, method, of_group(getattr(Bench, method)))
+        monkeypatch.setattr(DiT, "__call__", counting(DiT.__call__))
+        options = {"definitions": study.definitions, "check": study.check, "any_network": study.any_network}
+        bench = Bench(study.name, settings, tmp_path / "run", **options)
+        study.measure(bench)
+        return passes_of(study, settings, bench.model), groups
+
+    return run
+
+
+def counting(original):
+    """A network that counts its inputs. A stand-in without blocks if nothing looks inside, which compiles at once."""
+
+    def call(self, x, t, y, gate=None, **options):
+        x = counted(x)
+        if options.get("tap") is not None or options.get("edit") is not None:
+            return original(self, x, t, y, gate, **options)
+        return jnp.concatenate([0.5 * jnp.tanh(x)] * (self.config.out_channels // x.shape[-1]), -1)
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name if name == "release" else pytest.param(name, marks=pytest.mark.long) for name in CASES]
+)
+def test_a_study_declares_what_goes_through_its_network(name, weights, measured_passes):
+    declared, found = measured_passes(name, weights)
+    assert list(declared.items()) == [(group, count) for group, count in found.items() if count]  # in this order
+
+
+def test_networks_without_attention_run_uncoupled():
+    study = studies.find("spectrum")
+    settings = study.config(**{**SMALL, **CASES["spectrum"]})
+    with_attention, without = (passes_of(study, settings, NETWORKS[name])["network"] for name in ("dit", "unet"))
+    assert with_attention == 3 * without == 3 * 2 * 10 * 4
+
+
+def test_every_study_of_a_network_declares_its_passes():
+    assert set(CASES) == {name for name in studies.NAMES if studies.find(name).subject is None}
+
+
+NETWORKS = {
+    "dit": DiTConfig(input_size=8, in_channels=3, hidden_size=24, depth=3, num_heads=2, mlp_ratio=3, num_classes=3),
+    "unet": ControlConfig("unet", hidden_size=12, depth=2, input_size=6, in_channels=2),
+    "mlp": ControlConfig("mlp", hidden_size=12, depth=3, input_size=6, in_channels=2),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_arithmetic_is_that_of_the_matrix_products(name, replicas):
+    config, images = NETWORKS[name], 5
+    model = make_network(config, nnx.Rngs(0))
+    x = jnp.zeros((replicas, images, config.input_size, config.input_size, config.in_channels))
+    gate = None if name != "dit" else symmetric_gate(jnp.full(images, 0.3), replicas)
+    call = jax.make_jaxpr(lambda x, t, y: model(x, t, y, gate, **({"attention": "explicit"} if name == "dit" else {})))
+    traced = call(x, jnp.zeros(images), jnp.zeros(images, jnp.int32))
+    assert products(traced.jaxpr) == flops(config, images, replicas)
+
+
+def products(jaxpr):
+    """Floating point operations of the matrix products of a program, loops counted as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        inner = [v for v in equation.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+        total += equation.params.get("length", 1) * sum(products(getattr(v, "jaxpr", v)) for v in inner)
+    return total
+
+
+def test_a_run_is_its_passes_times_the_arithmetic_of_one():
+    study = studies.find("compare")
+    network = NETWORKS["dit"]
+    alone = study.config(couplings=(0.0, 1.0), pairs=8, gain_pairs=8, untrained_pairs=8, steps="10")
+    twice = study.config(couplings=(0.0, 1.0), pairs=16, gain_pairs=16, untrained_pairs=16, steps="10")
+    assert run_flops(study, alone, network) == sum(passes_of(study, alone, network).values()) * flops(network, 1, 2) / 2
+    assert run_flops(study, twice, network) == 2 * run_flops(study, alone, network)
+    assert run_flops(studies.find("modalities"), None, network) == 0
