@@ -1,14 +1,14 @@
-"""Questions asked of theory and network together, a folder each; `open_run` reads what they have stored."""
+"""Questions asked of theory and network together, a folder each; `open_run` and `open_sweep` read what is stored."""
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["open_run"]  # pyright: ignore[reportUnsupportedDunderAll]
+_PLACES = {"open_run": "experiments.frame.reader", "open_sweep": "experiments.sweeps.result"}
+__all__ = ["open_run", "open_sweep"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """`open_run`, imported when it is first used: the command line imports nothing heavy."""
-    if name == "open_run":
-        from experiments.frame.reader import open_run
-
-        return open_run
+    """A function, imported when it is first used: the command line imports nothing heavy."""
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
