@@ -77,6 +77,11 @@ def _run(command: Sweep, line: str) -> int:
     if command.dry_run:
         print(dry_run(cells, cost))
         return 0
+    if shard != WHOLE:  # which --shard or the environment says
+        print(
+            f"this process runs share {shard}: {len(parts(cells, cost, shard.count)[shard.index])} cells",
+            file=sys.stderr,
+        )
     out = _out(command)
     with writing(out), contextlib.ExitStack() as stack:
         if shard == WHOLE:

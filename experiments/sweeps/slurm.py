@@ -114,6 +114,8 @@ def executor_for(sweep: str, folder: Any, options: Sequence[str]) -> "submitit.S
     for name, split in (("setup", lambda text: [text]), ("teardown", lambda text: [text]), ("srun_args", shlex.split)):
         if name in own:
             own[name] = split(str(own[name]))
+    if "cpus_per_task" in own:  # srun does not take it over from sbatch
+        own["srun_args"] = [f"--cpus-per-task={own['cpus_per_task']}", *own.get("srun_args", ())]
     more = {name.removeprefix(SBATCH): value for name, value in given.items() if name.startswith(SBATCH)}
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=requeues)
