@@ -78,10 +78,8 @@ def _run(command: Sweep, line: str) -> int:
         print(dry_run(cells, cost))
         return 0
     if shard != WHOLE:  # which --shard or the environment says
-        print(
-            f"this process runs share {shard}: {len(parts(cells, cost, shard.count)[shard.index])} cells",
-            file=sys.stderr,
-        )
+        mine = len(parts(cells, cost, shard.count)[shard.index])
+        print(f"this process runs share {shard} of the sweep, {mine} cells", file=sys.stderr)
     out = _out(command)
     with writing(out), contextlib.ExitStack() as stack:
         if shard == WHOLE:
