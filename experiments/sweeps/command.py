@@ -34,18 +34,18 @@ def sweep(command: Sweep, line: str) -> int:
       PlanError: a plan that cannot be run.
       StoreError: a folder that holds something else, or in which another process runs the sweep.
     """
-    match command.plan:
-        case ("status", folder):
-            print("\n".join([status(SweepFolder.open(folder)), *slurm.status(SweepFolder.open(folder))]))
-            return 0
-        case ("cancel", folder):
-            return cancel(SweepFolder.open(folder))
-        case ("work", folder):  # how worker processes are started; who starts them tells what became of the sweep
-            print(surroundings(), flush=True)
-            _share(SweepFolder.open(folder), read_shard(command.shard, os.environ), command)
-            return 0
-        case _:
-            return _run(command, line)
+    words = list(command.plan)
+    if len(words) == 2 and words[0] == "status":
+        folder = SweepFolder.open(words[1])
+        print("\n".join([status(folder), *slurm.status(folder)]))
+        return 0
+    if len(words) == 2 and words[0] == "cancel":
+        return cancel(SweepFolder.open(words[1]))
+    if len(words) == 2 and words[0] == "work":  # how worker processes are started, by one who finishes the sweep
+        print(surroundings(), flush=True)
+        _share(SweepFolder.open(words[1]), read_shard(command.shard, os.environ), command)
+        return 0
+    return _run(command, line)
 
 
 def plan_of(command: Sweep) -> Plan:

@@ -51,8 +51,7 @@ def _cost(study: Study, cell: Cell, facts, devices: int) -> Cost:
         return Cost(0, 1.0, None)
     network: Facts = facts(one_of(config.weights))
     checked_settings(study.name, config, network, study.check, study.any_network, devices)
-    alike = {name: getattr(StudyConfig, name) for name in TRACED}
-    alike |= {"weights": "", "guidance": float(config.guidance != 1)}
+    alike = {name: getattr(StudyConfig, name) for name in TRACED} | {"weights": "", "guidance": float(config.halves)}
     program = (network.config, len(getattr(config, "couplings", ())), replace(config, **alike))
     images = sum(passes_of(study, config, network.config).values())
     return Cost(images, run_flops(study, config, network.config) or 1.0, program)

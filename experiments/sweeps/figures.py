@@ -44,7 +44,8 @@ def sweep_figures(result: xr.Dataset, layout: Layout) -> dict[str, tuple[str, Ca
     x, lines = _x_and_lines(result, layout)
     by = f", by {named(lines)}" if lines else ""
     over = (
-        f" Small points are single cells, shades the interval over {named(layout.repeats)}, which needs three."
+        f" Small points are single cells, shades the interval of the mean over {layout.repeats_in_words}, which needs "
+        "three."
         if layout.repeats
         else ""
     )
@@ -55,10 +56,16 @@ def sweep_figures(result: xr.Dataset, layout: Layout) -> dict[str, tuple[str, Ca
         few = f" The first {panels} values are shown." if panels < result.sizes[layout.first] else ""
         lines_by = f", lines by {named(layout.second)}" if layout.second else ""
         caption = f"{drawn.variable.capitalize()} against the {drawn.dim} for every {named(layout.first)}{lines_by}"
-        shade = f"intervals over {named(layout.repeats)}" if layout.repeats else "95 % intervals over pairs"
+        shade = "95 % intervals over pairs"
+        if layout.repeats:
+            shade = f"95 % intervals of the mean over {layout.repeats_in_words}, which need three"
         found["curves"] = (f"{caption}. Shades are {shade}.{few}{note}", partial(figure_curves, result, layout, drawn))
-    caption = f"Value of every claim against {named(x)}{by}. Filled points are cells on which the claim holds, open ones "
-    caption += f"those on which it does not or cannot be told. Whiskers are the intervals of the claims, over pairs.{over}"
+    caption = (
+        f"Value of every claim against {named(x)}{by}. Filled points are cells on which the claim holds, open ones "
+    )
+    caption += (
+        f"those on which it does not or cannot be told. Whiskers are the intervals of the claims, over pairs.{over}"
+    )
     found["claims"] = (caption + note, partial(figure_claims, result, layout))
     if layout.second is not None:
         caption = f"Value of every claim over {named(layout.first)} and {named(layout.second)}, with the verdict in "
@@ -80,10 +87,9 @@ def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
             words = _arranged(result.verdict.isel(claim=claim), layout, x, lines, facet)
             place = _x_axis(ax, result, x, room=0.12 * len(facets))
             for index, color in enumerate(colors):
-                shift = 0.0 if place.dtype.kind == "f" else 0.12 * (index - (len(colors) - 1) / 2) / len(colors)
                 label = spelled(result, lines, index) if lines and _is_labelled(index, len(colors)) else None
-                style = {"color": color, "marker": MARKERS[index % len(MARKERS)], "label": label and _plain(label)}
-                _cells(ax, place + shift, values[:, index], words[:, index], level, **style)
+                style: Any = {"color": color, "marker": MARKERS[index % len(MARKERS)], "joined": _is_numeric(result, x)}
+                _cells(ax, _beside(ax, place, index, len(colors)), values[:, index], words[:, index], level, label=label and _plain(label), **style)
             ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
             _title(ax, result, claim if facet == 0 else None, facets[facet], len(facets))
         row[0].set_ylabel(_plain(textwrap.fill(measure_of(result, claim), 30)), fontsize=8)
@@ -96,7 +102,8 @@ def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
 def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
     """Value of every claim over the first two axes, with verdicts; a row for each claim."""
     down, across = layout.first, layout.second
-    assert down is not None and across is not None
+    assert down is not None
+    assert across is not None
     claims, facets = tested(result), _facets(result, layout)
     height = 0.9 + max(1.0, 0.34 * result.sizes[down])
     figure, axes = new_figure(7.2, 0.4 + height * len(claims), len(claims), len(facets), squeeze=False)
@@ -110,11 +117,13 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
         means = [over_repeats(each, 0.95)[..., 0] for each in arranged]
         known = np.concatenate([each[np.isfinite(each)] for each in means])
         low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        if high - low < 1e-6 * max(abs(low), abs(high), 1e-6):  # all alike
+            low, high = low - 0.5, high + 0.5
         for facet, (ax, mean) in enumerate(zip(row, means, strict=True)):
-            drawn = ax.imshow(mean, MAP, vmin=low, vmax=high if high > low else low + 1e-9, aspect="auto")
+            drawn = ax.imshow(mean, MAP, vmin=low, vmax=high, aspect="auto")
             words = _arranged(result.verdict.isel(claim=claim), layout, down, across, facet)
             for place in np.ndindex(mean.shape):
-                shade = (mean[place] - low) / (high - low or 1.0)
+                shade = (mean[place] - low) / (high - low)
                 _square(ax, place, mean[place], words[place], status[facet][place], shade, width)
             ax.set_xticks(*_ticks(result, across), rotation=0 if width > 0.5 else 90)
             ax.set_yticks(*_ticks(result, down))
@@ -177,17 +186,24 @@ def figure_curves(result: xr.Dataset, layout: Layout, drawn: Curve) -> Figure:
 
 
 def _cells(
-    ax: Axes, x: np.ndarray, values: np.ndarray, words: np.ndarray, level: float, *, label: str | None, **style: Any
+    ax: Axes,
+    x: np.ndarray,
+    values: np.ndarray,
+    words: np.ndarray,
+    level: float,
+    *,
+    joined: bool,
+    label: str | None,
+    **style: Any,
 ) -> None:
     """One line: values (n, R, 3) of the cells with their intervals, filled where the claim holds; of several repeats
     their mean with its interval."""
-    color, marker = style["color"], style["marker"]
     alone = values.shape[1] == 1
     means = values[:, 0] if alone else over_repeats(values[..., 0], level)
     there = np.isfinite(means[:, 0])
-    joined = {"linestyle": "-" if x.dtype.kind == "f" else "none", "linewidth": 1.2}
-    ax.plot(x[there], means[there, 0], color=color, zorder=2, **joined)
-    ax.plot([], [], color=color, marker=marker, markersize=4, label=label, **joined)
+    line = {"linestyle": "-" if joined else "none", "linewidth": 1.2}
+    ax.plot(x[there], means[there, 0], color=color, zorder=2, **line)
+    ax.plot([], [], color=color, marker=marker, markersize=4, label=label, **line)
     for repeat in range(values.shape[1]):
         at, word = values[:, repeat], words[:, repeat]
         width, alpha, size = (1.1, 1.0, 4) if alone else (0.6, 0.5, 2.5)
@@ -198,6 +214,14 @@ def _cells(
             ax.plot(x[shown], at[shown, 0], marker, color=color, markersize=size, mfc=face, zorder=3)
     if not alone:
         ax.fill_between(x, means[:, 1], means[:, 2], color=color, alpha=0.2, linewidth=0, zorder=1)
+
+
+def _beside(ax: Axes, x: np.ndarray, index: int, count: int) -> np.ndarray:
+    """Places of one of several lines, moved a little so that their points do not lie on each other."""
+    place = np.log(x) if ax.get_xscale() == "log" else x.astype(float)
+    reach = 0.3 if x.dtype.kind != "f" else min(0.03 * np.ptp(place), 0.3 * np.diff(np.sort(place)).min())
+    place = place + reach * (index - (count - 1) / 2) / count
+    return np.exp(place) if ax.get_xscale() == "log" else place
 
 
 def _square(
@@ -283,7 +307,7 @@ def _x_axis(ax: Axes, result: xr.Dataset, x: str, room: float) -> np.ndarray:
 
 def _ticks(result: xr.Dataset, dim: str) -> tuple[np.ndarray, list[str]]:
     places = np.arange(result.sizes[dim])
-    return places, [_plain(spelled(result, dim, index)) for index in places]
+    return places, [_plain(spelled(result, dim, index)) for index in range(len(places))]
 
 
 def _facets(result: xr.Dataset, layout: Layout) -> list[str]:

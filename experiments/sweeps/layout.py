@@ -44,12 +44,17 @@ class Layout(NamedTuple):
         fixed = tuple(dim for dim in more if dim is not None and dim != facet)
         return cls(dims, first, second, facet, repeats, fixed)
 
+    @property
+    def repeats_in_words(self) -> str:
+        """What the repeats are."""
+        return "seeds" if self.repeats == "seed" else "trainings"
+
     def note(self, result: xr.Dataset) -> str:
         """What a figure shows of the axes that it has no room for."""
         said = [f"{named(dim)} = {spelled(result, dim, 0)}" for dim in self.fixed]
         said = [f"Shown at {', '.join(said)}; the table has all cells."] if said else []
         if self.repeats is not None:
-            said.append(f"Values are means over {named(self.repeats)}.")
+            said.append(f"Values are means over {self.repeats_in_words}.")
         return " ".join(said)
 
 

@@ -33,8 +33,8 @@ def report_sweep(sweep: SweepFolder) -> Path:
 
 
 def write_sweep_page(sweep: SweepFolder, result: xr.Dataset | None = None) -> Path:
-    """Writes ``report.html`` of a sweep, its figures and ``claims.csv``, and returns the path of the page. The page loads
-    nothing from elsewhere; it links to the pages of the cells.
+    """Writes ``report.html`` of a sweep, its figures and ``claims.csv``, and returns the path of the page. The page
+    loads nothing from elsewhere; it links to the pages of the cells.
 
     Args:
       result: of the sweep; that of `open_sweep` by default.
@@ -64,11 +64,7 @@ def write_sweep_page(sweep: SweepFolder, result: xr.Dataset | None = None) -> Pa
         axes=[named(dim) for dim in layout.dims],
         shown=[str(result.claim.values[claim]) for claim in shown],
         cells=list(_cells(sweep, result, shown)),
-        errors=[
-            (str(name), str(error))
-            for name, status, error in zip(*(result[v].values.ravel() for v in ("cell", "status", "error")), strict=True)
-            if status == "failed"
-        ],
+        errors=list(_errors(result)),
         left_out=json.loads(result.attrs["left_out"]),
         command=sweep.entries.get("command", ""),
         facts=_facts(sweep, result),
@@ -110,6 +106,12 @@ def _cells(sweep: SweepFolder, result: xr.Dataset, shown: list[int]) -> Iterator
             "status": str(status[place]),
             "claims": claims,
         }
+
+
+def _errors(result: xr.Dataset) -> Iterator[tuple[str, str]]:
+    """The cells that failed, and why."""
+    failed = result.status.values == "failed"
+    yield from zip(result.cell.values[failed].tolist(), result.error.values[failed].tolist(), strict=True)
 
 
 def _facts(sweep: SweepFolder, result: xr.Dataset) -> list[tuple[str, str]]:

@@ -111,8 +111,8 @@ def repeats_table(result: xr.Dataset, layout: Layout, repeats: Repeats) -> Table
     head = ["claim", *places, repeats.what, "mean", f"interval over {repeats.what}"]
     head += [f"spread over {repeats.what}", "spread over pairs"]
     note = (
-        "Spreads are standard deviations, that over pairs from the mean width of the cells' own intervals. The interval "
-        f"over {repeats.what} is that of the mean, by Student's t at the level of the claim, and needs three."
+        "Spreads are standard deviations, that over pairs from the mean width of the cells' own intervals. The "
+        f"interval over {repeats.what} is that of the mean, by Student's t at the level of the claim, and needs three."
     )
     if len(rows) > MOST_ROWS:
         note += f" The first {MOST_ROWS} of {len(rows)} rows are shown."

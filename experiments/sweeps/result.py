@@ -92,7 +92,7 @@ def write_result(sweep: SweepFolder) -> Path:
         for name in unread[[made_of[name].startswith("complete") for name in unread]]:
             made_of[name] = "unreadable"  # so that a result without it never counts as up to date
         found = found.assign_attrs({MANIFEST: json.dumps({"plan": _plan_digest(sweep), "cells": made_of})})
-        whole = [name for name, v in found.variables.items() if 0 < v.ndim and v.nbytes <= ONE_CHUNK]
+        whole = [name for name, v in found.variables.items() if v.ndim > 0 and v.nbytes <= ONE_CHUNK]
         chunks = {str(name): {"chunks": tuple(max(n, 1) for n in found[name].shape)} for name in whole}
         write_group(found, partial, chunks, mode="w")
         with warnings.catch_warnings():
