@@ -129,13 +129,14 @@ def _out(command: Sweep) -> Path:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Holds a file while the block runs, and waits if another process does."""
-    while True:
-        try:
-            with held(path):
-                yield
-            return
-        except FolderInUse:
-            time.sleep(0.1)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(held(path))
+                break
+            except FolderInUse:
+                time.sleep(0.1)
+        yield
 
 
 def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] | None = None) -> None:
