@@ -190,7 +190,7 @@ def finish(folder: SweepFolder) -> int:
     if states["open"] + states["begun"] + states["running"]:
         return 0
     with contextlib.suppress(FolderInUse):
-        print(f"report: {report_sweep(folder)}")
+        print(f"report: {report_sweep(folder.path)}")
     if states["failed"]:
         print(
             f"syncgap: {states['failed']} of {len(folder.cells)} cells failed; the report says why, and the same "
