@@ -15,16 +15,15 @@ from dit_jax.disk import writing
 from dit_jax.lock import FolderInUse, held, is_held, last_owner
 from experiments.frame.manifest import StoreError
 from experiments.sweeps import slurm
-from experiments.sweeps.cost import Cost, costs
+from experiments.sweeps.cost import Cost, costs, parts
+from experiments.sweeps.finish import finish
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.local import gpus, run_processes
 from experiments.sweeps.plan import Cell, Plan, PlanError, read_plan
 from experiments.sweeps.settings import Sweep
-from experiments.sweeps.shares import WHOLE, Shard, read_shard, shares
+from experiments.sweeps.shares import WHOLE, Shard, read_shard
 from experiments.sweeps.telling import Progress, dry_run, status, surroundings, tell
 from experiments.sweeps.worker import work
-
-FAILED = 1  # exit code of a sweep of which cells failed
 
 
 def sweep(command: Sweep, line: str) -> int:
@@ -54,11 +53,12 @@ def plan_of(command: Sweep) -> Plan:
     Raises:
       PlanError: none, or more than one.
     """
-    if len(command.plan) > 1:
-        raise PlanError(f"give one plan, or status FOLDER, or cancel FOLDER; got {' '.join(command.plan)}")
-    if bool(command.plan) == (command.study is not None):
+    words = list(command.plan)
+    if len(words) > 1:
+        raise PlanError(f"give one plan, or status FOLDER, or cancel FOLDER; got {' '.join(words)}")
+    if bool(words) == (command.study is not None):
         raise PlanError("give a plan (a TOML file, or the name of a shipped one), or --study with --set")
-    plan = read_plan(command.plan[0]) if command.study is None else Plan(command.study)
+    plan = read_plan(words[0]) if command.study is None else Plan(command.study)
     return plan.with_values(command.set)
 
 
@@ -150,12 +150,6 @@ def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] |
         work(folder, mine, command=folder.entries["command"], figures=command.figures, after=progress.after)
 
 
-def parts(cells: list[Cell], cost: list[Cost], count: int) -> list[list[Cell]]:
-    """The cells of each of `count` shares."""
-    found = shares([each.flops for each in cost], [each.program for each in cost], count)
-    return [[cells[i] for i in part] for part in found]
-
-
 def _forget_failures(folder: SweepFolder, cells: list[Cell], command: Sweep) -> None:
     """Resuming tries again what failed. A worker that is started again does not."""
     if command.resume:
@@ -175,26 +169,7 @@ def cancel(folder: SweepFolder) -> int:
         return 0
     owner = last_owner(folder.path)
     if owner is None or not is_held(folder.path):
-        raise StoreError(f"no job of Slurm and no process of this machine runs {folder.path}")
+        raise StoreError(f"no job of Slurm that this machine knows and no process of it runs {folder.path}")
     os.kill(owner, signal.SIGTERM)
     print(f"asked process {owner} to end; the command that started the sweep continues it with --resume")
     return 0
-
-
-def finish(folder: SweepFolder) -> int:
-    """Once no cell is left to run, makes the result and the page, if no other process does. Returns the exit code: 1 if
-    cells failed."""
-    from experiments.sweeps.page import report_sweep
-
-    states = folder.states()
-    if states["open"] + states["begun"] + states["running"]:
-        return 0
-    with contextlib.suppress(FolderInUse):
-        print(f"report: {report_sweep(folder.path)}")
-    if states["failed"]:
-        print(
-            f"syncgap: {states['failed']} of {len(folder.cells)} cells failed; the report says why, and the same "
-            "command with --resume tries them again",
-            file=sys.stderr,
-        )
-    return FAILED if states["failed"] else 0

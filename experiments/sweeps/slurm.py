@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +23,8 @@ import jax
 
 from dit_jax.disk import write_json
 from experiments.frame.manifest import StoreError, now
-from experiments.sweeps.cost import costs
+from experiments.sweeps.cost import costs, parts
+from experiments.sweeps.finish import finish
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.local import run_processes
 from experiments.sweeps.plan import PlanError
@@ -38,6 +40,7 @@ _OURS = ("requeues", "time")
 _NOT_OFFERED = ("nodes", "ntasks_per_node", "num_gpus", "additional_parameters", "use_srun", "stderr_to_stdout")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+_ENDED |= {"PREEMPTED", "REVOKED", "ended", "unknown"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,6 @@ class Task:
 
     def __call__(self) -> int:
         """Runs the shares and returns the exit code of the sweep."""
-        from experiments.sweeps.command import finish, parts  # which use this module
-
         jax.config.update("jax_platforms", "cpu")  # devices are left to the workers
         sweep, count = SweepFolder.open(self.folder), self.count * self.workers
         each = parts(sweep.cells, costs(sweep.plan, sweep.cells), count)
@@ -176,7 +177,7 @@ def submit(
 
 def active(sweep: SweepFolder) -> list[str]:
     """The arrays of this sweep of which tasks are waiting or running."""
-    return [entry["job"] for entry in _jobs(sweep) if set(_states(entry)) - _ENDED - {"ended"}]
+    return [entry["job"] for entry in _jobs(sweep) if set(_states(entry)) - _ENDED]
 
 
 def cancel(sweep: SweepFolder) -> list[str]:
@@ -192,7 +193,7 @@ def cancel(sweep: SweepFolder) -> list[str]:
 
 def status(sweep: SweepFolder) -> list[str]:
     """A line for each array of this sweep: in which states its tasks are, in Slurm's words. Tasks of which Slurm has
-    forgotten what became of them are called ended."""
+    forgotten what became of them are called ended; on a machine without Slurm nothing is known of them."""
     lines = []
     for entry in _jobs(sweep):
         states = _states(entry)
@@ -254,7 +255,8 @@ def _states(entry: Mapping[str, Any]) -> Counter[str]:
     names = [f"{job}_{i}" for i in range(count)] if count > 1 else [job]  # a single task is submitted as no array
     known = _asked("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job, "--format", "JobID,State")
     known |= _asked("squeue", "--noheader", "--array", "--states", "all", "--jobs", job, "--format", "%i|%T")
-    return Counter(known.get(name, "ended") for name in names)
+    otherwise = "ended" if shutil.which("squeue") else "unknown"
+    return Counter(known.get(name, otherwise) for name in names)
 
 
 def _asked(*line: str) -> dict[str, str]:

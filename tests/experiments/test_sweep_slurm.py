@@ -16,8 +16,8 @@ import pytest
 from dit_jax.lock import last_owner
 from experiments import cli
 from experiments.sweeps import slurm
-from experiments.sweeps.command import _alone, parts
-from experiments.sweeps.cost import costs
+from experiments.sweeps.command import _alone
+from experiments.sweeps.cost import costs, parts
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.local import _Worker
 from experiments.sweeps.plan import Plan, PlanError
@@ -200,6 +200,18 @@ def test_status_cancel_and_a_second_submission(fake, weights, tmp_path, capsys):
     fake.says("sbatch", "Submitted batch job 43")
     assert cli.main(line(weights, out, "--slurm", "time=1", "--resume", cells=3)) == 0
     assert [entry["job"] for entry in json.loads((out / "slurm.json").read_text())["jobs"]] == ["42", "43"]
+
+
+def test_one_task_is_no_array(fake, weights, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    assert cli.main(line(weights, out, "--slurm", "time=1", "--tasks", "1")) == 0
+    assert "--array" not in (out / "logs" / "42_submission.sh").read_text()
+    fake.says("squeue", "42|PENDING")
+    folder = SweepFolder.open(out)
+    assert slurm.status(folder) == ["Slurm job 42: 1 PENDING"]
+    assert slurm.active(folder) == ["42"]
+    monkeypatch.setenv("PATH", str(tmp_path))  # where Slurm is not
+    assert slurm.status(folder) == ["Slurm job 42: 1 unknown"]
 
 
 def test_a_worker_that_somebody_else_ends_is_started_again(tmp_path, weights, monkeypatch):
