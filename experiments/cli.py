@@ -89,9 +89,11 @@ def _command(study: str) -> type:
 
 @dataclass(frozen=True)
 class Report:
-    """Make the figures and the report of a stored run again, or join the reports of a folder of runs into one."""
+    """Make the figures and the report of a stored run or sweep again, or join the reports of a folder of runs."""
 
     run: tyro.conf.Positional[Path]  # the --out folder of a command, or a folder of such folders
+    csv: Path | None = None  # of a sweep: export a table with a row for every cell and claim
+    parquet: Path | None = None  # the same as a Parquet file, which needs pyarrow
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def _run(command: StudyRun | Sweep | Train | Report | Theory | Sample | Info | C
 
         return sweep(command, line)
     elif isinstance(command, Report):
-        print(f"report: {_report(command.run)}")
+        print(f"report: {_report(command)}")
     elif isinstance(command, Theory):
         from experiments.tools.teaching import theory
 
@@ -274,14 +276,21 @@ def _run(command: StudyRun | Sweep | Train | Report | Theory | Sample | Info | C
     return 0
 
 
-def _report(folder: Path) -> Path:
-    from experiments.frame.collection import OTHERS, TRAINING, runs_in, what_else
+def _report(command: Report) -> Path:
+    from experiments.frame.collection import OTHERS, SWEEP, TRAINING, runs_in, what_else
     from experiments.frame.store import RunFolder, StoreError
     from experiments.frame.study import joint_page, report, study_of
+    from experiments.sweeps.page import report_sweep
 
+    folder = command.run
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}; give the --out folder of a study, or a folder of such folders")
-    if (what := what_else(folder)) in (*OTHERS.values(), TRAINING):
+    what = what_else(folder)
+    if what == SWEEP:
+        return report_sweep(folder, csv=command.csv, parquet=command.parquet)
+    if command.csv or command.parquet:
+        raise StoreError(f"{folder} is no sweep, and --csv and --parquet export sweeps; leave them out")
+    if what in (*OTHERS.values(), TRAINING):
         raise StoreError(f"{folder} holds {what}, of which there is no report; studies have one")
     if not (folder / "manifest.json").exists():
         page, (_, others) = joint_page(folder, studies.find), runs_in(folder)

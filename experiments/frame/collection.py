@@ -1,4 +1,4 @@
-"""A folder of runs, beside which other things may lie: pictures, models, training runs, pages."""
+"""A folder of runs, beside which other things may lie: pictures, models, training runs, sweeps, pages."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from experiments.frame.store import RunFolder
 
 OTHERS = {"syncgap-dit": "a model", "syncgap-pictures": "pictures"}  # what else has a manifest, by its format
 TRAINING = "a training run"
+SWEEP = "a sweep"
 
 
 def runs_in(folder: Path) -> tuple[dict[str, RunFolder], dict[str, str]]:
@@ -33,6 +34,8 @@ def what_else(path: Path) -> str | None:
     """What a folder is if it is no finished run; None if it is one, or says so."""
     if (path / "run.json").exists() and (path / "log.jsonl").exists():
         return TRAINING
+    if (path / "sweep.json").exists():
+        return SWEEP
     if not (path / "manifest.json").exists():
         return "no run"
     found = _format(path / "manifest.json")

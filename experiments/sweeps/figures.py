@@ -88,8 +88,10 @@ def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
             place = _x_axis(ax, result, x, room=0.12 * len(facets))
             for index, color in enumerate(colors):
                 label = spelled(result, lines, index) if lines and _is_labelled(index, len(colors)) else None
-                style: Any = {"color": color, "marker": MARKERS[index % len(MARKERS)], "joined": _is_numeric(result, x)}
-                _cells(ax, _beside(ax, place, index, len(colors)), values[:, index], words[:, index], level, label=label and _plain(label), **style)
+                style: dict[str, Any] = {"color": color, "marker": MARKERS[index % len(MARKERS)]}
+                style |= {"label": label and _plain(label), "joined": _is_numeric(result, x)}
+                at = _beside(ax, place, index, len(colors))
+                _cells(ax, at, values[:, index], words[:, index], level, **style)
             ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
             _title(ax, result, claim if facet == 0 else None, facets[facet], len(facets))
         row[0].set_ylabel(_plain(textwrap.fill(measure_of(result, claim), 30)), fontsize=8)
@@ -123,8 +125,8 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
             drawn = ax.imshow(mean, MAP, vmin=low, vmax=high, aspect="auto")
             words = _arranged(result.verdict.isel(claim=claim), layout, down, across, facet)
             for place in np.ndindex(mean.shape):
-                shade = (mean[place] - low) / (high - low)
-                _square(ax, place, mean[place], words[place], status[facet][place], shade, width)
+                shade = (float(mean[place]) - low) / (high - low)
+                _square(ax, place, float(mean[place]), words[place], status[facet][place], shade, width)
             ax.set_xticks(*_ticks(result, across), rotation=0 if width > 0.5 else 90)
             ax.set_yticks(*_ticks(result, down))
             ax.set_ylabel(_plain(named(down)) if facet == 0 else "")
@@ -193,8 +195,9 @@ def _cells(
     level: float,
     *,
     joined: bool,
+    color: Any,
+    marker: str,
     label: str | None,
-    **style: Any,
 ) -> None:
     """One line: values (n, R, 3) of the cells with their intervals, filled where the claim holds; of several repeats
     their mean with its interval."""

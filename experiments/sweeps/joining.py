@@ -152,9 +152,7 @@ def _text(values: np.ndarray) -> np.ndarray:
 
 def _common(values: np.ndarray, axes: int) -> np.ndarray | None:
     """What all cells have where they have something; None if two differ."""
-    flat = values.reshape(-1, *values.shape[axes:])
+    flat = values.reshape(int(np.prod(values.shape[:axes])), *values.shape[axes:])
     there = flat != "" if flat.dtype.kind == "U" else ~np.isnan(flat)
-    if not len(flat):
-        return None
     first = np.take_along_axis(flat, there.argmax(0)[None], 0)
     return first[0] if np.all((flat == first) | ~there) else None

@@ -9,27 +9,45 @@ from urllib.parse import quote
 import numpy as np
 import xarray as xr
 
+from dit_jax.disk import writing
+from dit_jax.lock import held
 from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
 from experiments.frame.page import NOTHING, embedded, formatted, templates
-from experiments.sweeps.export import write_csv
+from experiments.sweeps.export import require_parquet, write_csv, write_parquet
 from experiments.sweeps.figures import sweep_figures
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.layout import Layout, level_of, measure_of, named, spelled, tested
 from experiments.sweeps.repeats import repeats_of, repeats_table
-from experiments.sweeps.result import open_sweep, write_result
+from experiments.sweeps.result import NAME, open_sweep, write_result
 
 PAGE, CSV = "report.html", "claims.csv"
 
 
-def report_sweep(sweep: SweepFolder) -> Path:
+def report_sweep(folder: Path, *, csv: Path | None = None, parquet: Path | None = None) -> Path:
     """Makes the result and the page of a sweep again, from its cells, and returns the path of ``report.html``.
 
+    Args:
+      csv, parquet: files to export the table of claims to.
+
     Raises:
+      StoreError: there is no sweep.
       CheckpointError: the disk refuses, or another process is writing the result.
+      ValueError: a Parquet file is asked for without pyarrow.
     """
-    write_result(sweep)
-    return write_sweep_page(sweep)
+    if parquet is not None:
+        require_parquet()
+    sweep = SweepFolder.open(folder)
+    with held(folder / NAME):
+        write_result(sweep)
+        result = open_sweep(folder)
+        page = write_sweep_page(sweep, result)
+    for path, write in ((csv, write_csv), (parquet, write_parquet)):
+        if path is not None:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(result, path)
+    return page
 
 
 def write_sweep_page(sweep: SweepFolder, result: xr.Dataset | None = None) -> Path:

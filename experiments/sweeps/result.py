@@ -19,7 +19,6 @@ import xarray as xr
 import zarr
 
 from dit_jax.disk import recover, replacing
-from dit_jax.lock import held
 from experiments.frame.chunks import ARRAYS, with_strings, write_group
 from experiments.frame.manifest import DIGESTS
 from experiments.frame.page import claims_of
@@ -79,13 +78,14 @@ def open_sweep(path: str | Path, *, chunks: Any = None) -> xr.Dataset:
 
 
 def write_result(sweep: SweepFolder) -> Path:
-    """Writes ``result.zarr`` of a sweep, in place of an earlier one, and returns its path.
+    """Writes ``result.zarr`` of a sweep, in place of an earlier one, and returns its path. Whoever calls it holds that
+    path (`dit_jax.lock`), so that two processes do not write it at once.
 
     Raises:
-      CheckpointError: the disk refuses, or another process is writing it.
+      CheckpointError: the disk refuses.
     """
     target = sweep.path / NAME
-    with held(target), replacing(target) as partial:
+    with replacing(target) as partial:
         made_of = sources(sweep)  # before the cells are read: what changes meanwhile counts as changed
         found = collect(sweep)
         unread = found.cell.values[(found.status == "failed").values]
