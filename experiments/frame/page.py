@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
+from experiments.frame.forecast import duration
 from experiments.frame.manifest import NUMERICS
 from experiments.frame.measured import subject_of
 from experiments.frame.store import RunFolder, StoreError
@@ -109,15 +110,6 @@ def percent(values: ArrayLike) -> str:
 def power(value: float) -> str:
     """A size to one digit: ``3e-7``."""
     return f"{value:.0e}".replace("e-0", "e-")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: ``12 s``, ``4 min 05 s``, ``2 h 03 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 # --- storing a section, and pages of sections

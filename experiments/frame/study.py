@@ -88,6 +88,7 @@ def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, prog
         subject=study.subject,
         definitions=study.definitions,
         check=study.check,
+        passes=study.passes,
         any_network=study.any_network,
         resume=resume,
         command=command,
