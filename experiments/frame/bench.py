@@ -103,6 +103,7 @@ class Bench(Measured[C]):
         resume: bool = False,
         command: str = "",
         progress: bool = False,
+        heard: Callable[[float], None] | None = None,
     ) -> None:
         """Loads the network, if the settings name one, and opens the folder.
 
@@ -120,6 +121,7 @@ class Bench(Measured[C]):
         """
         self.study, self.progress, self.mesh, self.definitions = study, progress, None, definitions or {}
         self.forecast: Forecast | None = None
+        self.heard = heard
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
@@ -132,7 +134,7 @@ class Bench(Measured[C]):
             self.classes = checked_settings(study, config, self.subject.facts, check, any_network, devices)
             if passes is not None:
                 of_pairs = partial(_passes, passes, config, self.subject.model.config)
-                self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices)
+                self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices, heard)
             settings["classes"] = list(self.classes)
             extra |= {
                 "subject": self.subject.name,
@@ -251,7 +253,7 @@ class Bench(Measured[C]):
         self.run.declare(group, template, chunk=block)
         done = self.run.finished(group)
         blocks = [first for first in range(0, pairs, block) if first not in done]
-        forecast = self.forecast if self.progress and blocks else None
+        forecast = self.forecast if (self.progress or self.heard) and blocks else None
         forecast = forecast if forecast is not None and forecast.wants(group) else None
         if forecast is not None:
             forecast.tell_before(group, template.nbytes, self.run)

@@ -58,6 +58,7 @@ def run_study(
     command: str = "",
     progress: bool = True,
     figures: bool = True,
+    heard: Callable[[float], None] | None = None,
 ) -> Path:
     """Runs a study and fills the folder of the run.
 
@@ -67,6 +68,7 @@ def run_study(
       resume: continue an interrupted run of the same settings; it ends with the same bits.
       command: how it was called, for the manifest.
       figures: whether to draw the figures, which takes longer than the rest of the page. `report` draws them later.
+      heard: is told, after the first block, how many seconds an image takes to go through the network.
 
     Returns:
       the path of ``report.html``.
@@ -76,10 +78,19 @@ def run_study(
         is writing.
     """
     with held(out):
-        return _run(study, config, Path(out), resume, command, progress, figures)
+        return _run(study, config, Path(out), resume, command, progress, figures, heard)
 
 
-def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, progress: bool, figures: bool) -> Path:
+def _run(
+    study: Study[C],
+    config: C,
+    out: Path,
+    resume: bool,
+    command: str,
+    progress: bool,
+    figures: bool,
+    heard: Callable[[float], None] | None,
+) -> Path:
     started, compiled = time.perf_counter(), compilations()
     bench = Bench(
         study.name,
@@ -93,6 +104,7 @@ def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, prog
         resume=resume,
         command=command,
         progress=progress,
+        heard=heard,
     )
     if bench.run.moved:
         changed = "; ".join(bench.run.moved)

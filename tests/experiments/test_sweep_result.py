@@ -179,7 +179,9 @@ def test_a_stored_result_is_the_collected_one_and_is_read_when_needed(written, r
     assert [child.name for child in written.iterdir() if child.name.startswith(".")] == []
     other = xr.open_zarr(written / "result.zarr", chunks=None)  # any xarray reads it, by its consolidated metadata
     np.testing.assert_array_equal(other.gap, result.gap)
-    assert json.loads(other.attrs["manifest"])["cells"].keys() == {cell.name for cell in SweepFolder.open(written).cells}
+    assert json.loads(other.attrs["manifest"])["cells"].keys() == {
+        cell.name for cell in SweepFolder.open(written).cells
+    }
 
 
 def test_a_stored_result_becomes_a_data_frame(written):
