@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 import xarray as xr
+from flax import nnx
 from tqdm import tqdm
 
 from dit_jax.config import NetworkConfig
@@ -17,13 +18,17 @@ from dit_jax.diffusion import Denoiser, guide, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from dit_jax.sharding import make_mesh, place_model, place_pairs, split
+from experiments.frame.chunks import filled
 from experiments.frame.forecast import Forecast
 from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.settings import StudyConfig
+from experiments.frame.steps import window
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import Subject, check_dit, check_guidance, load_subject
 from ou_theory.modes import Bands, radial_bands
+
+LEAST_LEVELS = 2  # sampler steps that the estimator's window must hold in every study: a gap lies between two levels
 
 C = TypeVar("C")
 Variables = Mapping[str, tuple[Sequence[str], str] | tuple[Sequence[str], str, str]]
@@ -47,7 +52,8 @@ class Bench(Measured[C]):
     Attributes:
       study: the name of the study.
       run: the folder that is filled.
-      subject: the network as loaded; `network` is its copy on the devices.
+      subject: the network as loaded, with shapes in place of its arrays as soon as `network` or `untrained` is asked
+        for, which are on the devices.
       classes: labels that the pairs take in turn.
       mesh: the devices over which the pairs of a block are split; None if there is only one device.
     """
@@ -83,6 +89,7 @@ class Bench(Measured[C]):
         """
         self.study, self.progress, self.mesh, self.definitions = study, progress, None, definitions or {}
         self.forecast: Forecast | None = None
+        self._model: tuple[str, DiT | None] = ("", None)  # the one that is in memory, by name
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
@@ -94,7 +101,7 @@ class Bench(Measured[C]):
             self.classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
             if not self.classes or any(not 0 <= c < model.num_classes for c in self.classes):
                 raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {self.classes}")
-            model.clock(config.steps)
+            window(model.clock(config.steps), LEAST_LEVELS)
             radial_bands(model.input_size, model.input_size, NUM_BANDS)
             if self.mesh is not None and config.block % self.mesh.size:
                 raise ValueError(
@@ -116,15 +123,32 @@ class Bench(Measured[C]):
             }
         super().__init__(RunFolder.create(out, settings, resume=resume, command=command, extra=extra), config)
 
-    @cached_property
+    @property
     def network(self) -> DiT:
         """The network under study, on the devices."""
-        return self.place(self.subject.model)
+        return self.only("network", self._loaded)
 
-    @cached_property
+    @property
     def untrained(self) -> DiT:
         """Its control with random weights, on the devices."""
-        return self.place(self.subject.untrained(cast(StudyConfig, self.config).seed))
+        return self.only("untrained", lambda: self.subject.untrained(cast(StudyConfig, self.config).seed))
+
+    def only(self, name: str, make: Callable[[], DiT]) -> DiT:
+        """A model on the devices, made when it is asked for under this name. The memory holds one of them at a time: it
+        lets go of the one before, which is made again if it is asked for again."""
+        if self._model[0] != name:
+            self._model = ("", None)
+            if name != "network":
+                self.subject = self.subject.without_arrays()
+            self._model = (name, self.place(make()))
+        return cast(DiT, self._model[1])
+
+    def _loaded(self) -> DiT:
+        config, subject = cast(StudyConfig, self.config), self.subject
+        if isinstance(jax.tree.leaves(nnx.state(subject.model))[0], jax.ShapeDtypeStruct):
+            subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
+        self.subject = subject.without_arrays()
+        return subject.model
 
     def place(self, model: DiT) -> DiT:
         """A model on the devices."""
@@ -191,6 +215,8 @@ class Bench(Measured[C]):
           first_pair: index of the first pair, for pairs that must differ from those of another group.
           bands: coordinates of the dimension ``band``; by default those of the bands of the DCT.
         """
+        if group not in self.run.manifest["blocks"] and self.run.holds(group):  # of a version that wrote it whole
+            return self.run.load(group)
         dims = {name: tuple(d if "pair" in d else ("pair", *d)) for name, (d, *_) in variables.items()}
         index = first_pair + np.arange(pairs)
         labels = pair_labels(index, self.classes)
@@ -202,7 +228,7 @@ class Bench(Measured[C]):
                 {
                     name: (
                         dims[name],
-                        np.full([sizes[dim] for dim in dims[name]], np.nan, np.float32),
+                        filled(np.dtype(np.float32), [sizes[dim] for dim in dims[name]]),
                         {"long_name": about, "units": units[0] if units else "1"},
                     )
                     for name, (_, about, *units) in variables.items()

@@ -1,15 +1,14 @@
 """Networks under study: a converted, trained or shipped network, and its control with random weights."""
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.checkpoint import load_manifest, load_model, shipped_model
+from dit_jax.checkpoint import abstract_model, load_manifest, load_model, shipped_model
 from dit_jax.config import ControlConfig, NetworkConfig
 from dit_jax.controls import Network, make_network
 from dit_jax.diffusion import WITHOUT_GUIDANCE
@@ -47,6 +46,7 @@ class Subject(NamedTuple):
     name: str  # see `model_name`
     model: DiT  # a network of `dit_jax.controls` only in a study that accepts any network
     manifest: dict  # of its folder: digest, data, training
+    device: Any = None  # where its arrays are, and those of its control; None is JAX's default
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -56,9 +56,12 @@ class Subject(NamedTuple):
     def untrained(self, seed: int) -> DiT:
         """The control: the same architecture with random weights, on the device of the subject's arrays. Weights that
         initialisation sets to zero are drawn too, so that the blocks act and the output is not zero."""
-        device = next(iter(jax.tree.leaves(nnx.state(self.model))[0].devices()))
-        with jax.default_device(device):
+        with jax.default_device(self.device):
             return cast(DiT, untrained_model(self.model.config, seed))
+
+    def without_arrays(self) -> "Subject":
+        """The same with shapes in place of arrays, whose memory others can then free."""
+        return self._replace(model=cast(DiT, abstract_model(self.model.config)))
 
 
 def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False) -> Subject:
@@ -73,9 +76,10 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
       ValueError: there is no such model, or its folder cannot be used.
     """
     source = model_folder(weights)
-    with jax.default_device(host_device()) if on_host else nullcontext():
+    device = host_device() if on_host else None
+    with jax.default_device(device):
         model = cast(DiT, load_model(source, dtype, params=dtype))
-        return Subject(model_name(source), model, load_manifest(source))
+        return Subject(model_name(source), model, load_manifest(source), device)
 
 
 def check_dit(subject: Subject, study: str) -> None:
@@ -101,14 +105,19 @@ def check_guidance(manifest: dict, config: NetworkConfig, guidance: float) -> No
 def untrained_model(config: NetworkConfig, seed: int) -> Network:
     """A network with random weights everywhere, see `Subject.untrained`."""
     model = make_network(config, nnx.Rngs(stream(seed, "untrained weights", 0)))
-    state = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    drawn = [
-        jax.random.normal(stream(seed, "untrained weights", 1, i), leaf.shape, leaf.dtype)
-        * np.sqrt(2 / (leaf.shape[-1] + leaf.shape[-2]))
-        if leaf.ndim >= 2 and not jnp.any(leaf)
-        else leaf
-        for i, leaf in enumerate(leaves)
-    ]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: nnx.state(model, nnx.Param)))
+    for i, like in enumerate(shapes):
+        if like.ndim >= 2 and not jnp.any(_leaf(model, i)):
+            _set_leaf(model, i, jnp.zeros(0))  # lets go of the zeros before there is something in their place
+            drawn = jax.random.normal(stream(seed, "untrained weights", 1, i), like.shape, like.dtype)
+            _set_leaf(model, i, drawn * np.sqrt(2 / (like.shape[-1] + like.shape[-2])))
     return model
+
+
+def _leaf(model: Network, i: int) -> jax.Array:
+    return jax.tree.leaves(nnx.state(model, nnx.Param))[i]
+
+
+def _set_leaf(model: Network, i: int, array: jax.Array) -> None:
+    leaves, tree = jax.tree.flatten(nnx.state(model, nnx.Param))
+    nnx.update(model, jax.tree.unflatten(tree, [*leaves[:i], array, *leaves[i + 1 :]]))

@@ -101,9 +101,9 @@ def measure(bench: Bench[InterventionsConfig]) -> None:
     """Fills ``network`` (arms that are gates), ``edits`` (the other arms, on the same pairs) and ``untrained``."""
     config, instrument = bench.config, InterventionsInstrument(bench)
     groups = (
-        ("network", bench.network, gate_arms, config.pairs),
-        ("edits", bench.network, edit_arms, config.pairs),
-        ("untrained", bench.untrained, control_arms, config.untrained_pairs),
+        ("network", "network", gate_arms, config.pairs),
+        ("edits", "network", edit_arms, config.pairs),
+        ("untrained", "untrained", control_arms, config.untrained_pairs),
     )
     for name, model, make, pairs in groups:
         arms = make(bench.clock, bench.model, config)
@@ -116,6 +116,6 @@ def measure(bench: Bench[InterventionsConfig]) -> None:
         }
 
         def on_network(pairs, labels, model=model, arms=arms, edited=name == "edits"):
-            return instrument.energies(model, arms, edited, pairs, labels)
+            return instrument.energies(getattr(bench, model), arms, edited, pairs, labels)
 
         bench.measure(name, VARIABLES, coords, pairs, on_network)

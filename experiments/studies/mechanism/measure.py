@@ -223,11 +223,17 @@ def measure(bench: Bench[MechanismConfig]) -> None:
         "token_radius": ("token_band", instrument.tokens.radius),
     }
     subjects = (
-        ("network", bench.network, config.pairs),
-        ("untrained", bench.untrained, config.untrained_pairs),
-        ("random", bench.place(open_gates(bench.subject.untrained(config.seed))), config.untrained_pairs),
+        ("network", lambda: bench.network, config.pairs),
+        ("untrained", lambda: bench.untrained, config.untrained_pairs),
+        (
+            "random",
+            lambda: bench.only("random", lambda: open_gates(bench.subject.untrained(config.seed))),
+            config.untrained_pairs,
+        ),
     )
     for name, model, pairs in subjects:
-        bench.measure(
-            name, VARIABLES, coords, pairs, lambda pairs, labels, model=model: instrument.measure(model, pairs, labels)
-        )
+
+        def on_network(pairs, labels, model=model):
+            return instrument.measure(model(), pairs, labels)
+
+        bench.measure(name, VARIABLES, coords, pairs, on_network)
