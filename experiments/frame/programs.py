@@ -189,6 +189,11 @@ def kept() -> Iterator[None]:
         _kept = before
 
 
+def is_kept() -> bool:
+    """Whether runs share programs and networks now."""
+    return _kept is not None
+
+
 def last(name: str, key: Hashable, make: Callable[[], T]) -> T:
     """What `make` gives; within `kept`, the last value of this name if it was made for the same key. Before another one
     is made, the last value is let go, and all that came after it, so that there are never two."""

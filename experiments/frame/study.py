@@ -25,7 +25,7 @@ from experiments.frame.numerics import own_numerics
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
 from experiments.frame.programs import compilations, kept
 from experiments.frame.store import RunFolder, StoreError
-from experiments.frame.subject import Facts, model_folder, model_name
+from experiments.frame.subject import Subject, model_folder, model_name
 from experiments.frame.verdict import finite
 
 C = TypeVar("C")
@@ -41,7 +41,7 @@ class Study(Generic[C]):
     page: Callable[[Measured[C], xr.Dataset], Page]  # from what is stored, and the analysis
     analyse: Callable[[Measured[C]], xr.Dataset] = lambda measured: xr.Dataset()  # estimates from what is stored
     definitions: Definitions = field(default_factory=dict)  # meaning and units of what is stored, by name
-    check: Callable[[C, Facts], None] | None = None  # raises ValueError for settings that do not fit the network
+    check: Callable[[C, Subject], None] | None = None  # raises ValueError for settings that do not fit the network
     together: Callable[[Sequence[Measured[C]]], Page] | None = None  # several runs side by side
     subject: str | None = None  # what is studied, for a study without a network
     any_network: bool = False  # whether networks without attention are accepted, too
