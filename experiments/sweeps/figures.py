@@ -51,7 +51,7 @@ def sweep_figures(result: xr.Dataset, layout: Layout) -> dict[str, tuple[str, Ca
     )
     found: dict[str, tuple[str, Callable[[], Figure]]] = {}
     drawn = CURVES.get(result.attrs["study"])
-    if drawn is not None and drawn.variable in result:
+    if drawn is not None and {drawn.variable, f"{drawn.variable}_interval"} <= set(result.data_vars):
         panels = min(result.sizes[layout.first], MOST_PANELS)
         few = f" The first {panels} values are shown." if panels < result.sizes[layout.first] else ""
         lines_by = f", lines by {named(layout.second)}" if layout.second else ""

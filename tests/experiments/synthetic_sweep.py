@@ -1,4 +1,4 @@
-"""A sweep without a network: runs that hold parts of the synthetic analysis, a cell that failed and one that is missing."""
+"""A sweep without a network: runs that hold parts of the synthetic analysis, a failed cell and a missing one."""
 
 from dataclasses import asdict
 from pathlib import Path
