@@ -107,7 +107,7 @@ def network_denoiser(
     *,
     kind: GateKind = "joint",
     attention: Implementation = "auto",
-    guidance: float = 1.0,
+    guidance: float | jax.Array = 1.0,
     channels: GuidedChannels = "all",
     guided_coupling: GuidedCoupling = "both",
     tap: Tap | None = None,
@@ -124,7 +124,8 @@ def network_denoiser(
         the networks of `dit_jax.controls`, which have no attention to couple in.
       kind, attention, tap, edit: see `DiT.__call__`. The taps come back as `DenoiserOutput.taps`. For an edit that
         depends on the step, write a denoiser that builds this one with the edit of its step.
-      guidance: scale of classifier-free guidance; 1 is without, and needs no doubled batch.
+      guidance: scale of classifier-free guidance; 1 is without, and needs no doubled batch. An array, which may be
+        traced, always has one.
       channels, guided_coupling: see `guided_output`.
 
     Raises:
@@ -136,12 +137,14 @@ def network_denoiser(
     path = "ddpm" if clock.path is None else clock.path.name
     if path != config.path:
         raise ValueError(f"the clock is of the path {path}, the network of {config.path}: use model.config.clock")
-    if guidance != 1.0:
-        config.need_null_label(f"guidance {guidance:g}", WITHOUT_GUIDANCE)
+    is_guided = isinstance(guidance, jax.Array) or guidance != 1.0
+    if is_guided:
+        scale = "" if isinstance(guidance, jax.Array) else f" {guidance:g}"
+        config.need_null_label(f"guidance{scale}", WITHOUT_GUIDANCE)
     if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
         raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
     options: dict[str, Any] = {"kind": kind, "attention": attention, "tap": tap, "edit": edit}
-    if guidance != 1.0:
+    if is_guided:
         options.update(scale=guidance, channels=channels, guided_coupling=guided_coupling)
 
     def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
@@ -150,9 +153,9 @@ def network_denoiser(
         if gate is not None and gate.ndim == 5:
             now = gate[0] if gate.shape[0] == 1 else gate[step]
         found = (
-            model(inputs, t, labels, now, **options)
-            if guidance == 1.0
-            else guided_output(model, inputs, t, labels, now, **options)
+            guided_output(model, inputs, t, labels, now, **options)
+            if is_guided
+            else model(inputs, t, labels, now, **options)
         )
         out, taps = found if tap is not None else (found, None)
         out = out.astype(x.dtype)

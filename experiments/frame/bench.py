@@ -1,8 +1,9 @@
 """What a study measures with: the network and its control, the devices, and the folder of the run."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cached_property
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,18 +12,22 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from dit_jax.diffusion import Denoiser, guide, network_denoiser
+from dit_jax.config import NetworkConfig
+from dit_jax.diffusion import Denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
-from dit_jax.sharding import make_mesh, place_model, place_pairs, split
-from experiments.frame.instrument import own_half
+from dit_jax.sharding import make_mesh, place_model, place_pairs
+from experiments.frame import programs
+from experiments.frame.forecast import Forecast
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
+from experiments.frame.programs import Setup
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
-from experiments.frame.subject import Facts, check_dit, check_guidance, load_subject
+from experiments.frame.subject import Facts, check_dit, check_guidance, load_subject, subject_key
 from ou_theory.modes import Bands, radial_bands
 
 C = TypeVar("C")
+T = TypeVar("T")
 Variables = Mapping[str, tuple[Sequence[str], str] | tuple[Sequence[str], str, str]]
 """Name -> dimensions, meaning, units ("1" by default). The dimension ``pair`` comes first where it is not named."""
 
@@ -93,6 +98,7 @@ class Bench(Measured[C]):
         subject: str | None = None,
         definitions: Definitions | None = None,
         check: Callable[[C, Facts], None] | None = None,
+        passes: Callable[[C, NetworkConfig], Mapping[str, int]] | None = None,
         any_network: bool = False,
         resume: bool = False,
         command: str = "",
@@ -105,6 +111,7 @@ class Bench(Measured[C]):
           subject: what is studied, for a study without a network.
           definitions: meaning and units of coordinates, beside those that are common.
           check: raises ValueError for settings that do not fit the network, before there is a folder.
+          passes: images that go through the network by group; with `progress` the run says what it costs.
           any_network: accept networks without attention, too (`dit_jax.controls`).
 
         Raises:
@@ -112,12 +119,20 @@ class Bench(Measured[C]):
             an output folder that holds another run.
         """
         self.study, self.progress, self.mesh, self.definitions = study, progress, None, definitions or {}
+        self.forecast: Forecast | None = None
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
-            self.subject = load_subject(one_of(config.weights), config.dtype, on_host=self.mesh is not None)
+            weights, on_host = one_of(config.weights), self.mesh is not None
+            self.subject_key = subject_key(weights, config.dtype, on_host)
+            self.subject = programs.last(
+                "subject", self.subject_key, lambda: load_subject(weights, config.dtype, on_host=on_host)
+            )
             devices = jax.local_device_count()
             self.classes = checked_settings(study, config, self.subject.facts, check, any_network, devices)
+            if passes is not None:
+                of_pairs = partial(_passes, passes, config, self.subject.model.config)
+                self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices)
             settings["classes"] = list(self.classes)
             extra |= {
                 "subject": self.subject.name,
@@ -128,14 +143,43 @@ class Bench(Measured[C]):
         super().__init__(RunFolder.create(out, settings, resume=resume, command=command, extra=extra), config)
 
     @cached_property
+    def setup(self) -> Setup:
+        """What programs know of this run."""
+        config = cast(StudyConfig, self.config)
+        return Setup(
+            self.subject.model.config,
+            self.mesh,
+            config.steps,
+            config.sampler,
+            config.gate_kind,
+            config.guided_channels,
+            config.guided_coupling,
+            is_guided=config.guidance != 1,
+            seed=config.seed,
+            guidance=config.guidance,
+        )
+
+    def program(self, function: Callable[..., T], *static: Hashable) -> Callable[..., T]:
+        """The jitted ``function(setup, *static, *arguments)``, as a function of its arguments; see `programs`."""
+        return programs.program(self.setup, function, *static)
+
+    @cached_property
     def network(self) -> DiT:
         """The network under study, on the devices."""
-        return self.place(self.subject.model)
+        if self.mesh is None:
+            return self.subject.model
+        return programs.last("network", self._placement, lambda: self.place(self.subject.model))
 
     @cached_property
     def untrained(self) -> DiT:
         """Its control with random weights, on the devices."""
-        return self.place(self.subject.untrained(cast(StudyConfig, self.config).seed))
+        seed = cast(StudyConfig, self.config).seed
+        return programs.last("untrained", (*self._placement, seed), lambda: self.place(self.subject.untrained(seed)))
+
+    @property
+    def _placement(self) -> tuple[Hashable, ...]:
+        """What tells placed copies of the network from others."""
+        return (self.subject_key, self.mesh, cast(StudyConfig, self.config).parameters)
 
     def place(self, model: DiT) -> DiT:
         """A model on the devices."""
@@ -143,43 +187,25 @@ class Bench(Measured[C]):
         return model if self.mesh is None else place_model(model, self.mesh, parameters)
 
     def denoiser(self, model: DiT, gate: jax.Array | None = None, **options: Any) -> Denoiser:
-        """A network under the guidance and the kind of gate of the settings, its batch split over the devices. Build it
-        inside the jitted function that uses it, see `network_denoiser`.
-
-        Args:
-          gate: of the replicas, none by default.
-          options: further options of `network_denoiser`. Under guidance, taps and edits see the doubled batch;
-            `own` and `guided` select from it.
-        """
-        config = cast(StudyConfig, self.config)
-        options |= {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
-        options |= {"kind": config.gate_kind, "guidance": config.guidance}
-        if self.mesh is None:
-            return network_denoiser(model, self.clock, gate, **options)
-        mesh = self.mesh
-        denoise = network_denoiser(model, self.clock, None if gate is None else split(mesh, gate, -3), **options)
-        return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))
+        """See `Setup.denoiser`."""
+        return self.setup.denoiser(model, gate, **options)
 
     def coupled(self, model: DiT, **options: Any) -> CoupledDenoiser:
-        """The network as a function of the gate of its replicas, see `denoiser`."""
-        return lambda gate: self.denoiser(model, gate, **options)
+        """See `Setup.coupled`."""
+        return self.setup.coupled(model, **options)
 
     @property
     def is_guided(self) -> bool:
         """Whether the network runs under classifier-free guidance, on batches of twice the size."""
-        return cast(StudyConfig, self.config).guidance != 1
+        return self.setup.is_guided
 
     def own(self, activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The part of what a tap sees that belongs to the conditional images."""
-        return own_half(activations) if self.is_guided else activations
+        """See `Setup.own`."""
+        return self.setup.own(activations)
 
     def guided(self, out: jax.Array) -> jax.Array:
-        """Network outputs (R, N or 2 N, H, W, C) that were read inside, after guidance if there is any."""
-        if not self.is_guided:
-            return out
-        config = cast(StudyConfig, self.config)
-        count = out.shape[-1] if config.guided_channels == "all" else min(3, out.shape[-1])
-        return guide(out[:, ::2], out[:, 1::2], config.guidance, count)
+        """See `Setup.guided`."""
+        return self.setup.guided(out)
 
     def measure(
         self,
@@ -224,20 +250,26 @@ class Bench(Measured[C]):
         block = cast(StudyConfig, self.config).block
         self.run.declare(group, template, chunk=block)
         done = self.run.finished(group)
+        blocks = [first for first in range(0, pairs, block) if first not in done]
+        forecast = self.forecast if self.progress and blocks else None
+        forecast = forecast if forecast is not None and forecast.wants(group) else None
+        if forecast is not None:
+            forecast.tell_before(group, template.nbytes, self.run)
         for first in tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress):
             if first in done:
                 continue
             chosen = slice(first, min(first + block, pairs))
-            found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
-            values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
-            self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
+            is_first = first == blocks[0]
+            with forecast.telling(group, blocks, pairs, self.run) if forecast and is_first else nullcontext():
+                found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
+                values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
+                self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
         return self.run.load(group)
 
-    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> xr.Dataset:
-        """A group that is made at once; it is read from the store if it is there."""
+    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> None:
+        """Fills a group of the run at once, unless it is there."""
         if not self.run.holds(group):
             self.run.put(group, described(make(), self.definitions))
-        return self.run.load(group)
 
     def _coords(self, used: set[str], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
         clock = self.clock
@@ -255,6 +287,11 @@ class Bench(Measured[C]):
             return pairs, labels
         placed_pairs, placed_labels = place_pairs(self.mesh, pairs, labels)
         return placed_pairs, placed_labels
+
+
+def _passes(passes: Callable[[Any, Any], Mapping[str, int]], config: Any, model: Any, pairs: int) -> Mapping[str, int]:
+    """The passes of a run of so many pairs."""
+    return passes(replace(config, pairs=pairs), model)
 
 
 def _of_frequency(bands: Bands) -> dict[str, Any]:

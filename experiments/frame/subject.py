@@ -1,5 +1,6 @@
 """Networks under study: a converted, trained or shipped network, and its control with random weights."""
 
+from collections.abc import Hashable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -105,6 +106,16 @@ def load_facts(weights: str) -> Facts:
     source = model_folder(weights)
     manifest = load_manifest(source)
     return Facts(model_name(source), cast(DiTConfig, config_from_dict(manifest["config"])), manifest)
+
+
+def subject_key(weights: str, dtype: Dtype | None, on_host: bool) -> Hashable:
+    """What tells subjects apart: where their weights lie, what is in them, and how they are loaded.
+
+    Raises:
+      ValueError: there is no such model, or its folder cannot be used.
+    """
+    source = model_folder(weights).resolve()
+    return (source, load_manifest(source)["digest"], dtype, on_host)
 
 
 def check_dit(facts: Facts, study: str) -> None:

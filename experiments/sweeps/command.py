@@ -1,9 +1,12 @@
 """``syncgap sweep``: checks a plan, says what it costs, and runs it here, in part, or on a cluster."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,16 +14,16 @@ import jax
 from dit_jax.disk import writing
 from dit_jax.lock import FolderInUse, held, is_held, last_owner
 from experiments.frame.manifest import StoreError
-from experiments.sweeps.cost import Cost, costs
+from experiments.sweeps import slurm
+from experiments.sweeps.cost import Cost, costs, parts
+from experiments.sweeps.finish import finish
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.local import gpus, run_processes
 from experiments.sweeps.plan import Cell, Plan, PlanError, read_plan
 from experiments.sweeps.settings import Sweep
-from experiments.sweeps.shares import WHOLE, Shard, read_shard, shares
-from experiments.sweeps.telling import Progress, dry_run, status, tell
+from experiments.sweeps.shares import WHOLE, Shard, read_shard
+from experiments.sweeps.telling import Progress, dry_run, status, surroundings, tell
 from experiments.sweeps.worker import work
-
-FAILED = 1  # exit code of a sweep of which cells failed
 
 
 def sweep(command: Sweep, line: str) -> int:
@@ -30,16 +33,18 @@ def sweep(command: Sweep, line: str) -> int:
       PlanError: a plan that cannot be run.
       StoreError: a folder that holds something else, or in which another process runs the sweep.
     """
-    match command.plan:
-        case ("status", folder):
-            print(status(SweepFolder.open(folder)))
-            return 0
-        case ("cancel", folder):
-            return cancel(SweepFolder.open(folder))
-        case ("work", folder):  # how worker processes are started
-            return _share(SweepFolder.open(folder), read_shard(command.shard, os.environ), command)
-        case _:
-            return _run(command, line)
+    words = list(command.plan)
+    if len(words) == 2 and words[0] == "status":
+        folder = SweepFolder.open(words[1])
+        print("\n".join([status(folder), *slurm.status(folder)]))
+        return 0
+    if len(words) == 2 and words[0] == "cancel":
+        return cancel(SweepFolder.open(words[1]))
+    if len(words) == 2 and words[0] == "work":  # how worker processes are started, by one who finishes the sweep
+        print(surroundings(), flush=True)
+        _share(SweepFolder.open(words[1]), read_shard(command.shard, os.environ), command)
+        return 0
+    return _run(command, line)
 
 
 def plan_of(command: Sweep) -> Plan:
@@ -48,15 +53,18 @@ def plan_of(command: Sweep) -> Plan:
     Raises:
       PlanError: none, or more than one.
     """
-    if len(command.plan) > 1:
-        raise PlanError(f"give one plan, or status FOLDER, or cancel FOLDER; got {' '.join(command.plan)}")
-    if bool(command.plan) == (command.study is not None):
+    words = list(command.plan)
+    if len(words) > 1:
+        raise PlanError(f"give one plan, or status FOLDER, or cancel FOLDER; got {' '.join(words)}")
+    if bool(words) == (command.study is not None):
         raise PlanError("give a plan (a TOML file, or the name of a shipped one), or --study with --set")
-    plan = read_plan(command.plan[0]) if command.study is None else Plan(command.study)
+    plan = read_plan(words[0]) if command.study is None else Plan(command.study)
     return plan.with_values(command.set)
 
 
 def _run(command: Sweep, line: str) -> int:
+    if command.slurm:
+        return _submit(command, line)
     plan, shard = plan_of(command), read_shard(command.shard, os.environ)
     cells = plan.cells()
     alone = command.dry_run or shard != WHOLE
@@ -69,36 +77,77 @@ def _run(command: Sweep, line: str) -> int:
     if command.dry_run:
         print(dry_run(cells, cost))
         return 0
-    name = Path(command.plan[0]).stem if command.plan else command.study
-    out = command.out or Path("runs") / f"sweep-{name}"
+    if shard != WHOLE:  # which --shard or the environment says
+        mine = len(parts(cells, cost, shard.count)[shard.index])
+        print(f"this process runs share {shard} of the sweep, {mine} cells", file=sys.stderr)
+    out = _out(command)
     with writing(out), contextlib.ExitStack() as stack:
         if shard == WHOLE:
             stack.enter_context(held(out))
-        folder = SweepFolder.create(out, plan, resume=command.resume or shard != WHOLE, command=line)
+        with _alone(out / "sweep.json"):  # processes of several shares begin at the same time
+            folder = SweepFolder.create(out, plan, resume=command.resume or shard != WHOLE, command=line)
         if workers == 1:
-            return _share(folder, shard, command, cost)
+            _share(folder, shard, command, cost)
+            return finish(folder)
         _forget_failures(folder, cells, command)
-        each = _parts(cells, cost, workers)
+        each = {Shard(i, workers): part for i, part in enumerate(parts(cells, cost, workers))}
         with Progress(folder, cells, cost, quiet=command.quiet) as progress:
             run_processes(folder, each, one_gpu_each=devices > 1, figures=command.figures, watch=progress.look)
         return finish(folder)
 
 
-def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] | None = None) -> int:
+def _submit(command: Sweep, line: str) -> int:
+    """Submits the sweep to Slurm, and leaves it to it."""
+    jax.config.update("jax_platforms", "cpu")  # where jobs are submitted is not where they run
+    plan, out = plan_of(command), _out(command)
+    cells = plan.cells()
+    cost = costs(plan, cells)
+    tell(plan, cells, cost)
+    if command.dry_run:
+        print(dry_run(cells, cost))
+        return 0
+    executor = slurm.executor_for(_name(command), out / "logs", command.slurm)
+    workers = command.workers or slurm.workers_of(executor)
+    tasks = min(command.tasks or slurm.MOST_TASKS, math.ceil(len(cells) / workers))
+    with writing(out):
+        folder = SweepFolder.create(out, plan, resume=command.resume, command=line)
+        _forget_failures(folder, cells, command)
+        job = slurm.submit(folder, executor, tasks, workers=workers, figures=command.figures)
+    print(f"Slurm job {job}: {tasks} tasks" + (f" with {workers} workers each" if workers > 1 else ""))
+    print(f"how far it is:   syncgap sweep status {out}\nto end it:       syncgap sweep cancel {out}")
+    return 0
+
+
+def _name(command: Sweep) -> str:
+    return Path(command.plan[0]).stem if command.plan else str(command.study)
+
+
+def _out(command: Sweep) -> Path:
+    return command.out or Path("runs") / f"sweep-{_name(command)}"
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a file while the block runs, and waits if another process does."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(held(path))
+                break
+            except FolderInUse:
+                time.sleep(0.1)
+        yield
+
+
+def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] | None = None) -> None:
     """Runs one share in this process."""
     cells = folder.cells
     cost = costs(folder.plan, cells, jax.local_device_count()) if cost is None else cost
-    mine = _parts(cells, cost, shard.count)[shard.index]
+    mine = parts(cells, cost, shard.count)[shard.index]
     _forget_failures(folder, mine, command)
     by_name = {cell.name: each for cell, each in zip(cells, cost, strict=True)}
     with Progress(folder, mine, [by_name[cell.name] for cell in mine], quiet=command.quiet) as progress:
         work(folder, mine, command=folder.entries["command"], figures=command.figures, after=progress.after)
-    return finish(folder)
-
-
-def _parts(cells: list[Cell], cost: list[Cost], count: int) -> list[list[Cell]]:
-    parts = shares([each.flops for each in cost], [each.program for each in cost], count)
-    return [[cells[i] for i in part] for part in parts]
 
 
 def _forget_failures(folder: SweepFolder, cells: list[Cell], command: Sweep) -> None:
@@ -109,35 +158,18 @@ def _forget_failures(folder: SweepFolder, cells: list[Cell], command: Sweep) -> 
 
 
 def cancel(folder: SweepFolder) -> int:
-    """Ends the process that runs a sweep on this machine; its worker processes end with it, and what is measured stays.
+    """Ends the job that runs a sweep on Slurm, or the process that runs it on this machine; worker processes end with
+    it, and what is measured stays.
 
     Raises:
-      StoreError: no process on this machine runs it.
+      StoreError: neither job nor process runs it.
     """
+    if jobs := slurm.cancel(folder):
+        print(f"cancelled Slurm job {', '.join(jobs)}; the command that submitted it goes on with --resume")
+        return 0
     owner = last_owner(folder.path)
     if owner is None or not is_held(folder.path):
-        raise StoreError(f"no process of this machine runs {folder.path}")
+        raise StoreError(f"no job of Slurm that this machine knows and no process of it runs {folder.path}")
     os.kill(owner, signal.SIGTERM)
     print(f"asked process {owner} to end; the command that started the sweep continues it with --resume")
     return 0
-
-
-def finish(folder: SweepFolder) -> int:
-    """Once no cell is left to run, makes the result and the page, if no other process does. Returns the exit code: 1 if
-    cells failed."""
-    from experiments.sweeps.page import write_sweep_page
-    from experiments.sweeps.result import write_result
-
-    states = folder.states()
-    if states["open"] + states["begun"] + states["running"]:
-        return 0
-    with contextlib.suppress(FolderInUse), held(folder.path / "result.zarr"):
-        write_result(folder)
-        print(f"report: {write_sweep_page(folder)}")
-    if states["failed"]:
-        print(
-            f"syncgap: {states['failed']} of {len(folder.cells)} cells failed; the report says why, and the same "
-            "command with --resume tries them again",
-            file=sys.stderr,
-        )
-    return FAILED if states["failed"] else 0

@@ -12,6 +12,7 @@ from experiments.frame.settings import StudyConfig
 from experiments.frame.study import Study
 from experiments.frame.subject import Facts, load_facts
 from experiments.sweeps.plan import Cell, Plan, PlanError
+from experiments.sweeps.shares import shares
 
 TRACED = ("seed", "classes", "pairs", "untrained_pairs")  # cells that differ in these alone share compiled programs
 
@@ -51,7 +52,13 @@ def _cost(study: Study, cell: Cell, facts, devices: int) -> Cost:
         return Cost(0, 1.0, None)
     network: Facts = facts(one_of(config.weights))
     checked_settings(study.name, config, network, study.check, study.any_network, devices)
-    alike = {name: getattr(StudyConfig, name) for name in TRACED} | {"weights": "", "guidance": float(config.is_guided)}
+    alike = {name: getattr(StudyConfig, name) for name in TRACED} | {"weights": "", "guidance": float(config.halves)}
     program = (network.config, len(getattr(config, "couplings", ())), replace(config, **alike))
     images = sum(passes_of(study, config, network.config).values())
     return Cost(images, run_flops(study, config, network.config) or 1.0, program)
+
+
+def parts(cells: list[Cell], cost: list[Cost], count: int) -> list[list[Cell]]:
+    """The cells of each of `count` shares."""
+    found = shares([each.flops for each in cost], [each.program for each in cost], count)
+    return [[cells[i] for i in part] for part in found]

@@ -132,7 +132,7 @@ class SweepFolder:
             return "failed"
         return "begun" if (run / "manifest.json").is_file() else "open"
 
-    def states(self) -> Counter[State]:
+    def states(self) -> Counter[str]:
         """How many cells are in each state."""
         return Counter(map(self.state, self.cells))
 

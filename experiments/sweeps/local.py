@@ -17,6 +17,7 @@ from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.plan import Cell
 from experiments.sweeps.shares import Shard
 
+TERMINATED = 128 + signal.SIGTERM  # exit code of a worker that was asked to end
 TRIES = 3  # deaths of the processes that run a cell, without a block more, after which it counts as failed
 _ASK = "import jax, json; d = jax.local_devices(); print(json.dumps([d[0].platform, len(d)]))"
 
@@ -60,7 +61,8 @@ class _Worker:
         )
 
     def is_at_work(self) -> bool:
-        """Whether there is more to wait for. A process that was killed is started again.
+        """Whether there is more to wait for. A process that was killed, or asked to end by somebody else, is started
+        again: a scheduler that ends a job asks every process of it, and ends this one too.
 
         Raises:
           WorkerError: it ended with an error of its own.
@@ -68,11 +70,11 @@ class _Worker:
         code = self.process.poll()
         if code is None:
             return True
-        if code > 0:
+        if code > 0 and code != TERMINATED:
             raise WorkerError(f"worker {self.shard} ended with exit code {code}; {self.log.name} says why")
         if code == 0:
             return False
-        self._blame(-code)
+        self._blame(signal.SIGTERM if code > 0 else -code)
         self.start()
         return True
 
@@ -105,14 +107,14 @@ def _progress(run: Path) -> object:
 
 def run_processes(
     sweep: SweepFolder,
-    shares: list[list[Cell]],
+    shares: Mapping[Shard, list[Cell]],
     *,
     one_gpu_each: bool,
     figures: bool = False,
     poll_s: float = 0.5,
     watch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs the shares in a process each, and waits for them. What they print is in ``logs/worker-I.log``.
+    """Runs shares in a process each, and waits for them. What that of share i prints is in ``logs/worker-I.log``.
 
     Args:
       one_gpu_each: let every process see one GPU alone.
@@ -124,28 +126,30 @@ def run_processes(
     """
     (sweep.path / "logs").mkdir(exist_ok=True)
     with ExitStack() as stack:
-        workers = []
-        for index, cells in enumerate(shares):
-            log = stack.enter_context((sweep.path / "logs" / f"worker-{index}.log").open("a"))
+        workers: list[_Worker] = []
+        stack.callback(_end, workers)
+        for place, (shard, cells) in enumerate(shares.items()):
+            log = stack.enter_context((sweep.path / "logs" / f"worker-{shard.index}.log").open("a"))
             environment = {**os.environ}
             if one_gpu_each:
                 visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-                environment["CUDA_VISIBLE_DEVICES"] = visible[index] if len(visible) > index else str(index)
+                environment["CUDA_VISIBLE_DEVICES"] = visible[place] if len(visible) > place else str(place)
             options = ("--figures",) if figures else ()
-            workers.append(_Worker(sweep, Shard(index, len(shares)), cells, environment, log, options))
-            stack.callback(_end, workers[-1])
+            workers.append(_Worker(sweep, shard, cells, environment, log, options))
         while sum(worker.is_at_work() for worker in workers):  # each is asked
             watch()
             time.sleep(poll_s)
         watch()
 
 
-def _end(worker: _Worker) -> None:
-    """Ends a process as a scheduler would, and waits until it is gone."""
-    if worker.process.poll() is None:
-        worker.process.terminate()
+def _end(workers: Sequence[_Worker]) -> None:
+    """Ends processes as a scheduler would, and waits until they are gone."""
+    there = [worker.process for worker in workers if worker.process.poll() is None]
+    for process in there:
+        process.terminate()
+    for process in there:
         try:
-            worker.process.wait(timeout=30)
+            process.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
+            process.kill()
+            process.wait()

@@ -8,6 +8,7 @@ from experiments.sweeps.plan import PlanError
 
 _TASK = "SLURM_ARRAY_TASK_ID"
 _SLURM = {_TASK: 0, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 1, "SLURM_ARRAY_TASK_STEP": 1}
+_STEP = {"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 1}  # of the processes that one srun starts
 _KUBERNETES = "JOB_COMPLETION_INDEX"  # of an indexed job, which does not say how many there are
 
 
@@ -30,7 +31,8 @@ def read_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
     Args:
       text: ``i/n`` with i from 0 to n - 1; ``/n``, with i from the environment; None asks the environment for both,
         and without an array there it is the whole.
-      environment: where a Slurm array says index and count of the task, or an indexed job of Kubernetes its index.
+      environment: where Slurm says index and count of the task of an array, of the process of ``srun -n``, or of a
+        process of a task, or an indexed job of Kubernetes its index.
 
     Raises:
       PlanError: neither says which share it is.
@@ -57,9 +59,10 @@ def read_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
 
 def _of_environment(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
     try:
-        if _TASK in environment:
+        process, processes = (int(environment.get(name, default)) for name, default in _STEP.items())
+        if _TASK in environment or processes > 1:
             task, first, count, step = (int(environment.get(name, default)) for name, default in _SLURM.items())
-            return (task - first) // step, count
+            return (task - first) // step * processes + process, count * processes
         if _KUBERNETES in environment:
             return int(environment[_KUBERNETES]), None
     except ValueError as error:

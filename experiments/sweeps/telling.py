@@ -1,5 +1,8 @@
 """What a sweep says on the terminal: what it will cost, how far it is, what became of its cells."""
 
+import json
+import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -7,10 +10,12 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from experiments.frame.manifest import environment, now
 from experiments.sweeps.cost import Cost
 from experiments.sweeps.folder import STATES, SweepFolder
 from experiments.sweeps.plan import Cell, Plan
 
+VARIABLES = ("SLURM_", "CUDA_VISIBLE_DEVICES", "JAX_", "XLA_", "JOB_COMPLETION_INDEX")  # that are told in logs
 MOST_SHOWN = 200  # rows of a dry run's table
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"  # in parts of the cost, not of the cells
 
@@ -48,6 +53,14 @@ def status(sweep: SweepFolder) -> str:
         if states[cell.name] == "failed" and failure is not None:
             lines.append(f"failed   {cell.name}: {failure.error}")
     return "\n".join(lines)
+
+
+def surroundings() -> str:
+    """Where this process runs, as a line of JSON at the beginning of a worker's log: time, host, versions, device, and
+    the variables by which schedulers and JAX are told what to do."""
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    variables.pop("SLURM_JWT", None)  # a secret
+    return json.dumps({"started": now(), "host": socket.gethostname(), **environment(), "variables": variables})
 
 
 class Progress:

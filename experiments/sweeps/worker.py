@@ -2,13 +2,15 @@
 
 import os
 import socket
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter, sleep
+from typing import Any
 
 from dit_jax.lock import FolderInUse
 from experiments import studies
+from experiments.frame.programs import kept
 from experiments.frame.study import Study, run_study
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.plan import Cell
@@ -44,44 +46,40 @@ def work(
     """
     study: Study = studies.find(sweep.plan.study)
     worker = f"{socket.gethostname()}:{os.getpid()}"
-    outcome, waiting, held = Outcome(), list(cells), []
-    while waiting:
-        for cell in waiting:
-            if sweep.is_complete(cell):
-                outcome.there.append(cell.name)
-                after(cell, "there")
-                continue
-            if sweep.failure(cell) is not None:
-                outcome.failed.append(cell.name)
-                after(cell, "failed")
-                continue
-            started = time.perf_counter()
-            try:
-                run_study(
-                    study,
-                    cell.settings,
-                    sweep.run(cell),
-                    resume=True,
-                    command=command,
-                    progress=False,
-                )
-            except FolderInUse:
-                held.append(cell)
-                continue
-            except Exception as error:  # whatever it is: the other cells can do without this one
-                sweep.note_failure(cell, _line(error), traceback.format_exc())
-                how = "failed"
-                outcome.failed.append(cell.name)
-            else:
-                sweep.forget_failure(cell)
-                how = "done"
-                outcome.done.append(cell.name)
-            sweep.log(how, cell, time.perf_counter() - started, worker)
-            after(cell, how)
-        waiting, held = held, []
-        if waiting:
-            time.sleep(POLL_S)
+    outcome, waiting, in_use = Outcome(), list(cells), []
+    with kept():
+        while waiting:
+            for cell in waiting:
+                if sweep.is_complete(cell):
+                    how = "there"
+                elif sweep.failure(cell) is not None:
+                    how = "failed"
+                else:
+                    started = perf_counter()
+                    how = _run(study, sweep, cell, command=command)
+                    if how == "in use":
+                        in_use.append(cell)
+                        continue
+                    sweep.log(how, cell, perf_counter() - started, worker)
+                getattr(outcome, how).append(cell.name)
+                after(cell, how)
+            waiting, in_use = in_use, []
+            if waiting:
+                sleep(POLL_S)
     return outcome
+
+
+def _run(study: Study, sweep: SweepFolder, cell: Cell, **options: Any) -> str:
+    """Runs one cell; how it ended: done, failed, or in use by another process."""
+    try:
+        run_study(study, cell.settings, sweep.run(cell), resume=True, progress=False, **options)
+    except FolderInUse:
+        return "in use"
+    except Exception as error:  # whatever it is: the other cells can do without this one
+        sweep.note_failure(cell, _line(error), traceback.format_exc())
+        return "failed"
+    sweep.forget_failure(cell)
+    return "done"
 
 
 def _line(error: BaseException) -> str:

@@ -148,6 +148,16 @@ def test_a_share_is_read_from_the_line_or_the_scheduler():
     assert read_shard("/4", {"JOB_COMPLETION_INDEX": "3"}) == (3, 4)
 
 
+def test_processes_of_one_srun_take_a_share_each():
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
+    assert read_shard(None, step) == (2, 4)
+    assert read_shard("1/3", step) == (1, 3)
+    array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
+    assert read_shard(None, {**array, **step}) == (6, 12)
+    assert read_shard(None, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == WHOLE
+    assert read_shard(None, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == WHOLE  # a batch script, outside of srun
+
+
 @pytest.mark.parametrize(
     ("text", "environment", "said"),
     [

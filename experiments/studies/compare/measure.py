@@ -16,9 +16,10 @@ from dit_jax.images import to_pixels
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from experiments.frame.bench import Bench, Variables, one_of
-from experiments.frame.eigenmodes import eigenmodes, fine_directions
+from experiments.frame.eigenmodes import Eigenmodes, eigenmodes, fine_directions
 from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import coupled_wiener, one_pass, trajectories
+from experiments.frame.programs import Constant, Setup, constant
 from experiments.frame.subject import model_folder
 from experiments.studies.compare.modes import DataModes, data_modes
 from experiments.studies.compare.settings import CompareConfig
@@ -54,13 +55,45 @@ DIRECTIONS: Variables = {  # in the place of those by DCT coefficient
 }
 
 
+def _trajectories(
+    setup: Setup, directions: Constant | None, coupled: CoupledDenoiser, couplings, pairs, labels
+) -> dict[str, jax.Array]:
+    return trajectories(
+        coupled,
+        setup.clock,
+        setup.bands if directions is None else directions.value,
+        couplings,
+        pairs,
+        labels,
+        setup.image_shape,
+        seed=setup.seed,
+        sampler=setup.sampler,
+    )
+
+
+def _network_run(setup: Setup, directions: Constant | None, model: DiT, couplings, pairs, labels):
+    return _trajectories(setup, directions, setup.coupled(model), couplings, pairs, labels)
+
+
+def _network_gain(setup: Setup, fine: Constant | None, model: DiT, groups: Eigenmodes | None, *args):
+    """`groups` are those of the DCT, which may differ between networks of one program; other modes are `fine`."""
+    modes = groups if fine is None else fine.value
+    assert modes is not None
+    return one_pass(setup.coupled(model), setup.clock, modes, *args)
+
+
+def _wiener_run(setup: Setup, directions: Constant | None, variance: jax.Array, couplings, pairs, labels):
+    coupled = coupled_wiener(variance, setup.clock, setup.gate_kind, directions and directions.value)
+    return _trajectories(setup, directions, coupled, couplings, pairs, labels)
+
+
 class Instrument:
-    """The jitted measurements, compiled once per shape for the whole grid of couplings."""
+    """The measurements, compiled once per shape for the whole grid of couplings."""
 
     def __init__(self, bench: Bench[CompareConfig]):
         self.bench, self.config = bench, bench.config
-        kind = bench.config.gate_kind
         self.covariance = load_covariance(model_folder(one_of(bench.config.weights)))
+        directions = fine = None
         if bench.config.modes == "dct":
             self.data_modes, self.bands, self.variables = None, bench.bands, NETWORK
             self.modes = eigenmodes(bench.bands, bench.model.in_channels, self.covariance)
@@ -68,37 +101,21 @@ class Instrument:
             self.data_modes = data_modes(bench.config.modes, one_of(bench.config.weights))
             self.bands, self.variables = self.data_modes.directions, {**NETWORK, **DIRECTIONS}
             self.modes = fine_directions(self.bands, self.data_modes.variance)
-        self._network_run = jax.jit(lambda model, *args: self._run(bench.coupled(model), *args))
-        self._network_gain = jax.jit(
-            lambda model, *args: one_pass(bench.coupled(model), bench.clock, self.modes, *args)
-        )
-        self._wiener_run = jax.jit(
-            lambda variance, *args: self._run(
-                coupled_wiener(variance, bench.clock, kind, self.data_modes and self.data_modes.directions), *args
-            )
-        )
-
-    def _run(self, coupled: CoupledDenoiser, couplings, pairs, labels):
-        return trajectories(
-            coupled,
-            self.bench.clock,
-            self.bands,
-            couplings,
-            pairs,
-            labels,
-            self.bench.subject.image_shape,
-            seed=self.config.seed,
-            sampler=self.config.sampler,
-        )
+            arrays = (self.bands.matrix, self.bands.index)
+            directions, fine = constant(self.bands, *arrays), constant(self.modes, *arrays, self.modes.averaging)
+        self._network_run = bench.program(_network_run, directions)
+        self._network_gain = bench.program(_network_gain, fine)
+        self._wiener_run = bench.program(_wiener_run, directions)
 
     def network(self, model: DiT, couplings, pairs, labels, with_more: bool) -> dict[str, Any]:
         """Measurements of a block of pairs on a network, see `NETWORK`, and the samples. What is measured in one pass,
         and what is kept by coefficient, are NaN unless asked for: they cost time and space."""
         couplings = jnp.asarray(couplings, jnp.float32)
-        found = dict(self._network_run(model, couplings, pairs, labels))
+        found: dict[str, Any] = dict(self._network_run(model, couplings, pairs, labels))
         states = found.pop("states")
         if with_more:
-            modes = self._network_gain(model, couplings, states, labels)
+            groups = self.modes if isinstance(self.modes, Eigenmodes) else None
+            modes = self._network_gain(model, groups, couplings, states, labels)
             found |= {f"mode_{name}": value for name, value in modes.items()}
             found["one_pass_energy"] = np.asarray(modes["energy"]) @ self.modes.share()
         else:

@@ -14,11 +14,13 @@ import numpy as np
 from dit_jax.attention import symmetric_gate
 from dit_jax.covariance import load_covariance
 from dit_jax.diffusion import Denoiser, DenoiserOutput
+from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, run_pairs
 from experiments.frame.bench import Bench, Variables, one_of
-from experiments.frame.eigenmodes import eigenmodes
+from experiments.frame.eigenmodes import Eigenmodes, eigenmodes
 from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import coupled_wiener, one_pass
+from experiments.frame.programs import Setup
 from experiments.frame.settings import GateKind
 from experiments.frame.steps import spaced_steps, window
 from experiments.frame.subject import Facts, model_folder
@@ -57,8 +59,45 @@ def stepwise_wiener(variance: jax.Array, clock: Clock, kind: GateKind) -> Couple
     return coupled
 
 
+def _arms(setup: Setup, coupled: CoupledDenoiser, gates, pairs, labels) -> dict[str, jax.Array]:
+    bands = setup.bands
+
+    def observe(step, x, denoised):  # of the first arm, which is never coupled
+        return x[:, 0], pair_modes(denoised[:, 0])[1]
+
+    ends, (states, uncoupled) = run_pairs(
+        coupled,
+        setup.clock,
+        gates,
+        pairs,
+        labels,
+        setup.image_shape,
+        seed=setup.seed,
+        sampler=setup.sampler,
+        observe=observe,
+    )
+    return {
+        "energy": jnp.square(pair_modes(ends)[1]).mean(-1).swapaxes(0, 1),
+        "uncoupled_energy": band_mean(jnp.square(uncoupled), bands).swapaxes(0, 1),
+        "uncoupled_projection": band_mean(uncoupled * uncoupled[-1], bands).swapaxes(0, 1),
+        "states": states,
+    }
+
+
+def _network_arms(setup: Setup, model: DiT, *args):
+    return _arms(setup, setup.coupled(model), *args)
+
+
+def _exact_arms(setup: Setup, variance: jax.Array, *args):
+    return _arms(setup, stepwise_wiener(variance, setup.clock, setup.gate_kind), *args)
+
+
+def _gains(setup: Setup, model: DiT, modes: Eigenmodes, *args):
+    return one_pass(setup.coupled(model), setup.clock, modes, *args)
+
+
 class ReleaseInstrument:
-    """The jitted measurements, compiled once for all releases and couplings."""
+    """The measurements, compiled once for all releases and couplings."""
 
     def __init__(self, bench: Bench[ReleaseConfig]):
         self.bench, self.config = bench, bench.config
@@ -66,34 +105,8 @@ class ReleaseInstrument:
         self.gates = schedule(len(bench.clock), self.config.couplings, self.releases)
         self.covariance = load_covariance(model_folder(one_of(self.config.weights)))
         self.modes = eigenmodes(bench.bands, bench.model.in_channels, self.covariance)
-        self._network = jax.jit(lambda model, *args: self._run(bench.coupled(model), *args))
-        self._gains = jax.jit(lambda model, *args: one_pass(bench.coupled(model), bench.clock, self.modes, *args))
-        kind = self.config.gate_kind
-        self._exact = jax.jit(lambda variance, *args: self._run(stepwise_wiener(variance, bench.clock, kind), *args))
-
-    def _run(self, coupled: CoupledDenoiser, gates, pairs, labels):
-        bands = self.bench.bands
-
-        def observe(step, x, denoised):  # of the first arm, which is never coupled
-            return x[:, 0], pair_modes(denoised[:, 0])[1]
-
-        ends, (states, uncoupled) = run_pairs(
-            coupled,
-            self.bench.clock,
-            gates,
-            pairs,
-            labels,
-            self.bench.subject.image_shape,
-            seed=self.config.seed,
-            sampler=self.config.sampler,
-            observe=observe,
-        )
-        return {
-            "energy": jnp.square(pair_modes(ends)[1]).mean(-1).swapaxes(0, 1),
-            "uncoupled_energy": band_mean(jnp.square(uncoupled), bands).swapaxes(0, 1),
-            "uncoupled_projection": band_mean(uncoupled * uncoupled[-1], bands).swapaxes(0, 1),
-            "states": states,
-        }
+        self._network, self._gains = bench.program(_network_arms), bench.program(_gains)
+        self._exact = bench.program(_exact_arms)
 
     def _shaped(self, found: dict[str, Any]) -> dict[str, Any]:
         energy = np.asarray(found["energy"])
@@ -121,7 +134,7 @@ class ReleaseInstrument:
     def gains(self, model, states, labels) -> dict[str, Any]:
         """What one pass makes of the difference of uncoupled states, without coupling and under each coupling."""
         couplings = jnp.asarray([0.0, *self.config.couplings], jnp.float32)
-        found = self._gains(model, couplings, states, labels)
+        found = self._gains(model, self.modes, couplings, states, labels)
         return {
             "mode_energy": found["energy"].swapaxes(0, 1),
             "mode_product": found["product"].swapaxes(0, 1),

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.controls import Network
 from dit_jax.covariance import DataCovariance, load_covariance
 from dit_jax.model import DiT
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import trajectories
+from experiments.frame.programs import Setup
 from experiments.frame.store import StoreError
 from experiments.frame.subject import Facts, model_folder
 from experiments.studies.spectrum.settings import SpectrumConfig
@@ -25,27 +27,26 @@ def check(config: SpectrumConfig, facts: Facts) -> None:
     _covariance(config)
 
 
+def _run(setup: Setup, model: Network, couplings, pairs, labels) -> dict[str, jax.Array]:
+    found = trajectories(
+        setup.coupled(model) if isinstance(model, DiT) else lambda gate: setup.denoiser(model),
+        setup.clock,
+        setup.bands,
+        couplings,
+        pairs,
+        labels,
+        setup.image_shape,
+        seed=setup.seed,
+        sampler=setup.sampler,
+    )
+    return {"energy": found["energy"][..., 1], "projection": found["projection"]}
+
+
 def measure(bench: Bench[SpectrumConfig]) -> None:
     """Fills the groups ``network`` and ``data``. Networks without attention run uncoupled."""
     config = bench.config
-    has_attention = isinstance(bench.network, DiT)
-    grid = np.asarray(config.couplings if has_attention else [0.0])
-
-    @jax.jit
-    def run(model, couplings, pairs, labels):
-        found = trajectories(
-            bench.coupled(model) if has_attention else lambda gate: bench.denoiser(model),
-            bench.clock,
-            bench.bands,
-            couplings,
-            pairs,
-            labels,
-            bench.subject.image_shape,
-            seed=config.seed,
-            sampler=config.sampler,
-        )
-        return {"energy": found["energy"][..., 1], "projection": found["projection"]}
-
+    grid = np.asarray(config.couplings if isinstance(bench.network, DiT) else [0.0])
+    run = bench.program(_run)
     couplings = jnp.asarray(grid, jnp.float32)
     bench.measure(
         "network",

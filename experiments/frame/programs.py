@@ -1,0 +1,212 @@
+"""Compiled programs of studies, and how runs of one process share them.
+
+A program is a function of a `Setup`, of what else is static, and of arguments that are traced. It is made of a function
+without a closure, so that it can read nothing of a run beyond these. Runs whose setups are equal may therefore share
+it, whatever their seeds, scales of guidance, couplings, classes and weights. They do so within `kept`, as the networks.
+"""
+
+import gc
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import monitoring
+from jax.sharding import Mesh
+
+from dit_jax.config import DiTConfig
+from dit_jax.controls import Network
+from dit_jax.diffusion import Denoiser, guide, network_denoiser
+from dit_jax.replicas import CoupledDenoiser
+from dit_jax.sharding import split
+from experiments.frame.instrument import own_half
+from experiments.frame.measured import NUM_BANDS
+from experiments.frame.settings import GateKind, GuidedChannels, GuidedCoupling, Sampler
+from ou_theory.clock import Clock
+from ou_theory.modes import Bands, radial_bands
+
+MOST = 32  # programs that are kept
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event of a program that is compiled or read from disk
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What programs know of the run that they measure.
+
+    Seed and guidance are traced inside a program. Everything else is static: runs that differ in it have programs of
+    their own.
+    """
+
+    model: DiTConfig  # a `ControlConfig` only in a study that accepts any network
+    mesh: Mesh | None  # the devices over which pairs are split; None if there is only one device
+    steps: str
+    sampler: Sampler
+    gate_kind: GateKind
+    guided_channels: GuidedChannels
+    guided_coupling: GuidedCoupling
+    is_guided: bool  # whether the network runs under classifier-free guidance, on batches of twice the size
+    seed: int | jax.Array
+    guidance: float | jax.Array
+
+    @cached_property
+    def clock(self) -> Clock:
+        """The sampler's noise levels, on the network's own path."""
+        return self.model.clock(self.steps)
+
+    @cached_property
+    def bands(self) -> Bands:
+        """The bands of the DCT over the network's images or latents."""
+        return radial_bands(self.model.input_size, self.model.input_size, NUM_BANDS)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image or latent."""
+        return (self.model.input_size, self.model.input_size, self.model.in_channels)
+
+    def denoiser(self, model: Network, gate: jax.Array | None = None, **options: Any) -> Denoiser:
+        """A network under the guidance and the kind of gate of the settings, its batch split over the devices. Build it
+        inside the jitted function that uses it, see `network_denoiser`.
+
+        Args:
+          gate: of the replicas, none by default.
+          options: further options of `network_denoiser`. Under guidance, taps and edits see the doubled batch;
+            `own` and `guided` select from it.
+        """
+        options |= {"channels": self.guided_channels, "guided_coupling": self.guided_coupling}
+        options |= {"kind": self.gate_kind, "guidance": self.guidance if self.is_guided else 1.0}
+        if self.mesh is None:
+            return network_denoiser(model, self.clock, gate, **options)
+        mesh = self.mesh
+        denoise = network_denoiser(model, self.clock, None if gate is None else split(mesh, gate, -3), **options)
+        return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))
+
+    def coupled(self, model: Network, **options: Any) -> CoupledDenoiser:
+        """The network as a function of the gate of its replicas, see `denoiser`."""
+        return lambda gate: self.denoiser(model, gate, **options)
+
+    def own(self, activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The part of what a tap sees that belongs to the conditional images."""
+        return own_half(activations) if self.is_guided else activations
+
+    def guided(self, out: jax.Array) -> jax.Array:
+        """Network outputs (R, N or 2 N, H, W, C) that were read inside, after guidance if there is any."""
+        if not self.is_guided:
+            return out
+        count = out.shape[-1] if self.guided_channels == "all" else min(3, out.shape[-1])
+        return guide(out[:, ::2], out[:, 1::2], self.guidance, count)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Arrays that are static in a program, made by `constant`. Equal arrays share a program."""
+
+    value: Any = field(compare=False)
+    digest: str
+
+
+def constant(value: Any, *arrays: Any) -> Constant:
+    """A static argument of a program that is told from others by the contents of the arrays that it is made of."""
+    found = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        found.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+    return Constant(value, found.hexdigest())
+
+
+def program(setup: Setup, function: Callable[..., T], *static: Hashable) -> Callable[..., T]:
+    """The jitted ``function(setup, *static, *arguments)``, as a function of its arguments.
+
+    Args:
+      function: of the top level of a module. It sees a `Setup` whose seed and guidance are traced.
+      static: what else is fixed in the program; `constant` for arrays.
+
+    Raises:
+      TypeError: the function could read something of the run that it was first made for.
+    """
+    if not inspect.isfunction(function) or function.__closure__ is not None:
+        raise TypeError(f"{function} must be a function of a module's top level: what it closes over is not in its key")
+    # Weakly typed, as the number in a program would be; JAX uses 32 bits of a seed.
+    traced = {"seed": np.uint32(setup.seed), "guidance": float(setup.guidance)}
+    fixed = replace(setup, seed=0, guidance=1.0)
+    make = partial(_jitted, function, fixed, static)
+    jitted = make() if _kept is None else _kept.program((function, fixed, static), make)
+    return partial(jitted, traced)
+
+
+def _jitted(function: Callable[..., T], fixed: Setup, static: tuple[Hashable, ...]) -> Callable[..., T]:
+    def run(traced: dict[str, jax.Array], *arguments: Any) -> T:
+        return function(replace(fixed, **traced), *static, *arguments)
+
+    run.__name__ = function.__name__.strip("_")  # which JAX's messages name
+    return jax.jit(run)
+
+
+class _Kept:
+    """What runs share: the programs used last, and the last value of each name."""
+
+    def __init__(self) -> None:
+        self.programs: OrderedDict[Hashable, Any] = OrderedDict()
+        self.values: dict[str, tuple[Hashable, Any]] = {}
+
+    def program(self, key: Hashable, make: Callable[[], T]) -> T:
+        found = self.programs.pop(key, None) or make()
+        self.programs[key] = found
+        if len(self.programs) > MOST:
+            self.programs.popitem(last=False)
+        return found
+
+    def value(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
+        if name not in self.values or self.values[name][0] != key:
+            names = list(self.values)
+            for stale in names[names.index(name) :] if name in names else []:  # with what was made of it
+                del self.values[stale]
+            if not self.values:
+                gc.collect()  # a network that no run uses any more must not lie beside the next
+            self.values[name] = (key, make())
+        return self.values[name][1]
+
+
+_kept: _Kept | None = None
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Within it, runs of this process share compiled programs, and the last network, with its copy on the devices and
+    its last control, as long as they need the same. Without it, a run leaves nothing behind."""
+    global _kept
+    before = _kept
+    _kept = before or _Kept()
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def last(name: str, key: Hashable, make: Callable[[], T]) -> T:
+    """What `make` gives; within `kept`, the last value of this name if it was made for the same key. Before another one
+    is made, the last value is let go, and all that came after it, so that there are never two."""
+    return make() if _kept is None else _kept.value(name, key, make)
+
+
+_compiled = 0
+
+
+def _count(event: str, duration_secs: float, **kwargs: Any) -> None:
+    global _compiled
+    _compiled += event == COMPILED
+
+
+monitoring.register_event_duration_secs_listener(_count)
+
+
+def compilations() -> int:
+    """How many programs XLA has compiled in this process, or read from its cache on disk, large and small: a program of
+    a study counts as much as one addition of arrays."""
+    return _compiled
