@@ -374,7 +374,7 @@ def test_a_thousand_cells(analysis, tmp_path):
     """Every cell's part is found in the result; each cell's folder is a link to one of two."""
     sweep = SweepFolder.create(tmp_path / "s", Plan("compare", {}, {"seed": list(range(500)), "guidance": [1, 2]}))
     for value in (0, 1):
-        fill(tmp_path / str(value), {}, of_cell(analysis, value, 4), float(value))
+        fill(tmp_path / str(value), {}, analysis[["gap"]] + value, float(value))
     for index, cell in enumerate(sweep.cells):
         sweep.run(cell).symlink_to(tmp_path / str(index % 2))
     write_result(sweep)
