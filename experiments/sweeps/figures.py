@@ -51,7 +51,7 @@ def sweep_figures(result: xr.Dataset, layout: Layout) -> dict[str, tuple[str, Ca
     )
     found: dict[str, tuple[str, Callable[[], Figure]]] = {}
     drawn = CURVES.get(result.attrs["study"])
-    if drawn is not None and drawn.variable in result:
+    if drawn is not None and {drawn.variable, f"{drawn.variable}_interval"} <= set(result.data_vars):
         panels = min(result.sizes[layout.first], MOST_PANELS)
         few = f" The first {panels} values are shown." if panels < result.sizes[layout.first] else ""
         lines_by = f", lines by {named(layout.second)}" if layout.second else ""
@@ -66,7 +66,8 @@ def sweep_figures(result: xr.Dataset, layout: Layout) -> dict[str, tuple[str, Ca
     caption += (
         f"those on which it does not or cannot be told. Whiskers are the intervals of the claims, over pairs.{over}"
     )
-    found["claims"] = (caption + note, partial(figure_claims, result, layout))
+    if _valued(result):
+        found["claims"] = (caption + note, partial(figure_claims, result, layout))
     if layout.second is not None:
         caption = f"Value of every claim over {named(layout.first)} and {named(layout.second)}, with the verdict in "
         caption += "words, or by hatches where there is no room. Crossed squares have no result."
@@ -77,7 +78,7 @@ def sweep_figures(result: xr.Dataset, layout: Layout) -> dict[str, tuple[str, Ca
 def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
     """Value of every claim against a numeric axis, lines by the other one; a row for each claim."""
     x, lines = _x_and_lines(result, layout)
-    claims, facets = tested(result), _facets(result, layout)
+    claims, facets = _valued(result), _facets(result, layout)
     figure, axes = new_figure(7.2, 0.6 + 2.3 * len(claims), len(claims), len(facets), squeeze=False, sharey="row")
     colors = _colors(result.sizes[lines] if lines else 1)
     for row, claim in zip(axes, claims, strict=True):
@@ -85,7 +86,7 @@ def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
         for ax, facet in zip(row, range(len(facets)), strict=True):
             values = _arranged(result.claim_value.isel(claim=claim), layout, x, lines, facet)
             words = _arranged(result.verdict.isel(claim=claim), layout, x, lines, facet)
-            place = _x_axis(ax, result, x, room=0.12 * len(facets))
+            place = _x_axis(ax, result, x, room=0.09 * len(facets))
             for index, color in enumerate(colors):
                 label = spelled(result, lines, index) if lines and _is_labelled(index, len(colors)) else None
                 style: dict[str, Any] = {"color": color, "marker": MARKERS[index % len(MARKERS)]}
@@ -176,7 +177,8 @@ def figure_curves(result: xr.Dataset, layout: Layout, drawn: Curve) -> Figure:
                 style = {"marker": MARKERS[index % len(MARKERS)], "markersize": 3, "linewidth": 1.2}
                 curve(ax, against[there], shown[there], color, label and _plain(label), **style)
             ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-            coupling_axis(ax, against, name=panel >= panels - columns, room=0.2)
+            lowest = facet == rows - 1 if len(facets) > 1 else panel >= panels - columns
+            coupling_axis(ax, against, name=lowest, room=0.2)
             facet_word = f"\n{facets[facet]}" if facets[facet] else ""
             ax.set_title(_plain(f"{named(x)} {spelled(result, x, panel)}{facet_word}"), fontsize=8.5)
     for ax in axes.flat[panels if len(facets) == 1 else rows * columns :]:
@@ -311,6 +313,12 @@ def _x_axis(ax: Axes, result: xr.Dataset, x: str, room: float) -> np.ndarray:
 def _ticks(result: xr.Dataset, dim: str) -> tuple[np.ndarray, list[str]]:
     places = np.arange(result.sizes[dim])
     return places, [_plain(spelled(result, dim, index)) for index in range(len(places))]
+
+
+def _valued(result: xr.Dataset) -> list[int]:
+    """Indices of the tested claims that have a value in at least one cell."""
+    known = np.isfinite(result.claim_value.sel(bound="estimate")).transpose("claim", ...).values
+    return [claim for claim in tested(result) if known[claim].any()]
 
 
 def _facets(result: xr.Dataset, layout: Layout) -> list[str]:

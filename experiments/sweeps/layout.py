@@ -36,6 +36,7 @@ class Layout(NamedTuple):
           repeats: the axis whose places are all repeats of each other.
         """
         dims = tuple(map(str, result.status.dims))
+        repeats = repeats if repeats is not None and result.sizes[repeats] > 1 else None
         varied = [dim for dim in dims if result.sizes[dim] > 1 and dim != repeats]
         if not varied and repeats is not None:  # repeats alone are drawn beside each other
             varied, repeats = [repeats], None

@@ -23,7 +23,7 @@ class Repeats(NamedTuple):
 
     Attributes:
       axis: its name.
-      groups: what repeats share, and their indices along the axis.
+      groups: networks that are repeats of each other (nothing for seeds), and their indices along the axis.
       what: seeds or trainings.
     """
 
@@ -51,7 +51,8 @@ def repeats_of(sweep: SweepFolder, result: xr.Dataset) -> Repeats | None:
             key = (numbered[1].rstrip("-_"), form) if numbered and form else (str(name), str(place))
             groups.setdefault(key, []).append(place)
         if any(len(members) > 1 for members in groups.values()):
-            return Repeats("weights", [(name, members) for (name, _), members in groups.items()], "trainings")
+            names = result.weights.values
+            return Repeats("weights", [(", ".join(names[each]), each) for each in groups.values()], "trainings")
     return None
 
 
@@ -107,7 +108,7 @@ def repeats_table(result: xr.Dataset, layout: Layout, repeats: Repeats) -> Table
                         number(float(pairs)),
                     ]
                 )
-    places = [*map(named, others), *(["network"] if repeats.axis == "weights" else [])]
+    places = [*map(named, others), *(["networks"] if repeats.axis == "weights" else [])]
     head = ["claim", *places, repeats.what, "mean", f"interval over {repeats.what}"]
     head += [f"spread over {repeats.what}", "spread over pairs"]
     note = (

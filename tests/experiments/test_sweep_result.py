@@ -9,11 +9,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import xarray as xr
+from synthetic_sweep import ERROR, FAILED, KEPT, MISSING, PLAN, claims, fill, of_cell, synthetic_sweep
 
 from experiments import open_sweep
 from experiments.cli import main
 from experiments.frame.store import RunFolder
-from experiments.frame.verdict import Claim, finite
+from experiments.frame.verdict import finite
 from experiments.sweeps import result as results
 from experiments.sweeps.export import claims_table
 from experiments.sweeps.folder import SweepFolder
@@ -21,54 +22,11 @@ from experiments.sweeps.joining import Joined
 from experiments.sweeps.plan import Plan
 from experiments.sweeps.result import collect, write_result
 
-KEPT = ["gap", "gap_interval", "relative_energy", "weak"]
-PLAN = Plan(
-    "compare",
-    {"couplings": [0, 1]},
-    {"steps": ["4", "6"], "seed": [0, 1]},
-    [{"gate_kind": "joint"}, {"gate_kind": "blend", "guidance": 1.5}],
-    title="What the <gate> does",
-)
-MISSING, FAILED = "gate_kind=joint,steps=6,seed=1", "gate_kind=blend,guidance=1.5,steps=4,seed=0"
-ERROR = "ValueError: no <b> room"
-
-
-def claims(value: float) -> list[Claim]:
-    def claim(number, title, verdict, *values):
-        return Claim(number, title, verdict, "nats", *values, "stated", [], 0.975)
-
-    return [
-        claim(1, "There is a gap", "holds", value, [value - 1, value + 1]),
-        claim(0, "It is large, too", "undecided", None, None),
-        claim(3, "It lies deep", "not tested", None, None),
-    ]
-
-
-def fill(path, settings, analysis: xr.Dataset, value: float) -> None:
-    run = RunFolder.create(path, settings, extra={"kind": "compare"})
-    run.put("analysis", analysis)
-    run.write_json("claims.json", {"claims": [finite(asdict(claim)) for claim in claims(value)]})
-    (path / "report.html").write_text("a page")
-    run.note(measuring_s=2.5, analysis_s=1)
-    run.finish()
-
-
-def of_cell(analysis: xr.Dataset, index: int, steps: int) -> xr.Dataset:
-    own = analysis[KEPT].isel(step=slice(0, steps))
-    return own.assign(gap=own.gap + index).assign_coords(ell=own.ell / steps)
-
 
 @pytest.fixture(scope="module")
 def filled(analysis, tmp_path_factory) -> SweepFolder:
-    """A sweep of eight cells, one of which failed and one of which is missing; tests only read it."""
-    sweep = SweepFolder.create(tmp_path_factory.mktemp("sweep") / "s", PLAN, command="syncgap sweep 'a & b'")
-    for index, cell in enumerate(sweep.cells):
-        if cell.name == FAILED:
-            sweep.note_failure(cell, ERROR)
-        elif cell.name != MISSING:
-            own = of_cell(analysis, index, int(cell.place["steps"]))
-            fill(sweep.run(cell), {"steps": cell.settings.steps}, own, float(index))
-    return sweep
+    """A sweep with a failed and a missing cell; tests only read it."""
+    return synthetic_sweep(tmp_path_factory.mktemp("sweep") / "s", analysis)
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +374,7 @@ def test_a_thousand_cells(analysis, tmp_path):
     """Every cell's part is found in the result; each cell's folder is a link to one of two."""
     sweep = SweepFolder.create(tmp_path / "s", Plan("compare", {}, {"seed": list(range(500)), "guidance": [1, 2]}))
     for value in (0, 1):
-        fill(tmp_path / str(value), {}, of_cell(analysis, value, 4), float(value))
+        fill(tmp_path / str(value), {}, analysis[["gap"]] + value, float(value))
     for index, cell in enumerate(sweep.cells):
         sweep.run(cell).symlink_to(tmp_path / str(index % 2))
     write_result(sweep)
