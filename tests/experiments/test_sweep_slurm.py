@@ -25,8 +25,8 @@ from experiments.sweeps.slurm import Task, executor_for, minutes
 from experiments.sweeps.worker import work
 
 submitit = pytest.importorskip("submitit")
-SETTINGS = {"pairs": 2, "steps": 2, "block": 1, "couplings": [0, 1], "gain_pairs": 2, "untrained_pairs": 2}
-LIMIT_S = 600  # for a job; a machine may be busy
+SETTINGS = {"pairs": 2, "steps": 4, "block": 1, "couplings": [0, 1], "gain_pairs": 2, "untrained_pairs": 2}
+LIMIT_S = 900  # for a job; a machine may be busy
 
 
 def plan(weights, cells=2) -> Plan:
