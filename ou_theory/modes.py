@@ -4,6 +4,7 @@ section 3): radial frequency bands, or groups of the directions of any other ort
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,12 @@ def pair_modes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (a + b) * np.sqrt(0.5).item(), (a - b) * np.sqrt(0.5).item()
 
 
+class BandWeights(NamedTuple):
+    """As much of `Bands` as `band_mean` needs, for programs to which bands are an argument."""
+
+    averaging: jax.Array | np.ndarray  # (H, W, B) weights of the mean over each band
+
+
 @dataclass(frozen=True, eq=False)
 class Bands:
     """A partition of the DCT coefficients of an H x W image; make it with `radial_bands`.
@@ -77,6 +84,11 @@ class Bands:
     def averaging(self) -> np.ndarray:
         """(H, W, B) weights of the mean over each band, float64."""
         return (self.index[..., None] == np.arange(len(self))) / self.count
+
+    @property
+    def weights(self) -> BandWeights:
+        """The bands as an argument of a program, float32."""
+        return BandWeights(self.averaging.astype(np.float32))
 
     def coefficients(self, dct: jax.Array) -> jax.Array:
         """The coefficients that are grouped, (..., H, W, C), of DCT coefficients: themselves."""
@@ -114,7 +126,7 @@ def radial_bands(height: int, width: int, num: int = 6) -> Bands:
     return bands
 
 
-def band_mean(coefficients: jax.Array, bands: Bands) -> jax.Array:
+def band_mean(coefficients: jax.Array, bands: Bands | BandWeights) -> jax.Array:
     """Mean over the coefficients of each band and over channels: (..., H, W, C) -> (..., B).
 
     The mean of squared coefficients is the band energy; that of the product of two sets is their inner product per

@@ -1,8 +1,9 @@
 """What a study measures with: the network and its control, the devices, and the folder of the run."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cached_property
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,11 +12,13 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
+from dit_jax.config import NetworkConfig
 from dit_jax.diffusion import Denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from dit_jax.sharding import make_mesh, place_model, place_pairs
 from experiments.frame import programs
+from experiments.frame.forecast import Forecast
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.programs import Setup
 from experiments.frame.settings import StudyConfig
@@ -95,6 +98,7 @@ class Bench(Measured[C]):
         subject: str | None = None,
         definitions: Definitions | None = None,
         check: Callable[[C, Facts], None] | None = None,
+        passes: Callable[[C, NetworkConfig], Mapping[str, int]] | None = None,
         any_network: bool = False,
         resume: bool = False,
         command: str = "",
@@ -107,6 +111,7 @@ class Bench(Measured[C]):
           subject: what is studied, for a study without a network.
           definitions: meaning and units of coordinates, beside those that are common.
           check: raises ValueError for settings that do not fit the network, before there is a folder.
+          passes: images that go through the network by group; with `progress` the run says what it costs.
           any_network: accept networks without attention, too (`dit_jax.controls`).
 
         Raises:
@@ -114,6 +119,7 @@ class Bench(Measured[C]):
             an output folder that holds another run.
         """
         self.study, self.progress, self.mesh, self.definitions = study, progress, None, definitions or {}
+        self.forecast: Forecast | None = None
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
@@ -124,6 +130,9 @@ class Bench(Measured[C]):
             )
             devices = jax.local_device_count()
             self.classes = checked_settings(study, config, self.subject.facts, check, any_network, devices)
+            if passes is not None:
+                of_pairs = partial(_passes, passes, config, self.subject.model.config)
+                self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices)
             settings["classes"] = list(self.classes)
             extra |= {
                 "subject": self.subject.name,
@@ -241,20 +250,26 @@ class Bench(Measured[C]):
         block = cast(StudyConfig, self.config).block
         self.run.declare(group, template, chunk=block)
         done = self.run.finished(group)
+        blocks = [first for first in range(0, pairs, block) if first not in done]
+        forecast = self.forecast if self.progress and blocks else None
+        forecast = forecast if forecast is not None and forecast.wants(group) else None
+        if forecast is not None:
+            forecast.tell_before(group, template.nbytes, self.run)
         for first in tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress):
             if first in done:
                 continue
             chosen = slice(first, min(first + block, pairs))
-            found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
-            values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
-            self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
+            is_first = first == blocks[0]
+            with forecast.telling(group, blocks, pairs, self.run) if forecast and is_first else nullcontext():
+                found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
+                values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
+                self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
         return self.run.load(group)
 
-    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> xr.Dataset:
-        """A group that is made at once; it is read from the store if it is there."""
+    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> None:
+        """Fills a group of the run at once, unless it is there."""
         if not self.run.holds(group):
             self.run.put(group, described(make(), self.definitions))
-        return self.run.load(group)
 
     def _coords(self, used: set[str], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
         clock = self.clock
@@ -272,6 +287,11 @@ class Bench(Measured[C]):
             return pairs, labels
         placed_pairs, placed_labels = place_pairs(self.mesh, pairs, labels)
         return placed_pairs, placed_labels
+
+
+def _passes(passes: Callable[[Any, Any], Mapping[str, int]], config: Any, model: Any, pairs: int) -> Mapping[str, int]:
+    """The passes of a run of so many pairs."""
+    return passes(replace(config, pairs=pairs), model)
 
 
 def _of_frequency(bands: Bands) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Arrays of a zarr group on disk: which chunks should exist, whether they can be read, and the form of values."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,27 @@ NOT_DAMAGE = (MemoryError, PermissionError)  # errors of the machine, which say 
 CODECS = (ZstdCodec(), Crc32cCodec())  # of every chunk; the checksum covers the compressed bytes
 
 
-def _arrays(group: Path) -> Iterator[tuple[Path, zarr.Array, int | None]]:
+def _arrays(group: Path) -> Sequence[tuple[Path, zarr.Array, int | None]]:
     """Every array of a group, its folder, and the axis of pairs along which it is written block by block. The axis
     is None for coordinates, which are written at once."""
+    descriptions = (group / "zarr.json", *sorted(group.glob("*/zarr.json")))
+    return _described(group, tuple((path, path.read_bytes()) for path in descriptions if path.is_file()))
+
+
+@lru_cache(maxsize=16)
+def _described(group: Path, descriptions: Hashable) -> Sequence[tuple[Path, zarr.Array, int | None]]:
+    """See `_arrays`. Opening arrays takes longer than reading small ones, and a group is looked at many times; it is
+    opened again if a description has changed."""
     opened = zarr.open_group(group, mode="r")
     arrays = dict(opened.arrays())
     named = {name for array in arrays.values() for name in str(array.attrs.get("coordinates", "")).split()}
     named |= set(str(opened.attrs.get("coordinates", "")).split())
+    found = []
     for name, array in arrays.items():
         dims = getattr(array.metadata, "dimension_names", None) or ()
         coordinate = name in named or name in dims
-        yield group / name, array, dims.index("pair") if "pair" in dims and not coordinate else None
+        found.append((group / name, array, dims.index("pair") if "pair" in dims and not coordinate else None))
+    return found
 
 
 def _checked(array: zarr.Array) -> bool:
@@ -120,7 +131,10 @@ def with_strings(dataset: xr.Dataset, kind: str, convert: Callable[[np.ndarray],
         found = {name: v for name, v in variables.items() if v.dtype.kind == kind}
         return {name: (v.dims, convert(v.values), v.attrs) for name, v in found.items()}
 
-    return dataset.assign(converted(dataset.data_vars)).assign_coords(converted(dataset.coords))
+    for assign, variables in ((xr.Dataset.assign, dataset.data_vars), (xr.Dataset.assign_coords, dataset.coords)):
+        if found := converted(variables):  # assigning nothing takes its time, too
+            dataset = assign(dataset, found)
+    return dataset
 
 
 def as_written(values: np.ndarray) -> np.ndarray:
@@ -141,11 +155,12 @@ def opened(store: Path, group: str) -> xr.Dataset:
         raise FileNotFoundError(f"missing: {', '.join(sorted(lost))}")
     dataset = with_strings(dataset, "T", lambda values: np.array(values.tolist(), str))
     single = {name: v for name, v in dataset.coords.items() if v.dtype == np.float32}  # of older runs
-    return dataset.assign_coords({name: v.copy(data=as_written(v.values)) for name, v in single.items()})
+    mended = {name: v.copy(data=as_written(v.values)) for name, v in single.items()}
+    return dataset.assign_coords(mended) if mended else dataset
 
 
 def write_group(dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping] | None = None, **options: Any) -> None:
-    """Writes a group, or with ``region`` a part of it, with a checksum on every chunk.
+    """Writes a group with a checksum on every chunk.
 
     Args:
       encoding: of arrays by name, beside the codecs.
@@ -153,12 +168,19 @@ def write_group(dataset: xr.Dataset, path: Path, encoding: Mapping[str, Mapping]
     """
     # The zarr 3 format has variable-length strings, but not NumPy's fixed-length ones.
     dataset = with_strings(dataset, "U", lambda values: values.astype(np.dtypes.StringDType()))
-    if "region" not in options:  # which writes into arrays that have their codecs
-        own = {name: (encoding or {}).get(str(name), {}) for name in dataset.variables}
-        options["encoding"] = {name: {"compressors": CODECS, **each} for name, each in own.items()}
+    own = {name: (encoding or {}).get(str(name), {}) for name in dataset.variables}
+    options["encoding"] = {name: {"compressors": CODECS, **each} for name, each in own.items()}
     if options.get("mode") == "w":
         dataset = dataset.assign_attrs({ARRAYS: sorted(map(str, dataset.variables))})
     dataset.to_zarr(path, zarr_format=3, consolidated=False, **options)
+
+
+def write_region(group: Path, values: Mapping[str, np.ndarray], region: Mapping[str, tuple[slice, ...]]) -> None:
+    """Writes into arrays of a group that exist, each in its region; chunks of the fill value, too."""
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        arrays: Any = zarr.open_group(group, mode="r+")
+        for name, value in values.items():
+            arrays[name][region[name]] = value
 
 
 def layout_of(dataset: xr.Dataset) -> dict[str, dict]:

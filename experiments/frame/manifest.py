@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -50,13 +51,19 @@ def environment() -> dict[str, Any]:
         "device": str(getattr(device, "device_kind", device)),
         "platform": f"{device.platform}, {jax.device_count()} device(s), {os.cpu_count()} CPU cores, "
         f"{platform.system()} {platform.machine()}",
-        "git_revision": git_revision(Path(__file__).parent),
+        "git_revision": _own_revision(),
         NUMERICS: {
             "generator": GENERATOR,
             "x64": settings.jax_enable_x64,
             "matmul_precision": settings.jax_default_matmul_precision,
         },
     }
+
+
+@cache
+def _own_revision() -> str | None:
+    """`git_revision` of this code. What a process runs does not change when its files do."""
+    return git_revision(Path(__file__).parent)
 
 
 def git_revision(folder: Path) -> str | None:
@@ -166,6 +173,7 @@ def without_nan(entries: Any) -> Any:
     return None if isinstance(entries, float) and not np.isfinite(entries) else entries
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
+from experiments.frame.forecast import duration
 from experiments.frame.manifest import NUMERICS
 from experiments.frame.measured import subject_of
 from experiments.frame.store import RunFolder, StoreError
@@ -111,20 +112,14 @@ def power(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-")
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: ``12 s``, ``4 min 05 s``, ``2 h 03 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 # --- storing a section, and pages of sections
 
 
-def store_page(run: RunFolder, page: Page) -> None:
+def store_page(run: RunFolder, page: Page, *, figures: bool = True) -> None:
     """Draws the figures of a run and stores its section and its claims.
+
+    Args:
+      figures: whether to draw; the section says if there are none.
 
     Raises:
       ValueError: a figure without a caption, or a caption without a figure.
@@ -132,8 +127,9 @@ def store_page(run: RunFolder, page: Page) -> None:
     missing = set(page.figures) ^ set(page.section.captions)
     if missing:
         raise ValueError(f"figures and captions differ in {', '.join(sorted(missing))}")
-    draw_figures(run.path / "figures", page.figures)
-    run.write_json("section.json", finite(asdict(page.section)))
+    if figures:
+        draw_figures(run.path / "figures", page.figures)
+    run.write_json("section.json", finite(asdict(page.section)) | ({} if figures else {"drawn": False}))
     run.write_json("claims.json", {"claims": [finite(asdict(claim)) for claim in page.section.claims]})
 
 
@@ -194,16 +190,19 @@ def filled(section: Mapping[str, Any], figures: Path) -> dict[str, Any]:
       StoreError: the section is malformed, or a figure cannot be read.
     """
     try:
+        drawn = section.get("drawn", True)  # the section says only if they are not
         shown = [
             {"name": name, "caption": caption, "source": embedded(figures / f"{name}.svg")}
             for name, caption in section["captions"].items()
+            if drawn
         ]
         entries = {**section, "claims": [claim_entry(claim) for claim in section["claims"]], "figures": shown}
     except (TypeError, KeyError, AttributeError) as error:
         raise StoreError(
             f"the section of {figures.parent} is malformed ({error!r}); `syncgap report` on that folder writes it again"
         ) from error
-    return {"definitions": {}, "id": "", "command": "", "facts": [], "status": "complete", **entries}
+    folder = None if drawn else figures.parent
+    return {"definitions": {}, "id": "", "command": "", "facts": [], "status": "complete", "undrawn": folder, **entries}
 
 
 def claims_of(run: RunFolder) -> list[dict[str, Any]]:
@@ -262,7 +261,10 @@ def claim_entry(claim: Mapping) -> dict[str, Any]:
 def facts(manifest: Mapping) -> list[tuple[str, str]]:
     """Settings and provenance of a run, one per line."""
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
-    timings = [f"{name.removesuffix('_s').replace('_', ' ')} {duration(t)}" for name, t in manifest["timings"].items()]
+    timings = [
+        f"{name.removesuffix('_s').replace('_', ' ')} {duration(t) if name.endswith('_s') else t}"
+        for name, t in manifest["timings"].items()
+    ]
     lines = [(name.replace("_", " "), _plain(value)) for name, value in manifest["settings"].items()]
     lines += [("weights digest", manifest["weights_digest"])] if "weights_digest" in manifest else []
     numerics = manifest.get(NUMERICS)  # older runs have none

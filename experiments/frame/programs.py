@@ -167,7 +167,8 @@ class _Kept:
             names = list(self.values)
             for stale in names[names.index(name) :] if name in names else []:  # with what was made of it
                 del self.values[stale]
-            gc.collect()  # a network that no run uses any more must not lie beside the next
+            if not self.values:
+                gc.collect()  # a network that no run uses any more must not lie beside the next
             self.values[name] = (key, make())
         return self.values[name][1]
 

@@ -32,6 +32,7 @@ from experiments.frame.chunks import (
     pairs_of,
     readable,
     write_group,
+    write_region,
 )  # fmt: skip
 from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
 from experiments.frame.manifest import (
@@ -62,6 +63,7 @@ class RunFolder:
 
     def __init__(self, path: Path, manifest: dict, *, writable: bool):
         self.path, self.manifest, self.writable = path, manifest, writable
+        self._declared: dict[str, xr.Dataset] = {}  # groups that are being written, without their values
         self.moved: list[str] = []
 
     @classmethod
@@ -175,6 +177,7 @@ class RunFolder:
             ):
                 raise StoreError(f"{self._group(group)} has another layout than this run needs; choose another --out")
             return
+        self._declared.pop(group, None)
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
         empty = {name: xr.full_like(v, fill_of(v.dtype)) for name, v in template.data_vars.items()}
@@ -201,7 +204,9 @@ class RunFolder:
         """
         if group not in self.manifest["blocks"]:
             raise StoreError(f"group {group!r} is not declared; declare it before writing blocks")
-        stored = self._open(group)
+        if group not in self._declared:
+            self._declared[group] = self._open(group)
+        stored = self._declared[group]
         last = first + dataset.sizes.get("pair", 0)
         if not 0 <= first < last <= stored.sizes["pair"]:
             raise StoreError(f"group {group!r} has {stored.sizes['pair']} pairs, the block is [{first}, {last})")
@@ -214,9 +219,12 @@ class RunFolder:
             if first % chunk or last != min(first + chunk, stored.sizes["pair"]):
                 raise StoreError(f"block [{first}, {last}) cuts through a chunk of {chunk} pairs of {group}/{name}")
         self._require_writable()
-        block = xr.Dataset({name: dataset.variables[name].astype(v.dtype) for name, v in stored.data_vars.items()})
-        region = {"pair": slice(first, last)}
-        self._write_zarr(block, self.path / "data.zarr", group=group, region=region, write_empty_chunks=True)
+        values = {str(name): dataset.variables[name].values.astype(v.dtype) for name, v in stored.data_vars.items()}
+        region = {
+            str(name): tuple(slice(first, last) if dim == "pair" else slice(None) for dim in v.dims)
+            for name, v in stored.data_vars.items()
+        }
+        write_region(self._group(group), values, region)
         done = sorted({*self.manifest["blocks"][group], first})
         self._update(blocks={**self.manifest["blocks"], group: done}, digests=self._with_digest(group, str(first)))
 

@@ -23,6 +23,7 @@ from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.numerics import own_numerics
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
+from experiments.frame.programs import compilations, kept
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.subject import Facts, model_folder, model_name
 from experiments.frame.verdict import finite
@@ -56,6 +57,7 @@ def run_study(
     resume: bool = False,
     command: str = "",
     progress: bool = True,
+    figures: bool = True,
 ) -> Path:
     """Runs a study and fills the folder of the run.
 
@@ -64,6 +66,7 @@ def run_study(
       out: folder of the run.
       resume: continue an interrupted run of the same settings; it ends with the same bits.
       command: how it was called, for the manifest.
+      figures: whether to draw the figures, which takes longer than the rest of the page. `report` draws them later.
 
     Returns:
       the path of ``report.html``.
@@ -73,11 +76,11 @@ def run_study(
         is writing.
     """
     with held(out):
-        return _run(study, config, Path(out), resume, command, progress)
+        return _run(study, config, Path(out), resume, command, progress, figures)
 
 
-def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, progress: bool) -> Path:
-    started = time.perf_counter()
+def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, progress: bool, figures: bool) -> Path:
+    started, compiled = time.perf_counter(), compilations()
     bench = Bench(
         study.name,
         config,
@@ -85,6 +88,7 @@ def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, prog
         subject=study.subject,
         definitions=study.definitions,
         check=study.check,
+        passes=study.passes,
         any_network=study.any_network,
         resume=resume,
         command=command,
@@ -94,8 +98,8 @@ def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, prog
         changed = "; ".join(bench.run.moved)
         print(f"resumed with another device or version, so last digits may differ ({changed})", file=sys.stderr)
     study.measure(bench)
-    bench.run.note(measuring_s=round(time.perf_counter() - started, 1))
-    return report(study, bench.run)
+    bench.run.note(measuring_s=round(time.perf_counter() - started, 1), compilations=compilations() - compiled)
+    return report(study, bench.run, figures=figures)
 
 
 def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Path:
@@ -115,15 +119,19 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
     folders = {model_name(model_folder(each)): each for each in weights}
     if len(folders) < len(weights):
         raise ValueError(f"two of the networks have the same name: {', '.join(weights)}; rename a folder")
-    for name, each in folders.items():
-        run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
+    with kept():
+        for name, each in folders.items():
+            run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
     return joint_page(out, {study.name: study}.get)
 
 
 @own_numerics()
-def report(study: Study[C], run: RunFolder) -> Path:
+def report(study: Study[C], run: RunFolder, *, figures: bool = True) -> Path:
     """Makes analysis, claims, figures and page of a run from what it has measured, and marks the run complete. Returns
     the path of ``report.html``.
+
+    Args:
+      figures: whether to draw the figures. A page without says how to get them.
 
     Raises:
       StoreError: something that was measured is missing or damaged; the message says what to do.
@@ -134,7 +142,7 @@ def report(study: Study[C], run: RunFolder) -> Path:
     if analysis.variables:
         analysis = described(analysis, study.definitions)
         run.put("analysis", analysis)
-    store_page(run, study.page(measured, analysis))
+    store_page(run, study.page(measured, analysis), figures=figures)
     if run.manifest["status"] != "complete":
         run.note(analysis_s=round(time.perf_counter() - started, 1))
     path = run.path / "report.html"

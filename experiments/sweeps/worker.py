@@ -2,10 +2,10 @@
 
 import os
 import socket
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter, sleep
 from typing import Any
 
 from dit_jax.lock import FolderInUse
@@ -55,17 +55,17 @@ def work(
                 elif sweep.failure(cell) is not None:
                     how = "failed"
                 else:
-                    started = time.perf_counter()
+                    started = perf_counter()
                     how = _run(study, sweep, cell, command=command)
                     if how == "in use":
                         in_use.append(cell)
                         continue
-                    sweep.log(how, cell, time.perf_counter() - started, worker)
+                    sweep.log(how, cell, perf_counter() - started, worker)
                 getattr(outcome, how).append(cell.name)
                 after(cell, how)
             waiting, in_use = in_use, []
             if waiting:
-                time.sleep(POLL_S)
+                sleep(POLL_S)
     return outcome
 
 

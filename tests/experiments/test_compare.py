@@ -284,8 +284,8 @@ def test_a_sweep_is_one_compilation(weights, tmp_path):
         for model in (load_model(weights), untrained_model(MODEL, first)):
             labels = np.array([0, 1], np.int32)
             instrument.network(model, grid, first + np.arange(2), labels, with_more=True)
-    assert instrument._network_run._cache_size() == 1
-    assert instrument._network_gain._cache_size() == 1
+    assert instrument._network_run.func._cache_size() == 1
+    assert instrument._network_gain.func._cache_size() == 1
 
 
 @pytest.mark.long

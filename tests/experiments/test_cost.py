@@ -1,10 +1,12 @@
 """What a run costs: the declared passes against a count of what goes through the network, and its arithmetic."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
+import xarray as xr
 from flax import nnx
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -14,8 +16,11 @@ from dit_jax.config import ControlConfig, DiTConfig
 from dit_jax.controls import make_network
 from dit_jax.model import DiT
 from experiments import studies
+from experiments.frame import forecast
 from experiments.frame.bench import Bench
 from experiments.frame.cost import flops, passes_of, run_flops
+from experiments.frame.forecast import Forecast, covered
+from experiments.frame.store import RunFolder
 
 SEEN = [0]  # pixels that went through `counted`
 counted_p = Primitive("counted")  # the identity; what goes through it, tangents and cotangents too, is counted
@@ -154,3 +159,90 @@ def test_a_run_is_its_passes_times_the_arithmetic_of_one():
     assert run_flops(study, alone, network) == sum(passes_of(study, alone, network).values()) * flops(network, 1, 2) / 2
     assert run_flops(study, twice, network) == 2 * run_flops(study, alone, network)
     assert run_flops(studies.find("modalities"), None, network) == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("block", [1, 2, 3, 8])
+def test_the_images_of_blocks_add_up(name, block):
+    study = studies.find(name)
+    settings = study.config(**{**SMALL, **CASES[name], "block": block, "pairs": 7, "untrained_pairs": 5})
+    network = DiTConfig(input_size=8, in_channels=3, hidden_size=24, depth=3, num_heads=2, num_classes=3)
+
+    def passes(pairs):
+        return passes_of(study, replace(settings, pairs=pairs), network)
+
+    found, pairs = Forecast(name, passes, 7, block), {"network": 7, "edits": 7}
+    for group, total in passes(7).items():
+        count = pairs.get(group, 5)
+        images = [found.of_block(group, first, min(first + block, count), count) for first in range(0, count, block)]
+        assert sum(images) == pytest.approx(total)
+
+
+def test_the_first_pairs_of_a_comparison_have_more_images():
+    """The gain is measured on them alone: a block of them is no measure of the others."""
+    settings = studies.find("compare").config(**SMALL, gain_pairs=2)
+
+    def passes(pairs):
+        return passes_of(studies.find("compare"), replace(settings, pairs=pairs), NETWORKS["dit"])
+
+    found = Forecast("compare", passes, 4, 2)
+    assert found.of_block("network", 0, 2, 4) == 2 * found.of_block("network", 2, 4, 4)
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch, capsys):
+    """What a run of 6 pairs says if its first block takes so many seconds, of which so many are compilation."""
+
+    def run(seconds, compiling, *, least=1, stored=()):
+        folder = RunFolder.create(tmp_path / f"run{seconds}-{compiling}-{least}-{len(stored)}", {})
+        for group in stored:
+            folder.put(group, xr.Dataset())
+        found = Forecast("compare", lambda pairs: {"network": 100 * pairs, "untrained": 200}, 6, 2, least)
+        now = iter([0.0, 0.0 + seconds])
+        monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(now))
+        monkeypatch.setattr(forecast, "covered", lambda spans: compiling)
+        assert found.wants("network")
+        found.tell_before("network", 3_000_000, folder)
+        with found.telling("network", [0, 2, 4], 6, folder):
+            pass
+        assert not found.wants("network")
+        assert not found.wants("untrained")
+        return capsys.readouterr()
+
+    return run
+
+
+def test_a_run_says_first_what_it_costs(told):
+    said = told(70.0, 10.0)
+    assert not said.out
+    before, after = said.err.split("\n")[:2]
+    assert "800 images go through the network (network 600, untrained 200)" in before
+    assert "3 MB of disk" in before
+    # 200 images took a minute, 600 are left
+    assert "first block took 1 min 00 s, and its compilation 10 s; about 3 min 00 s more" in after
+    assert "--block" not in after
+
+
+def test_what_is_stored_costs_nothing(told):
+    assert "about 2 min 00 s more" in told(70.0, 10.0, stored=("untrained",)).err
+
+
+def test_blocks_that_take_long_should_be_smaller(told):
+    assert "--block 1 loses less" in told(1100.0, 0.0).err
+    assert "--block" not in told(1100.0, 600.0).err
+    assert "--block" not in told(4000.0, 0.0, least=2).err  # two devices need two pairs
+
+
+def test_inner_compilation_is_counted_once():
+    assert covered([]) == 0
+    assert covered([(1.0, 2.0), (0.0, 3.0), (5.0, 6.0), (5.5, 7.0)]) == 5
+
+
+def test_compilation_is_noticed():
+    with forecast.compilation() as compiling:
+        assert compiling() == 0
+        jax.jit(lambda x: jnp.sin(x) + 3)(jnp.ones(3))
+        first = compiling()
+        assert first > 0
+    jax.jit(lambda x: jnp.cos(x) + 3)(jnp.ones(3))
+    assert compiling() == first

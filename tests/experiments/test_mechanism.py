@@ -281,8 +281,8 @@ def test_first_order_holds_for_small_differences_of_the_states(bench):
 
 def test_another_block_is_no_other_compilation(bench, blended):
     bench.instrument.measure(open_gates(bench.model), 2 + np.arange(2), bench.labels[::-1])
-    assert bench.instrument.one_pass._cache_size() == 1
-    assert bench.instrument.states._cache_size() == 1
+    assert bench.instrument.one_pass.func._cache_size() == 1
+    assert bench.instrument.states.func._cache_size() == 1
 
 
 def test_open_gates_let_attention_act_and_leave_the_model_alone(bench):

@@ -139,6 +139,7 @@ def test_values_of_the_template_do_not_count(tmp_path):
 
 def fail_at_zarr(monkeypatch):
     monkeypatch.setattr(xr.Dataset, "to_zarr", raise_disk_full)
+    monkeypatch.setattr(store, "write_region", raise_disk_full)
 
 
 def fail_between_variables(monkeypatch):

@@ -113,7 +113,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path, monkeypatch):
             seen.append(folder.states())
             raise TimeoutError
 
-        monkeypatch.setattr(worker.time, "sleep", wait)
+        monkeypatch.setattr(worker, "sleep", wait)
         with pytest.raises(TimeoutError):
             work(folder, folder.cells)
     assert seen == [{"running": 1, "complete": 1}]

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion import Denoiser, ancestral_step
+from dit_jax.model import DiT
 from dit_jax.objective import posterior_tables
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
+from experiments.frame.programs import Setup
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
 from experiments.frame.subject import Facts
@@ -58,7 +60,7 @@ def clone_ends(denoise: Denoiser, clock: Clock, states, branch, labels, noise) -
 
 
 def measurements(
-    denoise: Denoiser, clock: Clock, bands: Bands, branches: np.ndarray, pairs, labels, shape, *, seed: int
+    denoise: Denoiser, clock: Clock, bands: Bands, branches: np.ndarray, pairs, labels, shape, *, seed: int | jax.Array
 ) -> dict[str, jax.Array]:
     """All measurements of a block of pairs (P,), pairs in front; see `VARIABLES`."""
     low, high = (jnp.asarray(table, jnp.float32) for table in posterior_tables(clock)[2:])
@@ -130,10 +132,24 @@ VARIABLES: Variables = {
 }
 
 
+def _run(setup: Setup, branches: tuple[int, ...], denoise: Denoiser, pairs, labels) -> dict[str, jax.Array]:
+    return measurements(
+        denoise, setup.clock, setup.bands, np.array(branches), pairs, labels, setup.image_shape, seed=setup.seed
+    )
+
+
+def _on_network(setup: Setup, branches: tuple[int, ...], model: DiT, pairs, labels):
+    return _run(setup, branches, setup.denoiser(model), pairs, labels)
+
+
+def _on_filters(setup: Setup, branches: tuple[int, ...], exact: tuple[jax.Array, jax.Array], pairs, labels):
+    return _run(setup, branches, gaussian_denoiser(setup.clock, setup.bands, *exact), pairs, labels)
+
+
 def measure(bench: Bench[CloningConfig]) -> None:
     """Fills ``network``, ``untrained``, and ``exact``: the Gaussian denoiser of the network's covariances."""
-    config, clock, bands, shape = bench.config, bench.clock, bench.bands, bench.subject.image_shape
-    branches, channels = inner_branches(clock, config.branches), np.arange(shape[-1])
+    config, clock = bench.config, bench.clock
+    branches, channels = inner_branches(clock, config.branches), np.arange(bench.model.in_channels)
     coords = {
         "branch": branches,
         "branch_ell": ("branch", clock.log_snr[branches]),
@@ -141,11 +157,8 @@ def measure(bench: Bench[CloningConfig]) -> None:
         "other": channels,
     }
 
-    def run(denoise, pairs, labels):
-        return measurements(denoise, clock, bands, branches, pairs, labels, shape, seed=config.seed)
-
-    on_network = jax.jit(lambda model, *which: run(bench.denoiser(model), *which))
-    on_filters = jax.jit(lambda exact, *which: run(gaussian_denoiser(clock, bands, *exact), *which))
+    static = tuple(branches.tolist())
+    on_network, on_filters = bench.program(_on_network, static), bench.program(_on_filters, static)
 
     def measured(name, function, subject, pairs):
         return bench.measure(name, VARIABLES, coords, pairs, lambda *which: function(subject, *which))

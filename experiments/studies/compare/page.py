@@ -289,7 +289,8 @@ def band_table(analysis: xr.Dataset) -> Table:
 
 def excess_table(analysis: xr.Dataset, theory: str) -> Table:
     """Over couplings: by how much the network's levels and gap differ from those of a theory."""
-    excess, names = analysis.sel(theory=theory), band_names(analysis)
+    kept = [f"{name}_excess{part}" for name in ("tau", "gap") for part in ("", "_interval")]
+    excess, names = analysis[kept].sel(theory=theory), band_names(analysis)
     rows = [
         [
             f"{g:.4g}",

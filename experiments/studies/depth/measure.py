@@ -17,76 +17,79 @@ from dit_jax.objective import denoised_at
 from dit_jax.replicas import run_pairs
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.instrument import shuffled_bands, stream_modes, token_bands
+from experiments.frame.programs import Setup
 from experiments.studies.depth.probe import Probe
 from experiments.studies.depth.settings import FOLDS, DepthConfig
-from ou_theory.modes import band_mean, pair_modes
+from ou_theory.modes import BandWeights, band_mean, pair_modes
+
+
+def _run(setup: Setup, model: DiT, shuffled: BandWeights, shuffled_tokens: BandWeights, couplings, pairs, labels):
+    clock, bands = setup.clock, setup.bands
+    tokens = token_bands(setup.model.input_size // setup.model.patch_size)
+    shape = setup.image_shape
+
+    def raw(stream):  # (2, N, T, D) -> (N, B', 3): common, difference, difference in shuffled bands
+        common, difference = (jnp.square(mode) for mode in stream_modes(stream))
+        parts = (common, tokens), (difference, tokens), (difference, shuffled_tokens)
+        return jnp.stack([band_mean(squares, bands) for squares, bands in parts], -1)
+
+    def tap(layer, activations):
+        own = setup.own(activations)
+        out = model.readout(activations["resid_pre"], activations["conditioning"])[..., : shape[-1]]
+        return {"before": raw(own["resid_pre"]), "after": raw(own["resid_post"]), "readout": setup.guided(out)}
+
+    def observe(step, x, denoised, taps):
+        def to_grid(readout):  # (R, P * C, ...) -> (R, C, P, ...)
+            return readout.reshape(2, x.shape[2], x.shape[1], *readout.shape[2:]).swapaxes(1, 2)
+
+        def difference(readout):  # (C, P, B) twice
+            out = to_grid(readout).astype(x.dtype)
+            squares = jnp.square(pair_modes(denoised_at(clock, step, x, out, model.config.prediction))[1])
+            return jnp.stack([band_mean(squares, bands), band_mean(squares, shuffled)], -1)
+
+        end = jnp.square(pair_modes(denoised)[1])
+        end = jnp.stack([band_mean(end, bands), band_mean(end, shuffled)], -1)
+        stream = jnp.concatenate([taps["before"][:1], taps["after"]])
+        stream = stream.reshape(stream.shape[0], x.shape[2], x.shape[1], *stream.shape[2:])
+        return {
+            "raw": stream.swapaxes(1, 2),
+            "readout": jnp.concatenate([jax.lax.map(difference, taps["readout"]), end[None]]),
+        }
+
+    _, kept = run_pairs(
+        setup.coupled(model, tap=tap),
+        clock,
+        couplings,
+        pairs,
+        labels,
+        shape,
+        seed=setup.seed,
+        sampler=setup.sampler,
+        observe=observe,
+    )
+    # (K, layer, C, P, band, kind) -> (P, C, layer, K, band, kind)
+    found = {name: jnp.transpose(value, (3, 2, 1, 0, 4, 5)) for name, value in kept.items()}
+    return {
+        "raw": found["raw"][..., :2],
+        "raw_shuffled": found["raw"][..., 2],
+        "readout": found["readout"][..., 0],
+        "readout_shuffled": found["readout"][..., 1],
+    }
 
 
 class DepthInstrument:
-    """The jitted measurements, compiled once per network shape."""
+    """The measurements, compiled once per network shape."""
 
     def __init__(self, bench: Bench[DepthConfig]):
-        self.bench, self.config = bench, bench.config
+        seed, self.config = bench.config.seed, bench.config
         self.tokens = token_bands(bench.model.input_size // bench.model.patch_size)
-        self.shuffled = shuffled_bands(bench.bands, bench.config.seed)
-        self.shuffled_tokens = shuffled_bands(self.tokens, bench.config.seed)
-        self._energies = jax.jit(self._run_energies)
+        self.shuffled = shuffled_bands(bench.bands, seed).weights, shuffled_bands(self.tokens, seed).weights
+        self._energies = bench.program(_run)
 
     def energies(self, model: DiT, pairs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """Energies of a block of pairs, with pairs in front; see `VARIABLES`."""
-        return self._energies(model, jnp.asarray(self.config.couplings, jnp.float32), pairs, labels)
-
-    def _run_energies(self, model: DiT, couplings, pairs, labels):
-        bench, clock, bands = self.bench, self.bench.clock, self.bench.bands
-        shape = bench.subject.image_shape
-
-        def raw(stream):  # (2, N, T, D) -> (N, B', 3): common, difference, difference in shuffled bands
-            common, difference = (jnp.square(mode) for mode in stream_modes(stream))
-            parts = (common, self.tokens), (difference, self.tokens), (difference, self.shuffled_tokens)
-            return jnp.stack([band_mean(squares, bands) for squares, bands in parts], -1)
-
-        def tap(layer, activations):
-            own = bench.own(activations)
-            out = model.readout(activations["resid_pre"], activations["conditioning"])[..., : shape[-1]]
-            return {"before": raw(own["resid_pre"]), "after": raw(own["resid_post"]), "readout": bench.guided(out)}
-
-        def observe(step, x, denoised, taps):
-            def to_grid(readout):  # (R, P * C, ...) -> (R, C, P, ...)
-                return readout.reshape(2, x.shape[2], x.shape[1], *readout.shape[2:]).swapaxes(1, 2)
-
-            def difference(readout):  # (C, P, B) twice
-                out = to_grid(readout).astype(x.dtype)
-                squares = jnp.square(pair_modes(denoised_at(clock, step, x, out, model.config.prediction))[1])
-                return jnp.stack([band_mean(squares, bands), band_mean(squares, self.shuffled)], -1)
-
-            end = jnp.square(pair_modes(denoised)[1])
-            end = jnp.stack([band_mean(end, bands), band_mean(end, self.shuffled)], -1)
-            stream = jnp.concatenate([taps["before"][:1], taps["after"]])
-            stream = stream.reshape(stream.shape[0], x.shape[2], x.shape[1], *stream.shape[2:])
-            return {
-                "raw": stream.swapaxes(1, 2),
-                "readout": jnp.concatenate([jax.lax.map(difference, taps["readout"]), end[None]]),
-            }
-
-        _, kept = run_pairs(
-            bench.coupled(model, tap=tap),
-            clock,
-            couplings,
-            pairs,
-            labels,
-            shape,
-            seed=self.config.seed,
-            sampler=self.config.sampler,
-            observe=observe,
-        )
-        # (K, layer, C, P, band, kind) -> (P, C, layer, K, band, kind)
-        found = {name: jnp.transpose(value, (3, 2, 1, 0, 4, 5)) for name, value in kept.items()}
-        return {
-            "raw": found["raw"][..., :2],
-            "raw_shuffled": found["raw"][..., 2],
-            "readout": found["readout"][..., 0],
-            "readout_shuffled": found["readout"][..., 1],
-        }
+        couplings = jnp.asarray(self.config.couplings, jnp.float32)
+        return self._energies(model, *self.shuffled, couplings, pairs, labels)
 
 
 VARIABLES: Variables = {

@@ -20,10 +20,11 @@ from dit_jax.objective import denoised_at
 from dit_jax.replicas import pair_labels, run_pairs
 from experiments.frame.bench import Bench
 from experiments.frame.instrument import shuffled_bands, stream_modes, token_bands
+from experiments.frame.programs import Setup
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import numpy_stream, stream
 from experiments.studies.depth.settings import FOLDS, DepthConfig
-from ou_theory.modes import Bands, band_mean, dct2, pair_modes
+from ou_theory.modes import Bands, BandWeights, band_mean, dct2, pair_modes
 
 # of the differences of the readout, the noisy state and the outcome, in the order in which they are stored
 PRODUCTS = ("read read", "read state", "read outcome", "state state", "state outcome", "outcome outcome")
@@ -44,6 +45,72 @@ ABOUT = {
 }
 
 
+def _run(
+    setup: Setup,
+    steps: tuple[int, ...],
+    model: DiT,
+    projection: jax.Array,
+    shuffled: BandWeights,
+    couplings,
+    pairs,
+    labels,
+) -> dict[str, jax.Array]:
+    config, shape = model.config, setup.image_shape
+
+    def tap(layer, activations):
+        own = setup.own(activations)
+        modes = [stream_modes(own[name])[1] @ projection for name in ("resid_pre", "resid_post")]
+        out = model.readout(activations["resid_pre"], activations["conditioning"])[..., : shape[-1]]
+        return *modes, setup.guided(out)
+
+    def observe(step, x, denoised, taps):  # one coupling: (R, 1, P, H, W, C)
+        before, after, readout = taps
+
+        def difference(out):
+            return pair_modes(denoised_at(setup.clock, step, x[:, 0], out, config.prediction))[1]
+
+        scale = jnp.asarray(np.sqrt(setup.clock.alpha_bar), x.dtype)[step]
+        return {
+            "stream": jnp.concatenate([before[:1], after]),
+            "read": jnp.concatenate([jax.lax.map(difference, readout), pair_modes(denoised[:, 0])[1][None]]),
+            "state": pair_modes(x[:, 0])[1] / scale,
+        }
+
+    end, kept = run_pairs(
+        setup.coupled(model, tap=tap),
+        setup.clock,
+        couplings,
+        pairs,
+        labels,
+        shape,
+        seed=stream(setup.seed, "probe trajectories"),
+        sampler="ancestral",
+        observe=observe,
+    )
+    kept = {name: value[np.array(steps)] for name, value in kept.items()}
+    grid = config.input_size // config.patch_size
+    read = kept["stream"].reshape(len(steps), config.depth + 1, -1, grid * grid, projection.shape[-1])
+    outcome = patch_modes((end[0, 0] - end[1, 0]) * np.sqrt(0.5).item(), config.patch_size)
+    products = _products(setup.bands, shuffled, kept["read"], kept["state"][:, None], pair_modes(end[:, 0])[1])
+    return {
+        "stream": jnp.transpose(read, (2, 1, 0, 3, 4)),
+        "outcome": outcome.reshape(pairs.size, grid * grid, -1),
+        **{name: jnp.transpose(value, (2, 1, 0, 3, 4)) for name, value in products.items()},
+    }
+
+
+def _products(
+    bands: Bands, shuffled: BandWeights, read: jax.Array, state: jax.Array, outcome: jax.Array
+) -> dict[str, jax.Array]:
+    """Inner products (level, layer, P, B, `PRODUCTS`) of coefficients (level, layer, P, H, W, C)."""
+    factors = ((read, read), (read, state), (read, outcome), (state, state), (state, outcome), (outcome, outcome))
+    pairs = [jnp.broadcast_to(a * b, read.shape) for a, b in factors]
+    return {
+        "products": jnp.stack([band_mean(each, bands) for each in pairs], -1),
+        "products_shuffled": jnp.stack([band_mean(each, shuffled) for each in pairs], -1),
+    }
+
+
 class Probe:
     """The probe of one study.
 
@@ -56,7 +123,7 @@ class Probe:
     def __init__(self, bench: Bench[DepthConfig], levels: int, features: int):
         self.bench, model = bench, bench.model
         self.tokens = token_bands(model.input_size // model.patch_size)
-        self.shuffled = shuffled_bands(bench.bands, bench.config.seed)
+        self.shuffled = shuffled_bands(bench.bands, bench.config.seed).weights
         self.steps = spaced_steps(bench.clock, levels)
         self.features = min(model.hidden_size, features)
         rng = numpy_stream(bench.config.seed, "probe projection")
@@ -66,61 +133,7 @@ class Probe:
             if self.features == len(square)
             else np.linalg.qr(rng.standard_normal((len(square), self.features)))[0]
         )
-        self._streams = jax.jit(self._run)
-
-    def _run(self, model: DiT, couplings, pairs, labels):
-        bench, config, shape = self.bench, model.config, self.bench.subject.image_shape
-        projection = jnp.asarray(self.projection, jnp.float32)
-
-        def tap(layer, activations):
-            own = bench.own(activations)
-            modes = [stream_modes(own[name])[1] @ projection for name in ("resid_pre", "resid_post")]
-            out = model.readout(activations["resid_pre"], activations["conditioning"])[..., : shape[-1]]
-            return *modes, bench.guided(out)
-
-        def observe(step, x, denoised, taps):  # one coupling: (R, 1, P, H, W, C)
-            before, after, readout = taps
-
-            def difference(out):
-                return pair_modes(denoised_at(bench.clock, step, x[:, 0], out, config.prediction))[1]
-
-            scale = jnp.asarray(np.sqrt(bench.clock.alpha_bar), x.dtype)[step]
-            return {
-                "stream": jnp.concatenate([before[:1], after]),
-                "read": jnp.concatenate([jax.lax.map(difference, readout), pair_modes(denoised[:, 0])[1][None]]),
-                "state": pair_modes(x[:, 0])[1] / scale,
-            }
-
-        end, kept = run_pairs(
-            bench.coupled(model, tap=tap),
-            bench.clock,
-            couplings,
-            pairs,
-            labels,
-            shape,
-            seed=stream(bench.config.seed, "probe trajectories"),
-            sampler="ancestral",
-            observe=observe,
-        )
-        kept = {name: value[self.steps] for name, value in kept.items()}
-        grid = config.input_size // config.patch_size
-        read = kept["stream"].reshape(len(self.steps), config.depth + 1, -1, grid * grid, self.features)
-        outcome = patch_modes((end[0, 0] - end[1, 0]) * np.sqrt(0.5).item(), config.patch_size)
-        products = self._products(kept["read"], kept["state"][:, None], pair_modes(end[:, 0])[1])
-        return {
-            "stream": jnp.transpose(read, (2, 1, 0, 3, 4)),
-            "outcome": outcome.reshape(pairs.size, grid * grid, -1),
-            **{name: jnp.transpose(value, (2, 1, 0, 3, 4)) for name, value in products.items()},
-        }
-
-    def _products(self, read: jax.Array, state: jax.Array, outcome: jax.Array) -> dict[str, jax.Array]:
-        """Inner products (level, layer, P, B, `PRODUCTS`) of coefficients (level, layer, P, H, W, C)."""
-        factors = ((read, read), (read, state), (read, outcome), (state, state), (state, outcome), (outcome, outcome))
-        pairs = [jnp.broadcast_to(a * b, read.shape) for a, b in factors]
-        return {
-            "products": jnp.stack([band_mean(each, self.bench.bands) for each in pairs], -1),
-            "products_shuffled": jnp.stack([band_mean(each, self.shuffled) for each in pairs], -1),
-        }
+        self._streams = bench.program(_run, tuple(self.steps.tolist()))
 
     def streams(self, model: DiT, coupling: float, count: int, what: str) -> dict[str, np.ndarray]:
         """Over all pairs: difference modes, of T coefficients of the token grid, of the stream (P, layer, level, T, D)
@@ -131,7 +144,8 @@ class Probe:
         grid = jnp.asarray([coupling], jnp.float32)
         for first in tqdm(range(0, count, block), desc=what, disable=not self.bench.progress):
             pairs = np.arange(first, min(first + block, count))
-            parts.append(jax.device_get(self._streams(model, grid, pairs, pair_labels(pairs, self.bench.classes))))
+            which = (grid, pairs, pair_labels(pairs, self.bench.classes))
+            parts.append(jax.device_get(self._streams(model, np.float32(self.projection), self.shuffled, *which)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def scores(self, model: DiT, group: str, couplings: Sequence[float], pairs: int) -> xr.Dataset:

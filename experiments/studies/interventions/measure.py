@@ -16,6 +16,7 @@ from dit_jax.inside import chain, close_heads, share
 from dit_jax.model import DiT, Edit
 from dit_jax.replicas import run_pairs
 from experiments.frame.bench import Bench, Variables
+from experiments.frame.programs import Setup
 from experiments.frame.subject import Facts
 from experiments.studies.interventions.arms import Arm, control_arms, edit_arms, gate_arms, log_snr_weights, schedules
 from experiments.studies.interventions.settings import InterventionsConfig
@@ -35,12 +36,39 @@ def check(config: InterventionsConfig, facts: Facts) -> None:
         )
 
 
+def _run(setup: Setup, model: DiT, gates, edits, pairs, labels) -> dict[str, jax.Array]:
+    edit = None
+    if edits is not None:
+        closed, shared = (jnp.tile(x, (pairs.shape[0], 1)) for x in edits)
+        if setup.is_guided:  # the two halves of every image lie side by side
+            halves = jnp.array([1, setup.guided_coupling == "both"], shared.dtype)[:, None]
+            closed = jnp.repeat(closed, 2, 0)
+            shared = (shared[:, None] * halves).reshape(-1, 3)
+        edit = _edit(closed, shared)
+
+    def observe(step, x, denoised):
+        return pair_modes(denoised)[1]
+
+    _, difference = run_pairs(
+        setup.coupled(model, edit=edit),
+        setup.clock,
+        gates,
+        pairs,
+        labels,
+        setup.image_shape,
+        seed=setup.seed,
+        sampler=setup.sampler,
+        observe=observe,
+    )
+    products = {"energy": difference * difference, "projection": difference * difference[-1]}
+    return {name: jnp.transpose(band_mean(v, setup.bands), (2, 1, 0, 3)) for name, v in products.items()}
+
+
 class InterventionsInstrument:
-    """The jitted measurement, compiled once per set of arms of the same kind."""
+    """The measurement, compiled once per set of arms of the same kind."""
 
     def __init__(self, bench: Bench[InterventionsConfig]):
-        self.bench = bench
-        self._energies = jax.jit(self._run)
+        self._energies = bench.program(_run)
 
     def energies(
         self, model: DiT, arms: Mapping[str, Arm], edited: bool, pairs: np.ndarray, labels: np.ndarray
@@ -56,34 +84,6 @@ class InterventionsInstrument:
             closed, shared = (np.stack([getattr(arm, name) for arm in arms.values()]) for name in ("closed", "shared"))
             edits = (jnp.asarray(closed), jnp.asarray(shared, jnp.float32))
         return self._energies(model, gates, edits, pairs, labels)
-
-    def _run(self, model: DiT, gates, edits, pairs, labels):
-        bench, config = self.bench, self.bench.config
-        edit = None
-        if edits is not None:
-            closed, shared = (jnp.tile(x, (pairs.shape[0], 1)) for x in edits)
-            if bench.is_guided:  # the two halves of every image lie side by side
-                halves = jnp.array([1, config.guided_coupling == "both"], shared.dtype)[:, None]
-                closed = jnp.repeat(closed, 2, 0)
-                shared = (shared[:, None] * halves).reshape(-1, 3)
-            edit = _edit(closed, shared)
-
-        def observe(step, x, denoised):
-            return pair_modes(denoised)[1]
-
-        _, difference = run_pairs(
-            bench.coupled(model, edit=edit),
-            bench.clock,
-            gates,
-            pairs,
-            labels,
-            bench.subject.image_shape,
-            seed=config.seed,
-            sampler=config.sampler,
-            observe=observe,
-        )
-        products = {"energy": difference * difference, "projection": difference * difference[-1]}
-        return {name: jnp.transpose(band_mean(v, bench.bands), (2, 1, 0, 3)) for name, v in products.items()}
 
 
 def _edit(closed: jax.Array, shared: jax.Array) -> Edit:

@@ -17,6 +17,7 @@ from dit_jax.model import Block, DiT, widened
 from dit_jax.replicas import run_pairs
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.instrument import token_bands
+from experiments.frame.programs import Setup
 from experiments.frame.steps import spaced_steps
 from experiments.studies.mechanism.settings import PARTS, PLACES, PRODUCTS, READINGS, SUBLAYERS, MechanismConfig
 from experiments.studies.mechanism.split import HeadSplit, split_head
@@ -38,48 +39,41 @@ def open_gates(model: DiT) -> DiT:
     return copy
 
 
-class MechanismInstrument:
-    """The jitted measurements, compiled once per network shape.
+class _Inside:
+    """What the programs do.
 
     Attributes:
       tokens: bands of the token grid.
       steps: sampler steps that are looked into.
     """
 
-    def __init__(self, bench: Bench[MechanismConfig]):
-        self.bench, self.config = bench, bench.config
-        self.grid = bench.model.input_size // bench.model.patch_size
+    def __init__(self, setup: Setup, levels: int):
+        self.setup = setup
+        self.grid = setup.model.input_size // setup.model.patch_size
         self.tokens = token_bands(self.grid)
-        self.steps = spaced_steps(bench.clock, bench.config.levels)
-        self.states = jax.jit(self._states)
-        self.one_pass = jax.jit(self._one_pass)
+        self.steps = spaced_steps(setup.clock, levels)
 
-    def measure(self, model: DiT, pairs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """Everything of a block of pairs, with pairs in front; see `VARIABLES`."""
-        states = self.states(model, pairs, labels)
-        return self.one_pass(model, jnp.asarray(self.config.couplings, jnp.float32), states, labels)
-
-    def _states(self, model: DiT, pairs, labels):
+    def states(self, model: DiT, pairs, labels):
         """Uncoupled states (levels, 2, P, H, W, C) along the sampler."""
-        bench = self.bench
+        setup = self.setup
         _, states = run_pairs(
-            bench.coupled(model),
-            bench.clock,
+            setup.coupled(model),
+            setup.clock,
             jnp.zeros(1),
             pairs,
             labels,
-            bench.subject.image_shape,
-            seed=self.config.seed,
-            sampler=self.config.sampler,
+            setup.image_shape,
+            seed=setup.seed,
+            sampler=setup.sampler,
             observe=lambda step, x, denoised: x[:, 0],
         )
         return states[self.steps]
 
-    def _one_pass(self, model: DiT, couplings, states, labels):
+    def one_pass(self, model: DiT, couplings, states, labels):
         count, size = couplings.shape[0], labels.shape[0]
         gs = jnp.tile(couplings, size)  # a pair's couplings side by side
         labels = jnp.repeat(labels, count)
-        denoise = self.bench.denoiser(model, symmetric_gate(gs), tap=self._tap(model, gs))
+        denoise = self.setup.denoiser(model, symmetric_gate(gs), tap=self._tap(model, gs))
 
         def at_level(inputs):
             step, x = inputs
@@ -93,7 +87,7 @@ class MechanismInstrument:
             return found | {
                 "origin": jnp.stack(origin, -2),
                 "origin_embedding": band_mean(embedding * final, self.tokens),
-                "denoised": band_mean(denoised, self.bench.bands),
+                "denoised": band_mean(denoised, self.setup.bands),
             }
 
         with jax.default_matmul_precision("highest"):
@@ -116,12 +110,12 @@ class MechanismInstrument:
 
     def _tap(self, model: DiT, gs: jax.Array):
         """The tap that returns what is measured in a block, and what its sublayers add to the stream's difference."""
-        config, tokens, kind = model.config, self.tokens, self.config.gate_kind
+        config, tokens, kind = model.config, self.tokens, self.setup.gate_kind
         assert isinstance(model.blocks, Block)
         kernels = model.blocks.attn.proj.kernel[...].astype(config.dtype)
 
         def tap(layer, activations):
-            activations = self.bench.own(activations)
+            activations = self.setup.own(activations)
             stream = [self._difference(widened(activations[f"resid_{at}"])) for at in ("pre", "mid", "post")]
             pre, attention, mlp = stream[0], stream[1] - stream[0], stream[2] - stream[1]
             kernel = widened(kernels[layer]).reshape(config.num_heads, -1, config.hidden_size)
@@ -173,6 +167,35 @@ class MechanismInstrument:
             return found, {"attention": attention, "mlp": mlp}
 
         return tap
+
+
+def _states(setup: Setup, levels: int, *args):
+    return _Inside(setup, levels).states(*args)
+
+
+def _one_pass(setup: Setup, levels: int, *args):
+    return _Inside(setup, levels).one_pass(*args)
+
+
+class MechanismInstrument:
+    """The measurements, compiled once per network shape.
+
+    Attributes:
+      tokens: bands of the token grid.
+      steps: sampler steps that are looked into.
+    """
+
+    def __init__(self, bench: Bench[MechanismConfig]):
+        self.config = bench.config
+        inside = _Inside(bench.setup, bench.config.levels)
+        self.tokens, self.steps = inside.tokens, inside.steps
+        self.states = bench.program(_states, bench.config.levels)
+        self.one_pass = bench.program(_one_pass, bench.config.levels)
+
+    def measure(self, model: DiT, pairs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """Everything of a block of pairs, with pairs in front; see `VARIABLES`."""
+        states = self.states(model, pairs, labels)
+        return self.one_pass(model, jnp.asarray(self.config.couplings, jnp.float32), states, labels)
 
 
 _GRID = ("coupling", "level", "layer")

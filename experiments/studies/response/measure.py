@@ -17,9 +17,11 @@ import xarray as xr
 
 from dit_jax.attention import symmetric_gate
 from dit_jax.diffusion import Denoiser, ddim_step
+from dit_jax.model import DiT
 from dit_jax.replicas import INITIAL, pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.instrument import coupled_wiener
+from experiments.frame.programs import Setup
 from experiments.frame.steps import spaced_steps, window
 from experiments.frame.streams import stream
 from experiments.frame.subject import Facts
@@ -41,7 +43,13 @@ class ResponseInstrument:
     """The measurements, for any denoiser of images of one shape."""
 
     def __init__(
-        self, clock: Clock, bands: Bands, steps: np.ndarray, vectors: int, seed: int, shape: tuple[int, int, int]
+        self,
+        clock: Clock,
+        bands: Bands,
+        steps: np.ndarray,
+        vectors: int,
+        seed: int | jax.Array,
+        shape: tuple[int, int, int],
     ):
         self.clock, self.bands, self.steps, self.window = clock, bands, steps, window(clock, LEAST)
         self.vectors, self.seed, self.shape = vectors, seed, shape
@@ -234,11 +242,24 @@ def wiener(variance: jax.Array, bands: Bands, clock: Clock, count: int) -> Denoi
     return coupled_wiener(variance[bands.index], clock)(symmetric_gate(jnp.zeros(count)))
 
 
+def _measured(setup: Setup, steps: tuple[int, ...], vectors: int, denoise: Denoiser, pairs, labels):
+    instrument = ResponseInstrument(setup.clock, setup.bands, np.array(steps), vectors, setup.seed, setup.image_shape)
+    return instrument.measure(denoise, pairs, labels)
+
+
+def _on_network(setup: Setup, steps: tuple[int, ...], vectors: int, model: DiT, pairs, labels):
+    denoise = setup.denoiser(model, attention="explicit")  # fused attention has no forward derivative
+    return _measured(setup, steps, vectors, denoise, pairs, labels)
+
+
+def _on_wiener(setup: Setup, steps: tuple[int, ...], vectors: int, variance: jax.Array, pairs, labels):
+    return _measured(setup, steps, vectors, wiener(variance, setup.bands, setup.clock, pairs.size), pairs, labels)
+
+
 def measure(bench: Bench[ResponseConfig]) -> None:
     """Fills ``network``, ``untrained``, and ``wiener``: the exact denoiser of the network's band variances."""
     config, clock, bands, shape = bench.config, bench.clock, bench.bands, bench.subject.image_shape
     inside, steps = window(clock, LEAST), spaced_steps(clock, config.levels, last=False)
-    instrument = ResponseInstrument(clock, bands, steps, config.vectors, config.seed, shape)
     coords = {
         "place": list(PLACES),
         "level": steps,
@@ -253,13 +274,8 @@ def measure(bench: Bench[ResponseConfig]) -> None:
         "point": np.append(inside, len(clock)),
     }
 
-    @jax.jit
-    def on_network(model, pairs, labels):  # fused attention has no forward derivative
-        return instrument.measure(bench.denoiser(model, attention="explicit"), pairs, labels)
-
-    @jax.jit
-    def on_wiener(variance, pairs, labels):
-        return instrument.measure(wiener(variance, bands, clock, pairs.size), pairs, labels)
+    static = (tuple(steps.tolist()), config.vectors)
+    on_network, on_wiener = bench.program(_on_network, *static), bench.program(_on_wiener, *static)
 
     def measured(name: str, count: int, run: Callable[..., Any], subject: Any) -> xr.Dataset:
         return bench.measure(name, VARIABLES, coords, count, lambda pairs, labels: run(subject, pairs, labels))

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion import Denoiser, DenoiserOutput, ancestral_step
+from dit_jax.model import DiT
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
+from experiments.frame.programs import Setup
 from experiments.frame.settings import Sampler
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
@@ -52,7 +54,9 @@ def exact_denoiser(clock: Clock) -> Denoiser:
 class SolvableInstrument:
     """The measurements, for any denoiser of the laws."""
 
-    def __init__(self, clock: Clock, bands: Bands, branches: np.ndarray, seed: int, sampler: Sampler = "ddim"):
+    def __init__(
+        self, clock: Clock, bands: Bands, branches: np.ndarray, seed: int | jax.Array, sampler: Sampler = "ddim"
+    ):
         self.clock, self.bands, self.branches, self.seed = clock, bands, branches, seed
         self.sampler: Sampler = sampler
         self.laws = {name: law(name) for name in NAMES}
@@ -172,11 +176,24 @@ VARIABLES: Variables = {
 }
 
 
+def _run(setup: Setup, branches: tuple[int, ...], denoise: Denoiser, pairs: jax.Array) -> dict[str, jax.Array]:
+    instrument = SolvableInstrument(setup.clock, setup.bands, np.array(branches), setup.seed, setup.sampler)
+    return instrument.measure(denoise, pairs)
+
+
+def _on_network(setup: Setup, branches: tuple[int, ...], model: DiT, pairs: jax.Array):
+    # The fused attention of GPUs has no forward derivative, which the growth of a difference needs.
+    return _run(setup, branches, setup.denoiser(model, attention="explicit"), pairs)
+
+
+def _on_exact(setup: Setup, branches: tuple[int, ...], pairs: jax.Array):
+    return _run(setup, branches, exact_denoiser(setup.clock), pairs)
+
+
 def measure(bench: Bench[SolvableConfig]) -> None:
     """Fills ``network``, ``untrained``, and ``exact``: the posterior mean itself."""
     config, clock = bench.config, bench.clock
     branches = spaced_steps(clock, config.branches, last=False)
-    instrument = SolvableInstrument(clock, bench.bands, branches, config.seed, config.sampler)
     coords: dict[str, Any] = {
         "law": list(NAMES),
         "sign": list(SIGN_NAMES),
@@ -184,9 +201,8 @@ def measure(bench: Bench[SolvableConfig]) -> None:
         "branch": branches,
         "branch_ell": ("branch", clock.log_snr[branches]),
     }
-    # The fused attention of GPUs has no forward derivative, which the growth of a difference needs.
-    on_network = jax.jit(lambda model, pairs: instrument.measure(bench.denoiser(model, attention="explicit"), pairs))
-    on_exact = jax.jit(lambda pairs: instrument.measure(exact_denoiser(clock), pairs))
+    static = tuple(branches.tolist())
+    on_network, on_exact = bench.program(_on_network, static), bench.program(_on_exact, static)
     subjects = (
         ("network", lambda pairs: on_network(bench.network, pairs), config.pairs),
         ("exact", on_exact, config.pairs),
