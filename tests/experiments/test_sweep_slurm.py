@@ -82,7 +82,7 @@ def test_a_sweep_is_submitted_as_one_array(fake, weights, tmp_path, capsys):
         "job-name=syncgap-compare",
     ]
     assert {f"#SBATCH --{option}" for option in asked} <= set(script)
-    assert "module load cuda" in script
+    assert {"#SBATCH --requeue", "module load cuda"} <= set(script)
     assert "--cpus-per-task=8" in script[-1]
     assert "wckey" not in "".join(script)
     said = capsys.readouterr().out
