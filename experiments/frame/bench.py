@@ -20,6 +20,7 @@ from experiments.frame.measured import NUM_BANDS, Definitions, Measured, describ
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import Subject, check_dit, check_guidance, load_subject
+from ou_theory.clock import Clock
 from ou_theory.modes import Bands, radial_bands
 
 C = TypeVar("C")
@@ -121,22 +122,25 @@ class Bench(Measured[C]):
         parameters = cast(StudyConfig, self.config).parameters
         return model if self.mesh is None else place_model(model, self.mesh, parameters)
 
-    def denoiser(self, model: DiT, gate: jax.Array | None = None, **options: Any) -> Denoiser:
+    def denoiser(
+        self, model: DiT, gate: jax.Array | None = None, *, clock: Clock | None = None, **options: Any
+    ) -> Denoiser:
         """A network under the guidance and the kind of gate of the settings, its batch split over the devices. Build it
         inside the jitted function that uses it, see `network_denoiser`.
 
         Args:
           gate: of the replicas, none by default.
+          clock: the levels that it is asked for, by default those of the sampler.
           options: further options of `network_denoiser`. Under guidance, taps and edits see the doubled batch;
             `own` and `guided` select from it.
         """
-        config = cast(StudyConfig, self.config)
+        config, clock = cast(StudyConfig, self.config), self.clock if clock is None else clock
         options |= {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
         options |= {"kind": config.gate_kind, "guidance": config.guidance}
         if self.mesh is None:
-            return network_denoiser(model, self.clock, gate, **options)
+            return network_denoiser(model, clock, gate, **options)
         mesh = self.mesh
-        denoise = network_denoiser(model, self.clock, None if gate is None else split(mesh, gate, -3), **options)
+        denoise = network_denoiser(model, clock, None if gate is None else split(mesh, gate, -3), **options)
         return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))
 
     def coupled(self, model: DiT, **options: Any) -> CoupledDenoiser:
