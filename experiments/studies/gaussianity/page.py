@@ -146,8 +146,8 @@ def section(measured: Measured[GaussianityConfig], analysis: xr.Dataset) -> Sect
         methods=[
             f"{settings.pairs} pairs of the network's own samples ({settings.steps} steps of {settings.sampler}) are "
             "noised to the given levels, the nearest on which the network was trained, and denoised once by the "
-            "network and by the exact denoiser of each Gaussian. Both replicas of a pair have the same class, which has "
-            "its own mean and shares the covariance within classes.",
+            "network and by the exact denoiser of each Gaussian. Both replicas of a pair have the same class, which "
+            "has its own mean and shares the covariance within classes.",
             "Explained is 1 − E|D − G|² / Var D, with D the network's prediction and G the Gaussian's. The numerator "
             "counts wrong means. The variance is that within the class, half of the mean square between the replicas "
             "of a pair, which holds no mean. For the score, D less the state stands in the place of D.",
