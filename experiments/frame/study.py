@@ -20,6 +20,7 @@ from dit_jax.lock import held
 from experiments.frame.bench import Bench
 from experiments.frame.collection import runs_in
 from experiments.frame.drawing import draw_figures
+from experiments.frame.kinds import by_kind
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.numerics import own_numerics
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
@@ -163,8 +164,9 @@ def report(study: Study[C], run: RunFolder, *, figures: bool = True) -> Path:
 
 
 def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
-    """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then the
-    studies of several networks side by side, then every run in full. What is no finished run is listed and left out.
+    """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then which
+    verdicts depend on what networks predict, then the studies of several networks side by side, then every run in full.
+    What is no finished run is listed and left out.
 
     Args:
       find: the study of a name, or None if there is none.
@@ -186,7 +188,14 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     ]
     title = "Where diffusion transformers decide: all experiments"
     sections = [*joint, *(stored_section(run, name=name) for name, run in runs.items())]
-    return write_page(folder / "report.html", sections, title=title, summary=summary_of(runs), others=others)
+    return write_page(
+        folder / "report.html",
+        sections,
+        title=title,
+        summary=summary_of(runs),
+        kinds=[table for name, members in studies.items() if (table := by_kind(name, members)) is not None],
+        others=others,
+    )
 
 
 def study_of(run: RunFolder) -> str:
