@@ -36,6 +36,12 @@ Observer = Callable[..., Any]
 Step = Callable[[jax.Array, jax.Array, DenoiserOutput, jax.Array | None], jax.Array]
 
 
+def doubles(guidance: float) -> bool:
+    """Whether classifier-free guidance of this scale needs both the label's and the null label's output. A scale of 1
+    is the label's alone, and one of 0 the null label's alone, with the variance that the network learned for it."""
+    return guidance not in (0.0, 1.0)
+
+
 def guide(conditional: jax.Array, null: jax.Array, scale, channels: int) -> jax.Array:
     """Classifier-free guidance of raw outputs (..., C_out): the first `channels` channels become
     ``null + scale (conditional - null)``, the others stay those of `conditional`."""
@@ -124,8 +130,9 @@ def network_denoiser(
         the networks of `dit_jax.controls`, which have no attention to couple in.
       kind, attention, tap, edit: see `DiT.__call__`. The taps come back as `DenoiserOutput.taps`. For an edit that
         depends on the step, write a denoiser that builds this one with the edit of its step.
-      guidance: scale of classifier-free guidance; 1 is without, and needs no doubled batch.
-      channels, guided_coupling: see `guided_output`.
+      guidance: scale of classifier-free guidance; 1 is without, and 0 is the null label alone, whatever the labels.
+        Neither needs a doubled batch.
+      channels, guided_coupling: see `guided_output`; of no effect at 0 and 1.
 
     Raises:
       ValueError: a gate by step is not as long as the clock; the clock is of another path than the network's;
@@ -141,18 +148,19 @@ def network_denoiser(
     if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
         raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
     options: dict[str, Any] = {"kind": kind, "attention": attention, "tap": tap, "edit": edit}
-    if guidance != 1.0:
+    if doubles(guidance):
         options.update(scale=guidance, channels=channels, guided_coupling=guided_coupling)
 
     def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         t = jnp.full(labels.shape, jnp.asarray(timesteps)[step])
         inputs, now = network_input(x, step, clock), gate
+        y = jnp.full_like(labels, config.num_classes) if guidance == 0.0 else labels
         if gate is not None and gate.ndim == 5:
             now = gate[0] if gate.shape[0] == 1 else gate[step]
         found = (
-            model(inputs, t, labels, now, **options)
-            if guidance == 1.0
-            else guided_output(model, inputs, t, labels, now, **options)
+            guided_output(model, inputs, t, y, now, **options)
+            if doubles(guidance)
+            else model(inputs, t, y, now, **options)
         )
         out, taps = found if tap is not None else (found, None)
         out = out.astype(x.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from dit_jax.diffusion import Denoiser, guide, network_denoiser
+from dit_jax.diffusion import Denoiser, doubles, guide, network_denoiser
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from dit_jax.sharding import make_mesh, place_model, place_pairs, split
@@ -127,12 +127,12 @@ class Bench(Measured[C]):
 
         Args:
           gate: of the replicas, none by default.
-          options: further options of `network_denoiser`. Under guidance, taps and edits see the doubled batch;
+          options: further options of `network_denoiser`, or others than those of the settings. Under guidance, taps and edits see the doubled batch;
             `own` and `guided` select from it.
         """
         config = cast(StudyConfig, self.config)
-        options |= {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
-        options |= {"kind": config.gate_kind, "guidance": config.guidance}
+        known = {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
+        options = {**known, "kind": config.gate_kind, "guidance": config.guidance, **options}
         if self.mesh is None:
             return network_denoiser(model, self.clock, gate, **options)
         mesh = self.mesh
@@ -146,7 +146,7 @@ class Bench(Measured[C]):
     @property
     def is_guided(self) -> bool:
         """Whether the network runs under classifier-free guidance, on batches of twice the size."""
-        return cast(StudyConfig, self.config).guidance != 1
+        return doubles(cast(StudyConfig, self.config).guidance)
 
     def own(self, activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The part of what a tap sees that belongs to the conditional images."""
