@@ -11,6 +11,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,9 @@ class Classifier(NamedTuple):
 
     def digest(self) -> str:
         """SHA-256 of the arrays."""
-        return hashlib.sha256(b"".join(np.asarray(v, np.float32).tobytes() for each in self.layers for v in each)).hexdigest()
+        return hashlib.sha256(
+            b"".join(np.asarray(v, np.float32).tobytes() for each in self.layers for v in each)
+        ).hexdigest()
 
     def log_odds(self, images: jax.Array) -> jax.Array:
         """Logits (..., classes) of images (..., H, W, 3) in [-1, 1], or of a network after `reader`."""
@@ -88,18 +91,25 @@ class Classifier(NamedTuple):
         return self.log_odds(images).argmax(-1).astype(jnp.int32)
 
 
+def check_form(size: int, epochs: int = 1, batch: int = 1) -> None:
+    """Raises ClassifierError unless images of this side can be read, and there is something to train."""
+    if size < 8 or size % 8:
+        raise ClassifierError(f"the side of the images must be a multiple of 8, got {size}; give another --size")
+    if epochs < 1 or batch < 1:
+        raise ClassifierError(f"--epochs and --batch-size must be at least 1, got {epochs} and {batch}")
+
+
 def initial_layers(size: int, classes: int, key: jax.Array) -> Layers:
     """Random layers for images (size, size, 3).
 
     Raises:
       ClassifierError: `size` is no multiple of 8, or there are fewer than two classes.
     """
-    if size < 8 or size % 8:
-        raise ClassifierError(f"the side of the images must be a multiple of 8, got {size}; give another --size")
+    check_form(size)
     if classes < 2:
         raise ClassifierError("a classifier needs two classes or more; name them with --classes")
     fans = [12, *WIDTHS]
-    shapes = [(9 * a, b) for a, b in zip(fans, fans[1:], strict=False)] + [(WIDTHS[-1], classes)]
+    shapes = [(9 * a, b) for a, b in pairwise(fans)] + [(WIDTHS[-1], classes)]
     keys = jax.random.split(key, len(shapes))
     return [
         (jax.random.normal(k, shape, jnp.float32) * np.float32((2 / shape[0]) ** 0.5), jnp.zeros(shape[1]))
@@ -143,6 +153,7 @@ def train_classifier(
         raise ClassifierError("the test images are the training images; give others, or the accuracy means nothing")
     if len(images.pixels) < batch:
         raise ClassifierError(f"{len(images.pixels)} images do not fill a batch of {batch}; give more images")
+    check_form(images.pixels.shape[1], epochs, batch)
     size, steps = images.pixels.shape[1], epochs * (len(images.pixels) // batch)
     layers = initial_layers(size, len(images.class_names), random_key(seed))
     rate = optax.cosine_decay_schedule(3e-3, steps)
@@ -181,8 +192,7 @@ def train_classifier(
 
 
 def accuracy(right: np.ndarray) -> dict[str, Any]:
-    """How often a classifier is right, by answers (N,) bool: share, and the exact 95 % interval of Clopper and Pearson.
-    """
+    """How often a classifier is right, by answers (N,) bool, with the exact 95 % interval (Clopper and Pearson)."""
     count, hits = len(right), int(right.sum())
     low = float(beta.ppf(0.025, hits, count - hits + 1)) if hits else 0.0
     high = float(beta.ppf(0.975, hits + 1, count - hits)) if hits < count else 1.0

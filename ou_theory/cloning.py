@@ -29,10 +29,8 @@ def same_cluster_probability(kappa: ArrayLike) -> jax.Array:
     return (1 + sign_correlation(jnp.asarray(kappa, float))) / 2
 
 
-def same_side_probability(
-    centre: ArrayLike, variance: ArrayLike, sigma2: ArrayLike, points: int = 4801
-) -> jax.Array:
-    """Probability that two clones end on the same side of 0 in one mode with clusters at ``+-m`` (theory, eq. 13.17).
+def same_side_probability(centre: ArrayLike, variance: ArrayLike, sigma2: ArrayLike, points: int = 4801) -> jax.Array:
+    """Probability that two clones end on the same side of 0 in one mode with clusters at ``+-m`` (theory, eq. 11.6).
 
     The side is what a classifier sees, and need not be the cluster. Far clusters have `same_cluster_probability`, and
     one Gaussian (m = 0) has ``1/2 + arcsin(X / (1 + X)) / pi`` with its signal-to-noise ratio X. Broadcasts.

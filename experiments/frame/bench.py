@@ -127,8 +127,8 @@ class Bench(Measured[C]):
 
         Args:
           gate: of the replicas, none by default.
-          options: further options of `network_denoiser`, or others than those of the settings. Under guidance, taps and edits see the doubled batch;
-            `own` and `guided` select from it.
+          options: further options of `network_denoiser`, or others than those of the settings. Under guidance, taps and
+            edits see the doubled batch; `own` and `guided` select from it.
         """
         config = cast(StudyConfig, self.config)
         known = {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}

@@ -1,4 +1,4 @@
-"""The classifier: what it learns, its accuracy's interval, the round trip of its file, and errors that name a remedy."""
+"""The classifier: what it learns, its accuracy, the round trip of its file, and errors that name a remedy."""
 
 import json
 
@@ -57,9 +57,7 @@ def test_interval_is_exact_at_the_ends_and_holds_the_share():
 def test_permuted_labels_leave_it_at_chance():
     train, test = images(256, 0), images(100, 1)
     labels = np.random.default_rng(0).permutation(train.labels)
-    permuted = train_classifier(
-        image_set(train.pixels, labels, NAMES, "here"), test, epochs=2, batch=64, seed=3
-    )
+    permuted = train_classifier(image_set(train.pixels, labels, NAMES, "here"), test, epochs=2, batch=64, seed=3)
     low, high = permuted.about["test"]["interval"]
     assert low < 0.5 < high or high - low < 1e-9
 

@@ -21,8 +21,8 @@ from experiments.studies.speciation.measure import branch_steps, measurements
 from experiments.studies.speciation.settings import SpeciationConfig
 from experiments.studies.speciation.study import STUDY
 from experiments.studies.speciation.theory import LAWS, laws, leading, speciation_level, theory_group
-from ou_theory.cluster_laws import clusters
 from ou_theory.clock import make_clock
+from ou_theory.cluster_laws import clusters
 from ou_theory.keys import random_key
 
 TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=2, prediction="v")
@@ -51,9 +51,9 @@ def clones_of(centre, variance, branches):
         y = x * jnp.asarray(CLOCK.alpha_bar**-0.5, jnp.float32)[step]
         return DenoiserOutput(law.posterior_mean(y, noise))
 
-    found = jax.jit(
-        lambda pairs: measurements(denoise, Side(), CLOCK, branches, pairs, 0 * pairs, (1, 1, 1), seed=0)
-    )(jnp.arange(PAIRS))
+    found = jax.jit(lambda pairs: measurements(denoise, Side(), CLOCK, branches, pairs, 0 * pairs, (1, 1, 1), seed=0))(
+        jnp.arange(PAIRS)
+    )
     dims = {"end": ("pair", "replica"), "sure": ("pair", "replica"), "clone": ("pair", "branch", "replica")}
     coords = {"branch": branches, "branch_ell": ("branch", CLOCK.log_snr[branches])}
     return xr.Dataset({name: (dims[name], np.asarray(v)) for name, v in found.items()}, coords)
@@ -113,7 +113,10 @@ def test_side_of_two_clusters_is_the_integral_over_states():
     def right(y):
         own = 1 / (1 + np.exp(-2 * m * y / (s2 + noise)))
         means = [c * m + s2 / (s2 + noise) * (y - c * m) for c in (1, -1)]
-        return sum(p * norm.cdf(mean / np.sqrt(s2 * noise / (s2 + noise))) for p, mean in zip((own, 1 - own), means))
+        return sum(
+            p * norm.cdf(mean / np.sqrt(s2 * noise / (s2 + noise)))
+            for p, mean in zip((own, 1 - own), means, strict=True)
+        )
 
     def integrand(y):
         density = sum(norm.pdf(y, c * m, np.sqrt(s2 + noise)) for c in (1, -1)) / 2
@@ -193,9 +196,17 @@ def test_study_runs_and_its_page_says_what_was_measured(network, tmp_path):
     assert set(np.unique(tree["network"].clone)) <= {0, 1}
     assert list(tree["analysis"].law.values) == list(LAWS)
     other = Classifier(initial_layers(8, 2, random_key(2)), {})
-    save_classifier(folder / "d.npz", other._replace(about={
-        "format": "syncgap-classifier", "class_names": list(NAMES), "size": 8,
-        "test": {"accuracy": 0.9, "interval": [0.8, 0.95], "images": 40}}))
+    save_classifier(
+        folder / "d.npz",
+        other._replace(
+            about={
+                "format": "syncgap-classifier",
+                "class_names": list(NAMES),
+                "size": 8,
+                "test": {"accuracy": 0.9, "interval": [0.8, 0.95], "images": 40},
+            }
+        ),
+    )
     (folder / "c.npz").replace(folder / "kept.npz")
     (folder / "d.npz").replace(folder / "c.npz")
     try:
@@ -232,8 +243,8 @@ def test_settings_that_cannot_be_run_are_refused_with_the_remedy(network, tmp_pa
         settings(folder, labelled_pairs=1)
     with pytest.raises(ValueError, match="more --steps"):
         run_study(STUDY, settings(folder, branches=(2, 5)), tmp_path / "a", progress=False)
+    ten = SpeciationConfig(weights="photos8-natural", classifier=str(folder / "c.npz"))
     with pytest.raises(ValueError, match="--labels FILE"):
-        ten = SpeciationConfig(weights="photos8-natural-v", classifier=str(folder / "c.npz"))
         run_study(STUDY, ten, tmp_path / "b", progress=False)
 
 

@@ -32,8 +32,8 @@ DEFINITIONS: Definitions = {
 
 
 def crossing(phi: np.ndarray, levels: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
-    """The level from which on phi (..., S) stays at or above the threshold, linear between levels (S,): (...). NaN where
-    it ends below or is never below."""
+    """The level (...) from which on phi (..., S) stays at or above the threshold, linear between levels (S,). NaN where
+    it ends below, or is never below."""
     phi = np.asarray(phi, np.float64)
     below = ~(phi >= threshold)
     last = phi.shape[-1] - 1 - np.argmax(below[..., ::-1], -1)

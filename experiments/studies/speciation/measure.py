@@ -115,8 +115,8 @@ def classifier_group(classifier: Classifier) -> xr.Dataset:
 
 
 def measure(bench: Bench[SpeciationConfig]) -> None:
-    """Fills ``classifier``, ``network``, ``labelled`` (the same network, given a label), ``untrained`` and, if the covariance of the
-    training data is known, ``data``."""
+    """Fills ``classifier``, ``network``, ``labelled`` (the same network, given a label), ``untrained`` and, if the
+    covariance of the training data is known, ``data``."""
     config, clock, shape = bench.config, bench.clock, bench.subject.image_shape
     classifier, branches = reader(config, bench.subject), branch_steps(config, clock)
     coords = {"branch": branches, "branch_ell": ("branch", clock.log_snr[branches]), "replica": [0, 1]}

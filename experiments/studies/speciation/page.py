@@ -28,16 +28,16 @@ def section(measured: Measured[SpeciationConfig], analysis: xr.Dataset) -> Secti
     names = " and ".join(classifier.class_names)
     return Section(
         title=f"Speciation: {measured.subject_name}",
-        question=f"When does a process without a label decide between {names}? Clones that branch at a step share their "
-        "past and have noise of their own afterwards; phi is the chance that both end in the same class.",
+        question=f"When does a process without a label decide between {names}? Clones that branch at a step share "
+        "their past and have noise of their own afterwards; phi is the chance that both end in the same class.",
         answer=_answer(analysis),
         claims=[at_speciation_time(analysis)],
         tables=[_phi_table(analysis), _level_table(analysis)],
         captions={
-            "phi": f"Share of trajectories that end in the class of their clone, by the level at which it branches, with "
-            f"95 % intervals over pairs. Horizontal: {THRESHOLD:g}. Dashed: the exact law of two Gaussian classes of the "
-            "data's means and covariance. Dotted: the exact law of the side of the leading direction on which clones "
-            "of that mixture end."
+            "phi": f"Share of trajectories that end in the class of their clone, by the level at which it branches, "
+            f"with 95 % intervals over pairs. Horizontal: {THRESHOLD:g}. Dashed: the exact law of two Gaussian classes "
+            "of the data's means and covariance. Dotted: the exact law of the side of the leading direction on which "
+            "clones of that mixture end."
         },
         methods=[
             f"{2 * settings.pairs} trajectories in {settings.pairs} pairs run under the ancestral sampler, "
@@ -47,14 +47,14 @@ def section(measured: Measured[SpeciationConfig], analysis: xr.Dataset) -> Secti
             f"the ends; on {classifier.test_images} test photographs it is right in {percent(classifier.accuracy)}. "
             f"The probability that it gives to its answer is {formatted(analysis.network_sure)} in the mean; "
             f"{percent(analysis.network_first_class)} of the trajectories end as {classifier.class_names[0]}.",
-            "A wrong answer of the classifier is most likely the same on two clones that look alike and not on two that "
-            "do not. It draws phi towards one half where clones differ, and hardly where they do not.",
+            "If the classifier erred on the two ends independently, phi − ½ would be measured as "
+            f"{number(float(2 * classifier.accuracy[0] - 1) ** 2)} of itself; it errs alike on ends that look alike.",
             "The level of a curve is that from which on it stays above the threshold, linear between branch levels.",
         ],
         limits=[
             "Intervals come from resampling pairs; they speak for this network, not for one trained again.",
-            "Biroli et al. standardise nothing but the mean, so that their noise meets pixels of [0, 1]. This network's "
-            f"data have variance 1. The same noise beside the same photograph is at a log-SNR higher by "
+            "Biroli et al. standardise nothing but the mean, so that their noise meets pixels of [0, 1]. This "
+            "network's data have variance 1. The same noise beside the same photograph is at a log-SNR higher by "
             f"{number(analysis.pixel_shift)} in their units.",
             "The Gaussian laws have one covariance for both classes. Photographs of a class are no Gaussian.",
         ],
@@ -81,7 +81,9 @@ def at_speciation_time(analysis: xr.Dataset) -> Claim:
         "labelled": "With the label the class is given, so that phi should be above the threshold from the start.",
         "untrained": "The same architecture with random weights.",
     }
-    controls = [Control(NAMES[name], *_known(apart[name]), _verdict(apart[name]) == "holds", texts[name]) for name in texts]
+    controls = [
+        Control(NAMES[name], *_known(apart[name]), _verdict(apart[name]) == "holds", texts[name]) for name in texts
+    ]
     return Claim(
         0,
         title,
@@ -112,7 +114,13 @@ def _law_levels(analysis: xr.Dataset) -> str:
 
 def _phi_table(analysis: xr.Dataset) -> Table:
     known = "law_phi" in analysis
-    head = ["branch step", "log-SNR", *NAMES.values(), "clones of other trajectories", *(LAWS.values() if known else ())]
+    head = [
+        "branch step",
+        "log-SNR",
+        *NAMES.values(),
+        "clones of other trajectories",
+        *(LAWS.values() if known else ()),
+    ]
     rows = []
     for i, step in enumerate(analysis.branch.values):
         row = [str(step), number(analysis.branch_ell[i])]

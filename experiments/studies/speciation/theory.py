@@ -38,7 +38,9 @@ def leading(variance: np.ndarray, centre: np.ndarray) -> tuple[float, np.ndarray
 def theory_group(found: DataCovariance) -> xr.Dataset:
     """Two classes as a Gaussian mixture with one covariance, on the principal components within classes: the variance
     of each, and half the difference of the class means along it. All in squared units of what the network sees."""
-    assert found.components is not None and found.class_mean is not None and found.class_share is not None
+    assert found.components is not None
+    assert found.class_mean is not None
+    assert found.class_share is not None
     half = (found.class_mean[0] - found.class_mean[1]) / 2
     centre = np.sqrt(found.class_share[:, 0] * (half @ half))
     value, vector = leading(found.variance, centre)
