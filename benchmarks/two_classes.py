@@ -38,7 +38,7 @@ def phi(means: list, spectra: list, sigma2: float, draws: int, seed: int = 0) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="phi of two Gaussian classes with a covariance each.")
     parser.add_argument("images")
     parser.add_argument("--classes", nargs=2, required=True)
     parser.add_argument("--size", type=int, default=32)

@@ -33,7 +33,9 @@ WIDTHS = (32, 64, 128)  # channels after each convolution; the image has a quart
 LARGEST = 2**24  # bytes that the arrays of a file may take; a file from elsewhere could claim any number
 PAD = 4  # pixels by which training shifts an image at most
 
-Layers = list[tuple[jax.Array, jax.Array]]  # kernel (fan in, fan out) and bias (fan out,) of every layer
+Layers = Sequence[
+    tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
+]  # kernel (fan in, fan out) and bias (fan out,) of every layer
 
 
 class ClassifierError(ValueError):

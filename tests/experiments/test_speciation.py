@@ -136,6 +136,13 @@ def test_leading_eigenvalue_is_that_of_the_whole_matrix():
     assert abs(vector @ vectors[:, -1]) == pytest.approx(1, abs=1e-8)
 
 
+@pytest.mark.parametrize("centre", [[0.0, 0.0, 0.0], [0.0, 0.3, 0.4]])
+def test_leading_eigenvalue_of_classes_that_do_not_differ_along_it_is_the_largest_variance(centre):
+    value, vector = leading(np.array([3.0, 1.0, 0.5]), np.array(centre))
+    assert value == 3
+    np.testing.assert_array_equal(vector, [1, 0, 0])
+
+
 def test_theory_of_images_is_that_of_their_pixels():
     rng = np.random.default_rng(1)
     labels = np.arange(60, dtype=np.int32) % 2

@@ -122,9 +122,9 @@ def measure(bench: Bench[SpeciationConfig]) -> None:
     coords = {"branch": branches, "branch_ell": ("branch", clock.log_snr[branches]), "replica": [0, 1]}
 
     def measured(group, model, pairs, **options):
-        def run(model, *which):
+        def run(model, pairs, labels):
             denoise = bench.denoiser(model, **options)
-            return measurements(denoise, classifier, clock, branches, *which, shape, seed=config.seed)
+            return measurements(denoise, classifier, clock, branches, pairs, labels, shape, seed=config.seed)
 
         compiled = jax.jit(run)
         bench.measure(group, VARIABLES, coords, pairs, lambda *which: compiled(model, *which))

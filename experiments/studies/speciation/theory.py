@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from dit_jax.covariance import DataCovariance
 from ou_theory.cloning import same_cluster_probability, same_side_probability
@@ -21,8 +21,8 @@ def leading(variance: np.ndarray, centre: np.ndarray) -> tuple[float, np.ndarray
     of ``1 = sum_i centre_i^2 / (lambda - variance_i)``.
 
     Args:
-      variance: (n,) with a largest one.
-      centre: (n,), not orthogonal to the first eigenvector.
+      variance: (n,).
+      centre: (n,).
     """
     top = float(variance.max())
     size = float(centre @ centre)
@@ -30,7 +30,10 @@ def leading(variance: np.ndarray, centre: np.ndarray) -> tuple[float, np.ndarray
     def missing(rise: float) -> float:
         return float((centre**2 / (top + rise - variance)).sum()) - 1
 
-    rise = brentq(missing, 1e-12 * size, size * (1 + 1e-9), xtol=1e-14 * size, rtol=1e-14)
+    if not size or missing(1e-12 * size) <= 0:  # the centre has no part along the largest variance
+        return top, (np.arange(variance.size) == variance.argmax()).astype(np.float64)
+    found = root_scalar(missing, bracket=(1e-12 * size, size * (1 + 1e-9)), xtol=1e-14 * size)
+    rise = float(found.root)
     vector = centre / (top + rise - variance)
     return top + rise, vector / np.linalg.norm(vector)
 
