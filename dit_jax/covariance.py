@@ -99,6 +99,13 @@ def class_means(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray(dctn(means, type=2, norm="ortho", axes=(1, 2))).reshape(len(means), -1)
 
 
+def with_mirrors(data: Photographs | TransformedImages) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) float32 and labels (N,) of training data, with the mirror images that training makes."""
+    if isinstance(data, TransformedImages):
+        return data.x, data.labels
+    return doubled(data.images), np.concatenate([data.images.labels] * 2)
+
+
 def data_covariance(data: ImageSet | Photographs | TransformedImages) -> DataCovariance:
     """The covariance of training data, mirror images counted where training makes them.
 
@@ -109,10 +116,7 @@ def data_covariance(data: ImageSet | Photographs | TransformedImages) -> DataCov
     size, _, channels = data.shape
     if size * size * channels > MOST:
         raise ValueError(f"images of {size} x {size} x {channels} numbers are too large for this; {MOST} is the most")
-    if isinstance(data, TransformedImages):
-        x, labels = data.x, data.labels
-    else:
-        x, labels = doubled(data.images), np.concatenate([data.images.labels] * 2)
+    x, labels = with_mirrors(data)
     bands = radial_bands(size, size)
     covariance = within_class(x, labels)
     variance, components = np.linalg.eigh(covariance)

@@ -1,5 +1,6 @@
 """What a study measures with: the network and its control, the devices, and the folder of the run."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -10,21 +11,37 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 import xarray as xr
+from flax import nnx
 from tqdm import tqdm
 
+from dit_jax.checkpoint import abstract_model
 from dit_jax.config import NetworkConfig
 from dit_jax.diffusion import Denoiser
 from dit_jax.model import DiT
+from dit_jax.platform import host_device
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from dit_jax.sharding import make_mesh, place_model, place_pairs
 from experiments.frame import programs
+from experiments.frame.chunks import filled
 from experiments.frame.forecast import Forecast
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.programs import Setup
 from experiments.frame.settings import StudyConfig
+from experiments.frame.steps import window
 from experiments.frame.store import RunFolder
-from experiments.frame.subject import Facts, check_dit, check_guidance, load_subject, subject_key
+from experiments.frame.subject import (
+    Subject,
+    check_dit,
+    check_guidance,
+    load_network,
+    load_subject,
+    subject_key,
+    untrained_model,
+)
 from ou_theory.modes import Bands, radial_bands
+
+SMALL = 50_000_000  # parameters of a network that may lie in memory beside its control
+LEAST_LEVELS = 2  # sampler steps that the estimator's window must hold in every study: a gap lies between two levels
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -46,8 +63,8 @@ def one_of(weights: str | Sequence[str]) -> str:
 def checked_settings(
     study: str,
     config: StudyConfig,
-    facts: Facts,
-    check: Callable[[Any, Facts], None] | None = None,
+    subject: Subject,
+    check: Callable[[Any, Subject], None] | None = None,
     any_network: bool = False,
     devices: int = 1,
 ) -> tuple[int, ...]:
@@ -59,14 +76,14 @@ def checked_settings(
     Raises:
       ValueError: settings that fit neither the network nor the devices.
     """
-    model = facts.config
+    model = subject.config
     if not any_network:
-        check_dit(facts, study)
-    check_guidance(facts.manifest, model, config.guidance)
+        check_dit(subject, study)
+    check_guidance(subject.manifest, model, config.guidance)
     classes = tuple(range(model.num_classes)) if config.classes is None else tuple(config.classes)
     if not classes or any(not 0 <= c < model.num_classes for c in classes):
         raise ValueError(f"classes must be in 0..{model.num_classes - 1}, got {classes}")
-    model.clock(config.steps)
+    window(model.clock(config.steps), LEAST_LEVELS)
     radial_bands(model.input_size, model.input_size, NUM_BANDS)
     if config.block % devices:
         raise ValueError(
@@ -74,7 +91,7 @@ def checked_settings(
             f"give --block {devices} or a multiple of it"
         )
     if check is not None:
-        check(config, facts)
+        check(config, subject)
     return classes
 
 
@@ -84,7 +101,8 @@ class Bench(Measured[C]):
     Attributes:
       study: the name of the study.
       run: the folder that is filled.
-      subject: the network as loaded; `network` is its copy on the devices.
+      subject: the network as loaded, with shapes in place of its arrays as soon as `network` or `untrained` is asked
+        for, which are on the devices.
       classes: labels that the pairs take in turn.
       mesh: the devices over which the pairs of a block are split; None if there is only one device.
     """
@@ -97,12 +115,13 @@ class Bench(Measured[C]):
         *,
         subject: str | None = None,
         definitions: Definitions | None = None,
-        check: Callable[[C, Facts], None] | None = None,
+        check: Callable[[C, Subject], None] | None = None,
         passes: Callable[[C, NetworkConfig], Mapping[str, int]] | None = None,
         any_network: bool = False,
         resume: bool = False,
         command: str = "",
         progress: bool = False,
+        heard: Callable[[float], None] | None = None,
     ) -> None:
         """Loads the network, if the settings name one, and opens the folder.
 
@@ -120,24 +139,24 @@ class Bench(Measured[C]):
         """
         self.study, self.progress, self.mesh, self.definitions = study, progress, None, definitions or {}
         self.forecast: Forecast | None = None
+        self.heard = heard
+        self._model: tuple[Hashable, Any] = (None, None)  # the one that is in memory, and what tells it from others
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
-            weights, on_host = one_of(config.weights), self.mesh is not None
-            self.subject_key = subject_key(weights, config.dtype, on_host)
-            self.subject = programs.last(
-                "subject", self.subject_key, lambda: load_subject(weights, config.dtype, on_host=on_host)
-            )
-            devices = jax.local_device_count()
-            self.classes = checked_settings(study, config, self.subject.facts, check, any_network, devices)
+            weights, devices = one_of(config.weights), jax.local_device_count()
+            self.subject = load_subject(weights, config.dtype)
+            self.subject_key = subject_key(weights, config.dtype, on_host=self.mesh is not None)
+            self.classes = checked_settings(study, config, self.subject, check, any_network, devices)
+            self.network  # noqa: B018  # what is wrong with the weights is said before there is a folder
             if passes is not None:
-                of_pairs = partial(_passes, passes, config, self.subject.model.config)
-                self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices)
+                of_pairs = partial(_passes, passes, config, self.subject.config)
+                self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices, heard)
             settings["classes"] = list(self.classes)
             extra |= {
                 "subject": self.subject.name,
                 "weights_digest": self.subject.manifest["digest"],
-                "model": self.subject.model.config.to_dict(),
+                "model": self.subject.config.to_dict(),
                 "bands": NUM_BANDS,
             }
         super().__init__(RunFolder.create(out, settings, resume=resume, command=command, extra=extra), config)
@@ -147,7 +166,7 @@ class Bench(Measured[C]):
         """What programs know of this run."""
         config = cast(StudyConfig, self.config)
         return Setup(
-            self.subject.model.config,
+            self.subject.config,
             self.mesh,
             config.steps,
             config.sampler,
@@ -163,23 +182,35 @@ class Bench(Measured[C]):
         """The jitted ``function(setup, *static, *arguments)``, as a function of its arguments; see `programs`."""
         return programs.program(self.setup, function, *static)
 
-    @cached_property
+    @property
     def network(self) -> DiT:
         """The network under study, on the devices."""
-        if self.mesh is None:
-            return self.subject.model
-        return programs.last("network", self._placement, lambda: self.place(self.subject.model))
-
-    @cached_property
-    def untrained(self) -> DiT:
-        """Its control with random weights, on the devices."""
-        seed = cast(StudyConfig, self.config).seed
-        return programs.last("untrained", (*self._placement, seed), lambda: self.place(self.subject.untrained(seed)))
+        config = cast(StudyConfig, self.config)
+        return self.only("network", lambda: load_network(one_of(config.weights), config.dtype, self.mesh is not None))
 
     @property
-    def _placement(self) -> tuple[Hashable, ...]:
-        """What tells placed copies of the network from others."""
-        return (self.subject_key, self.mesh, cast(StudyConfig, self.config).parameters)
+    def untrained(self) -> DiT:
+        """Its control with random weights, on the devices."""
+        return self.only("untrained", self.random)
+
+    def random(self) -> DiT:
+        """A network of the same architecture with random weights, where weights are before they are placed."""
+        with jax.default_device(host_device() if self.mesh is not None else None):
+            return cast(DiT, untrained_model(self.subject.config, cast(StudyConfig, self.config).seed))
+
+    def only(self, name: str, make: Callable[[], DiT]) -> DiT:
+        """A model on the devices, made when it is asked for under this name. The memory holds one of them at a time: it
+        lets go of the one before, which is made again if it is asked for again. Runs that share what they need
+        (`programs.kept`) keep one of each name, unless models are large."""
+        config = cast(StudyConfig, self.config)
+        key = (name, self.subject_key, self.mesh, config.parameters, None if name == "network" else config.seed)
+        if programs.is_kept():
+            slot = name if _parameters(self.subject.config) <= SMALL else "model"
+            return programs.last(slot, key, lambda: self.place(make()))
+        if self._model[0] != key:
+            self._model = (None, None)
+            self._model = (key, self.place(make()))
+        return self._model[1]
 
     def place(self, model: DiT) -> DiT:
         """A model on the devices."""
@@ -228,6 +259,8 @@ class Bench(Measured[C]):
           first_pair: index of the first pair, for pairs that must differ from those of another group.
           bands: coordinates of the dimension ``band``; by default those of the bands of the DCT.
         """
+        if group not in self.run.manifest["blocks"] and self.run.holds(group):  # of a version that wrote it whole
+            return self.run.load(group)
         dims = {name: tuple(d if "pair" in d else ("pair", *d)) for name, (d, *_) in variables.items()}
         index = first_pair + np.arange(pairs)
         labels = pair_labels(index, self.classes)
@@ -239,7 +272,7 @@ class Bench(Measured[C]):
                 {
                     name: (
                         dims[name],
-                        np.full([sizes[dim] for dim in dims[name]], np.nan, np.float32),
+                        filled(np.dtype(np.float32), [sizes[dim] for dim in dims[name]]),
                         {"long_name": about, "units": units[0] if units else "1"},
                     )
                     for name, (_, about, *units) in variables.items()
@@ -251,7 +284,7 @@ class Bench(Measured[C]):
         self.run.declare(group, template, chunk=block)
         done = self.run.finished(group)
         blocks = [first for first in range(0, pairs, block) if first not in done]
-        forecast = self.forecast if self.progress and blocks else None
+        forecast = self.forecast if (self.progress or self.heard) and blocks else None
         forecast = forecast if forecast is not None and forecast.wants(group) else None
         if forecast is not None:
             forecast.tell_before(group, template.nbytes, self.run)
@@ -287,6 +320,10 @@ class Bench(Measured[C]):
             return pairs, labels
         placed_pairs, placed_labels = place_pairs(self.mesh, pairs, labels)
         return placed_pairs, placed_labels
+
+
+def _parameters(config: NetworkConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
 
 
 def _passes(passes: Callable[[Any, Any], Mapping[str, int]], config: Any, model: Any, pairs: int) -> Mapping[str, int]:

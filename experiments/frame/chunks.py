@@ -188,6 +188,6 @@ def layout_of(dataset: xr.Dataset) -> dict[str, dict]:
     return {str(name): {"dims": variable.dims, "shape": variable.shape} for name, variable in dataset.data_vars.items()}
 
 
-def fill_of(dtype: np.dtype) -> float | int:
-    """What a group starts out with: NaN, or 0 for integers."""
-    return np.nan if np.issubdtype(dtype, np.floating) else 0
+def filled(dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    """What a group starts out with: NaN, or 0 for integers. It takes no memory, and cannot be written to."""
+    return np.broadcast_to(np.asarray(np.nan if np.issubdtype(dtype, np.floating) else 0, dtype), shape)

@@ -25,7 +25,13 @@ class Forecast:
     """Tells once, of the first group of a run that goes through a network, what the run will cost."""
 
     def __init__(
-        self, study: str, passes: Callable[[int], Mapping[str, int]], pairs: int, block: int, least: int = 1
+        self,
+        study: str,
+        passes: Callable[[int], Mapping[str, int]],
+        pairs: int,
+        block: int,
+        least: int = 1,
+        heard: Callable[[float], None] | None = None,
     ) -> None:
         """
         Args:
@@ -34,7 +40,9 @@ class Forecast:
           pairs: of the run.
           block: pairs in a block.
           least: smallest number of pairs of a block.
+          heard: is told the seconds that an image takes in the first block, in the place of the terminal.
         """
+        self.heard = heard
         self.study, self._passes, self.block, self.least = study, passes, block, least
         self.total = dict(passes(pairs))
         self._is_told = False
@@ -47,6 +55,8 @@ class Forecast:
 
     def tell_before(self, group: str, size: int, run: RunFolder) -> None:
         """Says what is known before anything is measured; `size` is the group's, in bytes."""
+        if self.heard is not None:
+            return
         parts = ", ".join(f"{name} {count:,}" for name, count in self.total.items())
         free = in_bytes(shutil.disk_usage(run.path).free)
         told = f"{sum(self.total.values()):,} images go through the network ({parts})"
@@ -61,6 +71,9 @@ class Forecast:
             compiled = compiling()
         seconds = time.perf_counter() - started - compiled
         images = [self.of_block(group, first, min(first + self.block, pairs), pairs) for first in blocks]
+        if self.heard is not None:
+            self.heard(seconds / images[0])
+            return
         others = sum(count * (1 - share_of(run, name)) for name, count in self.total.items() if name != group)
         more = (sum(images[1:]) + others) * seconds / images[0]
         end = datetime.now() + timedelta(seconds=more)
@@ -106,10 +119,10 @@ def compilation() -> Iterator[Callable[[], float]]:
     """A function that says how many seconds went into compiling inside this context so far."""
     spans: list[Span] = []
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith(COMPILING):
             now = time.perf_counter()
-            spans.append((now - seconds, now))
+            spans.append((now - duration_secs, now))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -139,6 +139,7 @@ def write_page(
     *,
     title: str = "",
     summary: Sequence[Mapping[str, Any]] = (),
+    kinds: Sequence[Table] = (),
     others: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a page of sections and returns its path. The title is that of the first section by default.
@@ -146,11 +147,13 @@ def write_page(
     Args:
       sections: as `stored_section` and `filled` give them.
       summary: claims over several runs, shown in front, as `summary_of` gives them.
+      kinds: what depends on the kind of prediction, shown behind the summary, as `kinds.by_kind` gives it.
       others: what lies beside the runs and is left out: name, and what it is.
     """
     page = templates(Path(__file__).parent / "templates").get_template("sections.html")
+    title = title or sections[0]["title"]
     return write_text(
-        path, page.render(title=title or sections[0]["title"], sections=sections, summary=summary, others=others or {})
+        path, page.render(title=title, sections=sections, summary=summary, kinds=kinds, others=others or {})
     )
 
 

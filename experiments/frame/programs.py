@@ -71,21 +71,25 @@ class Setup:
         """Height, width and channels of an image or latent."""
         return (self.model.input_size, self.model.input_size, self.model.in_channels)
 
-    def denoiser(self, model: Network, gate: jax.Array | None = None, **options: Any) -> Denoiser:
+    def denoiser(
+        self, model: Network, gate: jax.Array | None = None, *, clock: Clock | None = None, **options: Any
+    ) -> Denoiser:
         """A network under the guidance and the kind of gate of the settings, its batch split over the devices. Build it
         inside the jitted function that uses it, see `network_denoiser`.
 
         Args:
           gate: of the replicas, none by default.
+          clock: the levels that it is asked for, by default those of the sampler.
           options: further options of `network_denoiser`. Under guidance, taps and edits see the doubled batch;
             `own` and `guided` select from it.
         """
         options |= {"channels": self.guided_channels, "guided_coupling": self.guided_coupling}
         options |= {"kind": self.gate_kind, "guidance": self.guidance if self.is_guided else 1.0}
+        clock = self.clock if clock is None else clock
         if self.mesh is None:
-            return network_denoiser(model, self.clock, gate, **options)
+            return network_denoiser(model, clock, gate, **options)
         mesh = self.mesh
-        denoise = network_denoiser(model, self.clock, None if gate is None else split(mesh, gate, -3), **options)
+        denoise = network_denoiser(model, clock, None if gate is None else split(mesh, gate, -3), **options)
         return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))
 
     def coupled(self, model: Network, **options: Any) -> CoupledDenoiser:
@@ -187,6 +191,11 @@ def kept() -> Iterator[None]:
         yield
     finally:
         _kept = before
+
+
+def is_kept() -> bool:
+    """Whether runs share programs and networks now."""
+    return _kept is not None
 
 
 def last(name: str, key: Hashable, make: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ from experiments.frame.chunks import (
     NOT_DAMAGE,
     blocks_of,
     damaged,
-    fill_of,
+    filled,
     layout_of,
     missing_chunks,
     opened,
@@ -180,7 +180,7 @@ class RunFolder:
         self._declared.pop(group, None)
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
-        empty = {name: xr.full_like(v, fill_of(v.dtype)) for name, v in template.data_vars.items()}
+        empty = {name: v.copy(data=filled(v.dtype, v.shape)) for name, v in template.data_vars.items()}
         chunks = {
             str(name): {"chunks": tuple(min(chunk, n) if dim == "pair" else n for dim, n in v.sizes.items())}
             for name, v in template.data_vars.items()

@@ -20,12 +20,13 @@ from dit_jax.lock import held
 from experiments.frame.bench import Bench
 from experiments.frame.collection import runs_in
 from experiments.frame.drawing import draw_figures
+from experiments.frame.kinds import by_kind
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.numerics import own_numerics
 from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
 from experiments.frame.programs import compilations, kept
 from experiments.frame.store import RunFolder, StoreError
-from experiments.frame.subject import Facts, model_folder, model_name
+from experiments.frame.subject import Subject, model_folder, model_name
 from experiments.frame.verdict import finite
 
 C = TypeVar("C")
@@ -41,7 +42,7 @@ class Study(Generic[C]):
     page: Callable[[Measured[C], xr.Dataset], Page]  # from what is stored, and the analysis
     analyse: Callable[[Measured[C]], xr.Dataset] = lambda measured: xr.Dataset()  # estimates from what is stored
     definitions: Definitions = field(default_factory=dict)  # meaning and units of what is stored, by name
-    check: Callable[[C, Facts], None] | None = None  # raises ValueError for settings that do not fit the network
+    check: Callable[[C, Subject], None] | None = None  # raises ValueError for settings that do not fit the network
     together: Callable[[Sequence[Measured[C]]], Page] | None = None  # several runs side by side
     subject: str | None = None  # what is studied, for a study without a network
     any_network: bool = False  # whether networks without attention are accepted, too
@@ -58,6 +59,7 @@ def run_study(
     command: str = "",
     progress: bool = True,
     figures: bool = True,
+    heard: Callable[[float], None] | None = None,
 ) -> Path:
     """Runs a study and fills the folder of the run.
 
@@ -67,6 +69,7 @@ def run_study(
       resume: continue an interrupted run of the same settings; it ends with the same bits.
       command: how it was called, for the manifest.
       figures: whether to draw the figures, which takes longer than the rest of the page. `report` draws them later.
+      heard: is told, after the first block, how many seconds an image takes to go through the network.
 
     Returns:
       the path of ``report.html``.
@@ -76,10 +79,19 @@ def run_study(
         is writing.
     """
     with held(out):
-        return _run(study, config, Path(out), resume, command, progress, figures)
+        return _run(study, config, Path(out), resume, command, progress, figures, heard)
 
 
-def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, progress: bool, figures: bool) -> Path:
+def _run(
+    study: Study[C],
+    config: C,
+    out: Path,
+    resume: bool,
+    command: str,
+    progress: bool,
+    figures: bool,
+    heard: Callable[[float], None] | None,
+) -> Path:
     started, compiled = time.perf_counter(), compilations()
     bench = Bench(
         study.name,
@@ -93,6 +105,7 @@ def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, prog
         resume=resume,
         command=command,
         progress=progress,
+        heard=heard,
     )
     if bench.run.moved:
         changed = "; ".join(bench.run.moved)
@@ -151,8 +164,9 @@ def report(study: Study[C], run: RunFolder, *, figures: bool = True) -> Path:
 
 
 def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
-    """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then the
-    studies of several networks side by side, then every run in full. What is no finished run is listed and left out.
+    """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then which
+    verdicts depend on what networks predict, then the studies of several networks side by side, then every run in full.
+    What is no finished run is listed and left out.
 
     Args:
       find: the study of a name, or None if there is none.
@@ -174,7 +188,14 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     ]
     title = "Where diffusion transformers decide: all experiments"
     sections = [*joint, *(stored_section(run, name=name) for name, run in runs.items())]
-    return write_page(folder / "report.html", sections, title=title, summary=summary_of(runs), others=others)
+    return write_page(
+        folder / "report.html",
+        sections,
+        title=title,
+        summary=summary_of(runs),
+        kinds=[table for name, members in studies.items() if (table := by_kind(name, members)) is not None],
+        others=others,
+    )
 
 
 def study_of(run: RunFolder) -> str:

@@ -1,7 +1,7 @@
 """Networks under study: a converted, trained or shipped network, and its control with random weights."""
 
 from collections.abc import Hashable
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -42,8 +42,8 @@ def model_name(folder: Path) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-class Facts(NamedTuple):
-    """What is known of a network without its weights."""
+class Subject(NamedTuple):
+    """A network under study, without its weights."""
 
     name: str  # see `model_name`
     config: DiTConfig  # a `ControlConfig` only in a study that accepts any network
@@ -54,34 +54,23 @@ class Facts(NamedTuple):
         return (self.config.input_size, self.config.input_size, self.config.in_channels)
 
 
-class Subject(NamedTuple):
-    """A network under study."""
+def load_subject(weights: str, dtype: Dtype | None = None) -> Subject:
+    """What is known of a converted or trained network (a folder), or a shipped model by name.
 
-    facts: Facts
-    model: DiT  # a network of `dit_jax.controls` only in a study that accepts any network
+    Args:
+      dtype: of activations, in place of the stored one.
 
-    @property
-    def name(self) -> str:
-        return self.facts.name
-
-    @property
-    def manifest(self) -> dict:
-        return self.facts.manifest
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.facts.image_shape
-
-    def untrained(self, seed: int) -> DiT:
-        """The control: the same architecture with random weights, on the device of the subject's arrays. Weights that
-        initialisation sets to zero are drawn too, so that the blocks act and the output is not zero."""
-        device = next(iter(jax.tree.leaves(nnx.state(self.model))[0].devices()))
-        with jax.default_device(device):
-            return cast(DiT, untrained_model(self.model.config, seed))
+    Raises:
+      ValueError: there is no such model, or its manifest cannot be used.
+    """
+    source = model_folder(weights)
+    manifest = load_manifest(source)
+    config = cast(DiTConfig, config_from_dict(manifest["config"]))
+    return Subject(model_name(source), config if dtype is None else replace(config, dtype=dtype), manifest)
 
 
-def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False) -> Subject:
-    """A converted or trained network (a folder), or a shipped model by name.
+def load_network(weights: str, dtype: Dtype | None = None, on_host: bool = False) -> DiT:
+    """The network of `load_subject`; one of `dit_jax.controls` only in a study that accepts any network.
 
     Args:
       dtype: of activations and parameters, in place of the stored one.
@@ -91,21 +80,8 @@ def load_subject(weights: str, dtype: Dtype | None = None, on_host: bool = False
     Raises:
       ValueError: there is no such model, or its folder cannot be used.
     """
-    source = model_folder(weights)
-    with jax.default_device(host_device()) if on_host else nullcontext():
-        model = cast(DiT, load_model(source, dtype, params=dtype))
-        return Subject(Facts(model_name(source), model.config, load_manifest(source)), model)
-
-
-def load_facts(weights: str) -> Facts:
-    """What is known of a network, see `load_subject`, without reading its weights.
-
-    Raises:
-      ValueError: there is no such model, or its manifest cannot be used.
-    """
-    source = model_folder(weights)
-    manifest = load_manifest(source)
-    return Facts(model_name(source), cast(DiTConfig, config_from_dict(manifest["config"])), manifest)
+    with jax.default_device(host_device() if on_host else None):
+        return cast(DiT, load_model(model_folder(weights), dtype, params=dtype))
 
 
 def subject_key(weights: str, dtype: Dtype | None, on_host: bool) -> Hashable:
@@ -118,12 +94,12 @@ def subject_key(weights: str, dtype: Dtype | None, on_host: bool) -> Hashable:
     return (source, load_manifest(source)["digest"], dtype, on_host)
 
 
-def check_dit(facts: Facts, study: str) -> None:
+def check_dit(subject: Subject, study: str) -> None:
     """Raises ValueError unless the network is a DiT, whose attention this study couples or reads."""
-    config = cast(NetworkConfig, facts.config)
+    config = cast(NetworkConfig, subject.config)
     if isinstance(config, ControlConfig):
         raise ValueError(
-            f"syncgap {study} couples or reads attention and needs a DiT; {facts.name} is a {config.architecture}"
+            f"syncgap {study} couples or reads attention and needs a DiT; {subject.name} is a {config.architecture}"
         )
 
 
@@ -139,16 +115,22 @@ def check_guidance(manifest: dict, config: NetworkConfig, guidance: float) -> No
 
 
 def untrained_model(config: NetworkConfig, seed: int) -> Network:
-    """A network with random weights everywhere, see `Subject.untrained`."""
+    """The control of a network: the same architecture with random weights. Those that initialisation sets to zero are
+    drawn too, so that the blocks act and the output is not zero."""
     model = make_network(config, nnx.Rngs(stream(seed, "untrained weights", 0)))
-    state = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    drawn = [
-        jax.random.normal(stream(seed, "untrained weights", 1, i), leaf.shape, leaf.dtype)
-        * np.sqrt(2 / (leaf.shape[-1] + leaf.shape[-2]))
-        if leaf.ndim >= 2 and not jnp.any(leaf)
-        else leaf
-        for i, leaf in enumerate(leaves)
-    ]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: nnx.state(model, nnx.Param)))
+    for i, like in enumerate(shapes):
+        if like.ndim >= 2 and not jnp.any(_leaf(model, i)):
+            _set_leaf(model, i, jnp.zeros(0))  # lets go of the zeros before there is something in their place
+            drawn = jax.random.normal(stream(seed, "untrained weights", 1, i), like.shape, like.dtype)
+            _set_leaf(model, i, drawn * np.sqrt(2 / (like.shape[-1] + like.shape[-2])))
     return model
+
+
+def _leaf(model: Network, i: int) -> jax.Array:
+    return jax.tree.leaves(nnx.state(model, nnx.Param))[i]
+
+
+def _set_leaf(model: Network, i: int, array: jax.Array) -> None:
+    leaves, tree = jax.tree.flatten(nnx.state(model, nnx.Param))
+    nnx.update(model, jax.tree.unflatten(tree, [*leaves[:i], array, *leaves[i + 1 :]]))

@@ -16,6 +16,7 @@ NAMES = (
     "release",
     "cloning",
     "response",
+    "gaussianity",
     "solvable",
     "modalities",
 )

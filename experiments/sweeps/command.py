@@ -147,7 +147,14 @@ def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] |
     _forget_failures(folder, mine, command)
     by_name = {cell.name: each for cell, each in zip(cells, cost, strict=True)}
     with Progress(folder, mine, [by_name[cell.name] for cell in mine], quiet=command.quiet) as progress:
-        work(folder, mine, command=folder.entries["command"], figures=command.figures, after=progress.after)
+        work(
+            folder,
+            mine,
+            command=folder.entries["command"],
+            figures=command.figures,
+            after=progress.after,
+            heard=progress.heard,
+        )
 
 
 def _forget_failures(folder: SweepFolder, cells: list[Cell], command: Sweep) -> None:

@@ -1,6 +1,6 @@
 """What the cells of a sweep cost, and whether they can run at all: checked whole before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from experiments.frame.bench import checked_settings, one_of
 from experiments.frame.cost import passes_of, run_flops
 from experiments.frame.settings import StudyConfig
 from experiments.frame.study import Study
-from experiments.frame.subject import Facts, load_facts
+from experiments.frame.subject import Subject, load_subject
 from experiments.sweeps.plan import Cell, Plan, PlanError
 from experiments.sweeps.shares import shares
 
@@ -36,21 +36,21 @@ def costs(plan: Plan, cells: Sequence[Cell], devices: int = 1) -> list[Cost]:
         cell.
     """
     study: Study = studies.find(plan.study)
-    facts = cache(load_facts)
+    load = cache(load_subject)
     found = []
     for cell in cells:
         try:
-            found.append(_cost(study, cell, facts, devices))
+            found.append(_cost(study, cell, load, devices))
         except ValueError as error:
             raise PlanError(f"{cell.name}: {error}") from error
     return found
 
 
-def _cost(study: Study, cell: Cell, facts, devices: int) -> Cost:
+def _cost(study: Study, cell: Cell, load: Callable[[str], Subject], devices: int) -> Cost:
     config = cell.settings
     if not isinstance(config, StudyConfig):
         return Cost(0, 1.0, None)
-    network: Facts = facts(one_of(config.weights))
+    network = load(one_of(config.weights))
     checked_settings(study.name, config, network, study.check, study.any_network, devices)
     alike = {name: getattr(StudyConfig, name) for name in TRACED} | {"weights": "", "guidance": float(config.halves)}
     program = (network.config, len(getattr(config, "couplings", ())), replace(config, **alike))

@@ -117,7 +117,8 @@ def executor_for(sweep: str, folder: Any, options: Sequence[str]) -> "submitit.S
             own[name] = split(str(own[name]))
     if "cpus_per_task" in own:  # srun does not take it over from sbatch
         own["srun_args"] = [f"--cpus-per-task={own['cpus_per_task']}", *own.get("srun_args", ())]
-    more = {name.removeprefix(SBATCH): value for name, value in given.items() if name.startswith(SBATCH)}
+    more = {"requeue": True} if requeues else {}  # on some clusters only what says so may go back into the queue
+    more |= {name.removeprefix(SBATCH): value for name, value in given.items() if name.startswith(SBATCH)}
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=requeues)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from experiments.frame.forecast import duration
 from experiments.frame.manifest import environment, now
 from experiments.sweeps.cost import Cost
 from experiments.sweeps.folder import STATES, SweepFolder
@@ -69,7 +70,8 @@ class Progress:
     def __init__(self, sweep: SweepFolder, cells: Sequence[Cell], cost: Sequence[Cost], *, quiet: bool) -> None:
         self.sweep, self.cost = sweep, {cell.name: each.flops for cell, each in zip(cells, cost, strict=True)}
         self.left = {cell.name: cell for cell in cells}
-        self.count, self.failed = len(self.left), 0
+        self.count, self.failed, self.is_told, self.quiet = len(self.left), 0, False, quiet
+        self.images = {cell.name: each.images for cell, each in zip(cells, cost, strict=True)}
         self.bar = tqdm(total=sum(self.cost.values()), desc="sweep", bar_format=BAR, disable=quiet, smoothing=0)
 
     def __enter__(self) -> Self:
@@ -77,6 +79,19 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
+
+    def heard(self, cell: Cell, seconds: float) -> None:
+        """After the first block of all: says how long the cells that are left will take, by their arithmetic.
+        Compiling, analysis and pages come on top."""
+        if self.is_told or self.quiet or not self.images[cell.name]:
+            return
+        self.is_told = True
+        rate = seconds * self.images[cell.name] / self.cost[cell.name]
+        more = rate * sum(self.cost[name] for name in self.left)
+        tqdm.write(
+            f"about {duration(more)} in networks, by one timed block; compiling and analysis come on top",
+            file=sys.stderr,
+        )
 
     def after(self, cell: Cell, outcome: str) -> None:
         """A cell ended: done, failed, or there before, which took no time."""

@@ -5,6 +5,7 @@ import socket
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter, sleep
 from typing import Any
 
@@ -34,6 +35,7 @@ def work(
     command: str = "",
     figures: bool = False,
     after: Callable[[Cell, str], None] = lambda cell, outcome: None,
+    heard: Callable[[Cell, float], None] = lambda cell, seconds: None,
 ) -> Outcome:
     """Runs the cells that are not complete yet, those that were begun from where they stopped. A cell that another
     process holds is left to it, and looked at again in the end: if that process dies, the cell is taken over. A cell
@@ -43,6 +45,7 @@ def work(
       command: how the sweep was called, for the manifests.
       figures: draw the figures of every cell; without, `syncgap report` on its folder draws them.
       after: called with every cell that ended, and how: done, failed or there.
+      heard: told of every cell, after its first block, how many seconds an image takes to go through the network.
     """
     study: Study = studies.find(sweep.plan.study)
     worker = f"{socket.gethostname()}:{os.getpid()}"
@@ -56,7 +59,7 @@ def work(
                     how = "failed"
                 else:
                     started = perf_counter()
-                    how = _run(study, sweep, cell, command=command)
+                    how = _run(study, sweep, cell, command=command, figures=figures, heard=partial(heard, cell))
                     if how == "in use":
                         in_use.append(cell)
                         continue

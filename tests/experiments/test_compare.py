@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -145,6 +146,44 @@ def test_the_wiener_denoiser_agrees_with_its_recursion(finished):
     for name in ("tau", "decided", "gap"):
         found, exact = (analysis[name].sel(source=s).values for s in ("wiener", "wiener theory"))
         np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
+def test_the_wiener_denoiser_runs_in_blocks_as_it_does_at_once(finished, weights, tmp_path):
+    """And a block of it that is lost is made again, alone."""
+    run = RunFolder.open(finished)
+    assert run.manifest["blocks"]["wiener"] == [0, 2, 4]
+    stored = run.load("wiener")
+    network = run.load("network")
+    at_once = Bench("compare", CompareConfig(weights=weights, **{**FAST, "block": 6}), tmp_path / "run")
+    found = Instrument(at_once).wiener(stored.variance.values, (0.0, 0.3, 1.0), np.arange(6), network.label.values)
+    for name, values in stored.data_vars.items():
+        np.testing.assert_allclose(values, found[str(name)], rtol=1e-5, atol=1e-7)
+    copied = tmp_path / "copied"
+    shutil.copytree(finished, copied)
+    shutil.rmtree(copied / "data.zarr" / "wiener" / "energy" / "c" / "0" / "1")
+    others = [path for i in (0, 2) for path in (copied / "data.zarr" / "wiener").glob(f"projection/c/0/{i}/**/*")]
+    times = [path.stat().st_mtime_ns for path in others]
+    assert times
+    assert cli.main([*arguments(weights, copied), "--resume"]) == 0
+    xr.testing.assert_identical(RunFolder.open(copied).load("wiener"), stored)
+    assert [path.stat().st_mtime_ns for path in others] == times
+
+
+def test_runs_whose_wiener_denoiser_was_written_whole_are_kept(finished, weights, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(finished, older)
+    run = RunFolder.open(older, writable=True)
+    wiener = run.load("wiener").reset_coords("variance")
+    shutil.rmtree(older / "data.zarr" / "wiener")
+    run._update(blocks={name: done for name, done in run.manifest["blocks"].items() if name != "wiener"})
+    run.put("wiener", wiener)
+    before = run.load("analysis")
+    assert cli.main(["report", str(older)]) == 0
+    xr.testing.assert_identical(run.load("analysis"), before)
+    assert cli.main([*arguments(weights, older), "--resume"]) == 0
+    resumed = RunFolder.open(older)
+    assert "wiener" not in resumed.manifest["blocks"]
+    xr.testing.assert_identical(resumed.load("wiener"), wiener)
 
 
 def groups_of(finished) -> dict:

@@ -115,6 +115,16 @@ def test_networks_without_attention_run_uncoupled():
     assert with_attention == 3 * without == 3 * 2 * 10 * 4
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_too_few_steps_are_refused_before_there_is_a_folder(name, weights, tmp_path):
+    """Two steps, of which one lies before the estimator's window."""
+    study = studies.find(name)
+    given = {**SMALL, "weights": weights, **CASES[name], "steps": "2"}
+    with pytest.raises(ValueError, match="steps"):
+        Bench(name, study.config(**given), tmp_path / "run", check=study.check)
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_study_of_a_network_declares_its_passes():
     assert set(CASES) == {name for name in studies.NAMES if studies.find(name).subject is None}
 

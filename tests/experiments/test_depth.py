@@ -28,6 +28,7 @@ from experiments.studies.depth.page import gap_cell
 from experiments.studies.depth.probe import patch_modes, probe_bands, probe_scores
 from experiments.studies.depth.readings import localisation, made_in_last, probe_readings, readings
 from experiments.studies.depth.settings import FOLDS, DepthConfig
+from experiments.studies.depth.stream import stream_readings
 from experiments.studies.depth.study import STUDY
 from experiments.studies.depth.verdicts import known_gap, verdict_of
 from ou_theory.clock import make_clock
@@ -79,7 +80,7 @@ def test_the_last_readout_is_the_networks_own_output(finished, weights):
 def test_the_folder_holds_three_readings_with_controls(finished):
     analysis = finished.load("analysis")
     for source in ("network", "untrained"):
-        for reading in ("raw", "readout", "probe", "scaled", "joined"):
+        for reading in ("raw", "normalised", "readout", "probe", "scaled", "joined"):
             assert np.isfinite(analysis[f"{source}_{reading}_gap"].isel(bound=0)).all()
             assert analysis[f"{source}_{reading}_gap"].sizes["layer"] == 3
     stored = finished.load("network")
@@ -116,6 +117,25 @@ def test_several_networks_are_shown_side_by_side(finished, tmp_path, has_ink):
     section, _ = together([Measured.of(RunFolder.open(tmp_path / name), DepthConfig) for name in ("two", "one")])
     (table,) = section.tables
     assert [row[:4] for row in table.rows] == [["one", "tiny", "the noise", "2"], ["two", "tiny", "v", "2"]]
+
+
+def test_energies_over_the_stream_forget_its_size():
+    """A size by layer and step changes raw energies and their levels, and nothing over the stream's mean square."""
+    rng, ell, count = np.random.default_rng(0), np.linspace(-6, 6, 12), np.array([1, 3, 5])
+    raw = rng.uniform(0.5, 2, (6, 2, 4, 12, 3, 2)) * (1 + np.exp(-np.arange(3) - ell[:, None]))[..., None]
+    size = np.exp(np.arange(4)[:, None] + 0.5 * ell)[:, :, None, None]
+    weights = np.full((2, 6), 1 / 6)
+    (one, plain), (two, grown) = (
+        stream_readings(each, count, ell, np.array([0, 5, 11]), weights) for each in (raw, raw * size)
+    )
+    np.testing.assert_allclose(two["gap"], one["gap"], rtol=1e-9)
+    np.testing.assert_allclose(
+        grown["energy"] / grown["size"][..., None], plain["energy"] / plain["size"][..., None], rtol=1e-9
+    )
+    factor = np.exp(np.arange(4)[:, None] + 0.5 * ell[[0, 5, 11]])
+    np.testing.assert_allclose(grown["size"] / plain["size"], np.broadcast_to(factor, (3, 4, 3)), rtol=1e-9)
+    before = readings(raw[..., 1], ell, weights)["gap"]
+    assert np.abs(readings((raw * size)[..., 1], ell, weights)["gap"] - before).max() > 0.1
 
 
 def network(prediction, readout, scaled=False):

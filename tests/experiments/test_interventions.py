@@ -193,7 +193,7 @@ def test_no_coupling_and_all_of_it_are_the_main_experiment_s(weights, stored, tm
             seed=0,
             sampler="ddim",
         )["energy"][..., 1]
-    )(study.subject.model)
+    )(study.network)
     measured = stored["network"].energy
     np.testing.assert_allclose(measured.sel(arm="none"), found[0], rtol=1e-4)
     np.testing.assert_allclose(measured.sel(arm="all"), found[1], rtol=1e-4)
@@ -226,7 +226,7 @@ def test_other_strengths_compile_nothing_again(weights, tmp_path, monkeypatch):
     for g in (0.2, 0.9):
         changed = settings(weights, strength=g)
         arms = {name: gate_arms(CLOCK, MODEL, changed)[name] for name in ("none", "all")}
-        each.append(instrument.energies(study.subject.model, arms, False, pairs, pairs)["energy"])
+        each.append(instrument.energies(study.network, arms, False, pairs, pairs)["energy"])
     once = len(calls)
     assert once >= 1
     assert once <= 2  # a scan may trace its body twice

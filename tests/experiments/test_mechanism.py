@@ -93,7 +93,7 @@ class Bench:
         config = MechanismConfig(weights=str(folder / "model"), **{**FAST, "gate_kind": "blend"})
         self.study = StudyBench("mechanism", config, folder / "run")
         self.instrument = MechanismInstrument(self.study)
-        self.model = self.study.subject.model
+        self.model = self.study.network
         self.labels = np.array([0, 1], np.int32)
         self.states = self.instrument.states(self.model, np.arange(2), self.labels)
 

@@ -213,14 +213,14 @@ def array_of(model) -> weakref.ref:
 
 
 def test_a_network_is_loaded_once_and_let_go_before_the_next(weights, others, tmp_path, monkeypatch):
-    loaded, original = [], frame_bench.load_subject
+    loaded, original = [], frame_bench.load_network
 
     def load(*args, **options):
         gc.collect()
         loaded.append([each() is None for each in alive])
         return original(*args, **options)
 
-    monkeypatch.setattr(frame_bench, "load_subject", load)
+    monkeypatch.setattr(frame_bench, "load_network", load)
     alive: list[weakref.ref] = []
 
     def use(name, **settings):

@@ -17,7 +17,7 @@ from experiments.frame.page import Page, Section, Table, formatted, store_page, 
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.study import Study, joint_page, report
-from experiments.frame.subject import load_subject
+from experiments.frame.subject import load_network, load_subject, untrained_model
 from experiments.frame.verdict import Claim, Control
 from ou_theory.bootstrap import family_level
 
@@ -177,9 +177,9 @@ def test_the_control_has_the_subjects_shape_and_other_weights(weights, tmp_path)
     assert subject.name == "tiny"
     assert subject.image_shape == (8, 8, 3)
     assert load_subject(shutil.copytree(weights, tmp_path / "run7" / "model")).name == "run7"
-    blank = subject.untrained(0)
-    assert blank.config == subject.model.config
-    assert not np.allclose(blank.x_embedder.kernel[...], subject.model.x_embedder.kernel[...])
+    blank, network = untrained_model(subject.config, 0), load_network(weights)
+    assert blank.config == network.config
+    assert not np.allclose(blank.x_embedder.kernel[...], network.x_embedder.kernel[...])
     assert np.abs(blank.final_layer.linear.kernel[...]).max() > 0  # zero at initialisation, drawn here
 
 

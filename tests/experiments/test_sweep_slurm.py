@@ -21,12 +21,13 @@ from experiments.sweeps.cost import costs, parts
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.local import _Worker
 from experiments.sweeps.plan import Plan, PlanError
+from experiments.sweeps.shares import Shard
 from experiments.sweeps.slurm import Task, executor_for, minutes
 from experiments.sweeps.worker import work
 
 submitit = pytest.importorskip("submitit")
-SETTINGS = {"pairs": 2, "steps": 2, "block": 1, "couplings": [0, 1], "gain_pairs": 2, "untrained_pairs": 2}
-LIMIT_S = 600  # for a job; a machine may be busy
+SETTINGS = {"pairs": 2, "steps": 4, "block": 1, "couplings": [0, 1], "gain_pairs": 2, "untrained_pairs": 2}
+LIMIT_S = 900  # for a job; a machine may be busy
 
 
 def plan(weights, cells=2) -> Plan:
@@ -81,7 +82,7 @@ def test_a_sweep_is_submitted_as_one_array(fake, weights, tmp_path, capsys):
         "job-name=syncgap-compare",
     ]
     assert {f"#SBATCH --{option}" for option in asked} <= set(script)
-    assert "module load cuda" in script
+    assert {"#SBATCH --requeue", "module load cuda"} <= set(script)
     assert "--cpus-per-task=8" in script[-1]
     assert "wckey" not in "".join(script)
     said = capsys.readouterr().out
@@ -216,16 +217,21 @@ def test_one_task_is_no_array(fake, weights, tmp_path, monkeypatch):
 
 def test_a_worker_that_somebody_else_ends_is_started_again(tmp_path, weights, monkeypatch):
     """A scheduler asks every process of a job to end, and this one too."""
+    codes = iter([128 + signal.SIGTERM, 0])
+
+    class Process:
+        pid = 0
+
+        def __init__(self, *_, **__):
+            self.code = next(codes)
+
+        def poll(self):
+            return self.code
+
     folder = SweepFolder.create(tmp_path / "sweep", plan(weights, 1))
-    codes = iter([143, 0])
-    monkeypatch.setattr(
-        "experiments.sweeps.local.subprocess.Popen",
-        lambda *_, **__: subprocess.CompletedProcess([], 0, None, None),
-    )
-    monkeypatch.setattr(subprocess.CompletedProcess, "poll", lambda self: next(codes), raising=False)
-    monkeypatch.setattr(subprocess.CompletedProcess, "pid", 0, raising=False)
+    monkeypatch.setattr("experiments.sweeps.local.subprocess.Popen", Process)
     with (tmp_path / "log").open("w") as log:
-        worker = _Worker(folder, slurm.Shard(0, 1), folder.cells, {}, log, ())
+        worker = _Worker(folder, Shard(0, 1), folder.cells, {}, log, ())
         assert worker.is_at_work()
         assert not worker.is_at_work()
 
@@ -350,7 +356,8 @@ def test_on_slurm_tasks_are_requeued_cancelled_and_go_on(weights, alone, tmp_pat
     assert f"already being run by job {job}" in capsys.readouterr().err
     until(lambda: not slurm.active(folder), "the job did not end")
     states = slurm._states({"job": job, "tasks": 2})
-    assert states == {"COMPLETED": 1, "CANCELLED": 1}
+    assert states.pop("COMPLETED") == 1
+    assert set(states) <= {"CANCELLED", "ended"}  # Slurm forgets after minutes what became of a job
     assert folder.states()["complete"] == 1
     log = (out / "logs" / "worker-0.log").read_text()
     assert '"SLURM_RESTART_COUNT": "1"' in log

@@ -19,16 +19,16 @@ from experiments.frame.bench import Bench, Variables
 from experiments.frame.programs import Setup
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
-from experiments.frame.subject import Facts
+from experiments.frame.subject import Subject
 from experiments.studies.cloning.settings import CloningConfig
 from experiments.studies.cloning.theory import gaussian_denoiser, gaussian_filters
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands, band_mean, dct2, pair_modes
 
 
-def check(config: CloningConfig, facts: Facts) -> None:
+def check(config: CloningConfig, subject: Subject) -> None:
     """Raises ValueError unless there are steps at which clones can branch."""
-    if inner_branches(facts.config.clock(config.steps), config.branches).size < 2:
+    if inner_branches(subject.config.clock(config.steps), config.branches).size < 2:
         raise ValueError(f"steps {config.steps!r}: clones need two sampler steps to branch at; give more --steps")
 
 

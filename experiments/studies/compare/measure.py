@@ -4,6 +4,7 @@ Replica pairs of a DiT run over a grid of couplings; an untrained network and an
 instrument.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -84,7 +85,7 @@ def _network_gain(setup: Setup, fine: Constant | None, model: DiT, groups: Eigen
 
 def _wiener_run(setup: Setup, directions: Constant | None, variance: jax.Array, couplings, pairs, labels):
     coupled = coupled_wiener(variance, setup.clock, setup.gate_kind, directions and directions.value)
-    return _trajectories(setup, directions, coupled, couplings, pairs, labels)
+    return _named(TRAJECTORIES, _trajectories(setup, directions, coupled, couplings, pairs, labels))
 
 
 class Instrument:
@@ -127,13 +128,12 @@ class Instrument:
             found |= {name: np.full([sizes[dim] for dim in dims[name]], np.nan, np.float32) for name in MORE}
         return found
 
-    def wiener(self, variance: np.ndarray, couplings, pairs, labels) -> dict[str, np.ndarray]:
-        """Measurements of pairs on the exact denoiser of Gaussian modes of band variances (B,), or of variances (M,)
-        along the directions; see `TRAJECTORIES`."""
+    def wiener(self, variance: np.ndarray, couplings, pairs, labels) -> dict[str, Any]:
+        """Measurements of a block of pairs on the exact denoiser of Gaussian modes of band variances (B,), or of
+        variances (M,) along the directions; see `TRAJECTORIES`."""
         variances = jnp.asarray(variance, jnp.float32)
         variances = variances[self.bands.index] if self.data_modes is None else variances
-        found = dict(self._wiener_run(variances, jnp.asarray(couplings, jnp.float32), pairs, labels))
-        return jax.device_get({name: found[name] for name in TRAJECTORIES})
+        return self._wiener_run(variances, jnp.asarray(couplings, jnp.float32), pairs, labels)
 
 
 def few(couplings: tuple[float, ...]) -> np.ndarray:
@@ -158,8 +158,7 @@ def measure(bench: Bench[CompareConfig]) -> None:
         return found
 
     def on_untrained(pairs, labels):
-        found = instrument.network(bench.untrained, some, pairs, labels, with_more=False)
-        return {name: found[name] for name in UNTRAINED}
+        return _named(UNTRAINED, instrument.network(bench.untrained, some, pairs, labels, with_more=False))
 
     size, parity = bench.model.input_size, ["common", "difference"]
     plane: dict[str, Any] = {"row": np.arange(size), "column": np.arange(size)}
@@ -179,7 +178,15 @@ def measure(bench: Bench[CompareConfig]) -> None:
     # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
     count = min(config.untrained_pairs, config.pairs)
     bench.measure("untrained", UNTRAINED, {"coupling": some, "parity": parity}, count, on_untrained, bands=bands)
-    bench.whole("wiener", lambda: _wiener(instrument, network))
+    of, variance = _variance(instrument, network)
+    about = {"long_name": f"variance of each {of} that the denoiser is made for", "units": "1"}
+    coords = {"coupling": grid, "parity": parity, "variance": (of, variance, about)}
+    directions = {name: plane[name] for name in ("direction", "direction_band") if name in plane}
+
+    def on_wiener(pairs, labels):
+        return instrument.wiener(variance, grid, pairs, labels)
+
+    bench.measure("wiener", TRAJECTORIES, {**coords, **directions}, config.pairs, on_wiener, bands=bands)
     if (covariance := instrument.covariance) is not None:
         bench.whole("data", lambda: covariance_group(covariance, instrument.data_modes and instrument.data_modes.share))
 
@@ -194,19 +201,18 @@ def _coords(of: DataModes) -> tuple[dict[str, Any], dict[str, Any]]:
     return directions, {**bands, "band_name": ("band", of.names)}
 
 
-def _wiener(instrument: Instrument, network: xr.Dataset) -> xr.Dataset:
-    """An exact denoiser on the same pairs, all at once, for it costs little: of the network's own variance in each
-    band, or of the data's along each direction."""
-    if instrument.data_modes is None:
-        energy = network.energy.sel(parity="difference")
-        variance = energy.isel(coupling=0, step=-1).mean("pair").values.astype(np.float64)
-        of = "band"
-    else:
-        variance, of = instrument.data_modes.variance, "direction"
-    found = instrument.wiener(variance, network.coupling.values, network.pair.values, network.label.values)
-    data = {name: (TRAJECTORIES[name][0], value, network[name].attrs) for name, value in found.items()}
-    about = {"long_name": f"variance of each {of} that the denoiser is made for", "units": "1"}
-    return xr.Dataset(data | {"variance": (of, variance, about)}, coords=network.coords)
+def _variance(instrument: Instrument, network: xr.Dataset) -> tuple[str, np.ndarray]:
+    """What the exact denoiser is made for, float64: ``band`` and the network's own variance in each band; or
+    ``direction`` and the data's along each."""
+    if instrument.data_modes is not None:
+        return "direction", instrument.data_modes.variance
+    energy = network.energy.sel(parity="difference").isel(coupling=0, step=-1)
+    return "band", energy.mean("pair").values.astype(np.float64)
+
+
+def _named(variables: Variables, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `found` that are stored under `variables`."""
+    return {name: found[name] for name in variables}
 
 
 def _pictures(bench: Bench, samples: np.ndarray, grid: np.ndarray, labels: np.ndarray) -> xr.Dataset:

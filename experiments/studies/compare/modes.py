@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_jax.covariance import DataCovariance, class_directions, load_covariance
-from experiments.frame.subject import Facts, model_folder
+from experiments.frame.subject import Subject, model_folder
 from experiments.studies.compare.settings import CompareConfig, ModesKind
 from ou_theory.modes import Directions, radial_bands, rank_groups
 
@@ -41,9 +41,9 @@ def data_modes(kind: ModesKind, weights: str) -> DataModes:
     return _MAKERS[kind](found)
 
 
-def check(config: CompareConfig, facts: Facts) -> None:
+def check(config: CompareConfig, subject: Subject) -> None:
     """Raises ValueError if the network's folder does not hold the directions that the settings ask for."""
-    del facts  # the directions are those of its folder
+    del subject  # the directions are those of its folder
     if config.modes != "dct":
         data_modes(config.modes, config.weights)
 

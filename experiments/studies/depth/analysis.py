@@ -6,12 +6,14 @@ import numpy as np
 import xarray as xr
 
 from experiments.frame.draws import bootstrap, both, packed, pair_draws
+from experiments.frame.instrument import token_bands
 from experiments.frame.measured import Definitions, Measured
 from experiments.frame.settings import PAPER_DEPTH, PAPER_LAST
 from experiments.frame.steps import spaced_steps
 from experiments.studies.depth.readings import localisation, made_in_last, probe_readings, readings
 from experiments.studies.depth.scaled import scaled_readings
 from experiments.studies.depth.settings import CLAIMS, DepthConfig
+from experiments.studies.depth.stream import stream_readings
 from ou_theory.bootstrap import family_level
 from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
@@ -36,6 +38,9 @@ DEFINITIONS: Definitions = {
         "share of the difference mode in the energy of an uncoupled pair's residual stream",
         "1",
     ),
+    "size": ("mean square of the residual stream, per token coefficient and feature, without coupling", "1"),
+    "energy": ("that of its difference mode, by band", "1"),
+    "relative": ("the same over the mean square of the stream", "1"),
     "probe_band": ("band of the outcome by token frequency; the last one is what lies inside patches", "1"),
     "product": ("which two of the readout, the noisy state and the outcome are multiplied", "1"),
     "share_level": ("log-SNR at which the share of the difference mode is given", "nat"),
@@ -47,8 +52,9 @@ SHARES_AT = 12  # levels at which the share of the difference mode is given
 def analyse(measured: Measured[DepthConfig]) -> xr.Dataset:
     """Commitment, gaps and localisation per source, reading and layer, with 95 % intervals.
 
-    Sources are ``network`` and ``untrained``; readings ``raw``, ``readout``, ``probe``, ``scaled``, ``joined`` and
-    ``state`` (which has one layer), and the shuffled controls of the first four.
+    Sources are ``network`` and ``untrained``; readings ``raw``, ``normalised`` (raw energies over the mean square
+    of the stream), ``readout``, ``probe``, ``scaled``, ``joined`` and ``state`` (which has one layer), and the shuffled
+    controls of four of them.
     """
     seed, ell = measured.config.seed, measured.clock.log_snr
     data: dict[str, Any] = {}
@@ -69,6 +75,13 @@ def analyse(measured: Measured[DepthConfig]) -> xr.Dataset:
         uncoupled = dataset.raw.isel(coupling=0, step=steps).values  # (P, layer, K', B, parity)
         found = both(bootstrap(lambda mean: {"share": mean[..., 1] / mean.sum(-1)}, uncoupled, weights))["share"]
         data[f"{source}_difference_share"] = (("layer", "share_level", "token_band", "bound"), packed(found))
+        count = token_bands(measured.model.input_size // measured.model.patch_size).count
+        found, stream = stream_readings(dataset.raw.values, count, ell, steps, weights)
+        _fill(data, source, "normalised", found, "token_band")
+        size, energy = stream["size"], stream["energy"]
+        data[f"{source}_size"] = (("layer", "share_level", "bound"), packed(size))
+        for name, values in (("energy", energy), ("relative", energy / size[..., None])):
+            data[f"{source}_{name}"] = (("layer", "share_level", "token_band", "bound"), packed(values))
         coords |= {
             name: dataset[name] for name in ("coupling", "layer", "band", "radius", "token_band", "token_radius")
         } | {"share_level": ell[steps]}

@@ -20,6 +20,7 @@ from experiments.studies.depth.verdicts import READINGS, grid_of, known_gap
 from ou_theory.estimator import HIGH_BAND, LOW_BAND
 
 LOW_COLOR, HIGH_COLOR = "#0072B2", "#D55E00"
+NORMALISED, QUIET_GREEN = "raw energies over the stream's own mean square", "#8fd0b8"
 
 
 def figure_gap(analysis: xr.Dataset) -> Figure:
@@ -29,6 +30,7 @@ def figure_gap(analysis: xr.Dataset) -> Figure:
     ax.axvspan((1 - LAST) * layers[-1], layers[-1], color=FAINT, alpha=0.45, linewidth=0, zorder=0)
     ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
     curves = [("network", name, *READINGS[name]) for name in READINGS]
+    curves.append(("network", "normalised", NORMALISED, QUIET_GREEN))
     curves.append(("untrained", "scaled", "readout with a fitted scalar, untrained", QUIET))
     for source, name, label, color in curves:
         if f"{source}_{name}_gap" in analysis:
@@ -135,4 +137,33 @@ def figure_modes(analysis: xr.Dataset) -> Figure:
         ax.set_xlabel("after block")
     axes[0].set_ylabel("share of the difference mode")
     axes[0].legend()
+    return figure
+
+
+def shown_levels(analysis: xr.Dataset) -> tuple[int, int, int]:
+    """Places of the noisiest, the middle and the cleanest of the levels at which the stream's energies are given."""
+    count = analysis.sizes["share_level"]
+    return 0, count // 2, count - 1
+
+
+def figure_stream(analysis: xr.Dataset) -> Figure:
+    """Size of the residual stream by layer, and of its difference mode, raw and over that size."""
+    figure, (left, right) = new_figure(7.2, 3.6, 1, 2)
+    levels, layers = analysis.share_level.values, analysis.layer.values
+    for index, color in zip(shown_levels(analysis), ("#56B4E9", "#009E73", "#0072B2"), strict=True):
+        curve(left, layers, analysis.network_size.isel(share_level=index).values, color, f"{levels[index]:.1f} nats")
+        control = analysis.untrained_size.isel(share_level=index).values
+        left.plot(layers, control[:, 0], color=color, linestyle=":", linewidth=1)
+    middle = shown_levels(analysis)[1]
+    for band, color, name in ((LOW_BAND, LOW_COLOR, "lowest band"), (HIGH_BAND, HIGH_COLOR, "highest band")):
+        for variable, style in (("network_energy", "-"), ("network_relative", "--")):
+            at = analysis[variable].isel(share_level=middle, token_band=band).values
+            label = f"{name}, {'raw' if style == '-' else 'over the stream'}"
+            curve(right, layers, at, color, label, linestyle=style)
+    left.set_title("Mean square of the stream")
+    right.set_title(f"Its difference mode, {levels[middle]:.1f} nats")
+    for ax in (left, right):
+        ax.set_yscale("log")
+        ax.set_xlabel("after block")
+        ax.legend()
     return figure

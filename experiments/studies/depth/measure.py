@@ -126,12 +126,16 @@ def measure(bench: Bench[DepthConfig]) -> None:
         "token_radius": ("token_band", instrument.tokens.radius),
     }
     couplings = (0.0, config.couplings[-1])  # of the probe
-    subjects = (("network", bench.network, config.pairs), ("untrained", bench.untrained, config.untrained_pairs))
-    for name, model, pairs in subjects:
-        bench.measure(
-            name, VARIABLES, coords, pairs, lambda pairs, labels, model=model: instrument.energies(model, pairs, labels)
-        )
+    for name, pairs in (("network", config.pairs), ("untrained", config.untrained_pairs)):
+
+        def on_network(pairs, labels, name=name):
+            return instrument.energies(getattr(bench, name), pairs, labels)
+
+        bench.measure(name, VARIABLES, coords, pairs, on_network)
         if config.probe_pairs:
             few = probed(config, name)
             group = f"probe_{name}"
-            bench.whole(group, lambda model=model, few=few, group=group: probe.scores(model, group, couplings, few))
+            bench.whole(
+                group,
+                lambda name=name, few=few, group=group: probe.scores(getattr(bench, name), group, couplings, few),
+            )

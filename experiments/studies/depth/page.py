@@ -17,6 +17,8 @@ from experiments.studies.depth.figures import (
     figure_gap,
     figure_levels,
     figure_modes,
+    figure_stream,
+    shown_levels,
 )
 from experiments.studies.depth.settings import CLAIMED, CLAIMS, LAST, DepthConfig
 from experiments.studies.depth.verdicts import READINGS, censored, final_gap, grid_of, verdict_of
@@ -35,6 +37,8 @@ def page(measured: Measured[DepthConfig], analysis: xr.Dataset) -> Page:
     }
     if "network_difference_share" in analysis:
         figures["modes"] = partial(figure_modes, analysis)
+    if "network_size" in analysis:
+        figures["stream"] = partial(figure_stream, analysis)
     if "network_gained" in analysis:
         figures["gained"] = partial(figure_gained, analysis)
     if "network_probe_r2" in analysis:
@@ -62,13 +66,16 @@ def section(measured: Measured[DepthConfig], analysis: xr.Dataset, figures: list
         "modes": "Share of the difference mode in the energy of a pair's residual stream, without coupling, in the "
         "lowest band of the token grid above DC and in its highest, at three noise levels. One half: the replicas "
         "have nothing in common.",
+        "stream": "Left: mean square of the residual stream after every block, without coupling, at three noise "
+        "levels; dotted: the untrained network. Right: that of the pair's difference mode in the lowest band of the "
+        "token grid above DC and in its highest, as it is and over the mean square of the stream.",
         "gained": "Left: how much earlier a band commits when the readout after a block is known beside the noisy "
         "image. Dotted: the untrained network. Right: energy of the state's noise that the readout lets through, "
         "over that of the outcome, where the lowest band commits.",
         "decodable": "Share of the pair's final difference that is linearly decodable (held-out R²) from the "
         "embedding, from the middle and from the end of the network, along the ancestral sampler.",
     }
-    tables = [_table(analysis, known), _summary(analysis, known)]
+    tables = [_table(analysis, known), _stream(analysis), _summary(analysis, known)]
     if "network_gained" in analysis:
         tables.insert(1, _gained(analysis))
     return Section(
@@ -197,6 +204,26 @@ def _gained(analysis: xr.Dataset) -> Table:
         "How much earlier a band commits when the outcome is regressed on the readout and the noisy image, than on "
         f"the noisy image alone, whose gap is {gap} nats. Last row: the share that the last fifth of the layers adds.",
     )
+
+
+def _stream(analysis: xr.Dataset) -> Table:
+    places, levels = shown_levels(analysis), analysis.share_level.values
+    middle, rows = places[1], []
+    for layer in analysis.layer.values:
+        at = analysis.sel(layer=layer)
+        cells = [str(int(layer)), *(f"{at.network_size[place, 0].item():.3g}" for place in places)]
+        for name in ("network_energy", "network_relative"):
+            cells += [f"{at[name][middle, band, 0].item():.2g}" for band in (LOW_BAND, HIGH_BAND)]
+        cells += [gap_cell(analysis, "network", reading, int(layer)) for reading in ("raw", "normalised")]
+        rows.append([*cells, gap_cell(analysis, "untrained", "normalised", int(layer))])
+    head = ["after block", *(f"mean square of the stream, {levels[place]:.1f} nats" for place in places)]
+    head += ["difference, lowest band", "highest band", "over the stream: lowest band", "highest band"]
+    head += ["gap by raw energies, nats", "over the stream, nats", "untrained, over the stream"]
+    note = (
+        f"Energies of the difference mode at {levels[middle]:.1f} nats. A size that depends on the layer alone moves "
+    )
+    note += "no level; over the stream, energies are divided by its mean square after the same block at the same step."
+    return Table("Scale of the residual stream, without coupling", head, rows, note)
 
 
 def _summary(analysis: xr.Dataset, known: list[str]) -> Table:

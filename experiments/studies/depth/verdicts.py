@@ -20,7 +20,7 @@ READINGS = {
 
 def grid_of(reading: str) -> str:
     """The dimension of the couplings at which a reading was taken."""
-    return "coupling" if reading.removesuffix("_shuffled") in ("readout", "raw") else "probe_coupling"
+    return "coupling" if reading.removesuffix("_shuffled") in ("readout", "raw", "normalised") else "probe_coupling"
 
 
 def final_gap(analysis: xr.Dataset, source: str, reading: str) -> np.ndarray:

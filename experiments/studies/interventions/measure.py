@@ -17,16 +17,16 @@ from dit_jax.model import DiT, Edit
 from dit_jax.replicas import run_pairs
 from experiments.frame.bench import Bench, Variables
 from experiments.frame.programs import Setup
-from experiments.frame.subject import Facts
+from experiments.frame.subject import Subject
 from experiments.studies.interventions.arms import Arm, control_arms, edit_arms, gate_arms, log_snr_weights, schedules
 from experiments.studies.interventions.settings import InterventionsConfig
 from ou_theory.modes import band_mean, pair_modes
 
 
-def check(config: InterventionsConfig, facts: Facts) -> None:
+def check(config: InterventionsConfig, subject: Subject) -> None:
     """Raises ValueError unless the estimator's window holds steps for schedules, and a convex gate always leaves a
     replica a share of its own, without which no head could be closed."""
-    ell = facts.config.clock(config.steps).log_snr
+    ell = subject.config.clock(config.steps).log_snr
     log_snr_weights(ell)
     strongest = max(config.strength, *(values.max() for values in schedules(ell, config.schedule_strength).values()))
     if config.gate_kind == "convex" and strongest >= 1:
@@ -101,9 +101,9 @@ def measure(bench: Bench[InterventionsConfig]) -> None:
     """Fills ``network`` (arms that are gates), ``edits`` (the other arms, on the same pairs) and ``untrained``."""
     config, instrument = bench.config, InterventionsInstrument(bench)
     groups = (
-        ("network", bench.network, gate_arms, config.pairs),
-        ("edits", bench.network, edit_arms, config.pairs),
-        ("untrained", bench.untrained, control_arms, config.untrained_pairs),
+        ("network", "network", gate_arms, config.pairs),
+        ("edits", "network", edit_arms, config.pairs),
+        ("untrained", "untrained", control_arms, config.untrained_pairs),
     )
     for name, model, make, pairs in groups:
         arms = make(bench.clock, bench.model, config)
@@ -116,6 +116,6 @@ def measure(bench: Bench[InterventionsConfig]) -> None:
         }
 
         def on_network(pairs, labels, model=model, arms=arms, edited=name == "edits"):
-            return instrument.energies(model, arms, edited, pairs, labels)
+            return instrument.energies(getattr(bench, model), arms, edited, pairs, labels)
 
         bench.measure(name, VARIABLES, coords, pairs, on_network)

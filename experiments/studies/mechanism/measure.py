@@ -26,7 +26,7 @@ from ou_theory.modes import band_mean, dct2, pair_modes
 
 def open_gates(model: DiT) -> DiT:
     """A copy whose blocks add all of their attention and MLP to the stream, because every adaLN gate gets a bias of 1.
-    It serves as a control with random weights whose attention acts; the adaLN gates of `Subject.untrained` are nearly
+    It serves as a control with random weights whose attention acts; the adaLN gates of `Bench.untrained` are nearly
     closed."""
     copy = nnx.clone(model)
     assert isinstance(copy.blocks, Block)
@@ -246,11 +246,17 @@ def measure(bench: Bench[MechanismConfig]) -> None:
         "token_radius": ("token_band", instrument.tokens.radius),
     }
     subjects = (
-        ("network", bench.network, config.pairs),
-        ("untrained", bench.untrained, config.untrained_pairs),
-        ("random", bench.place(open_gates(bench.subject.untrained(config.seed))), config.untrained_pairs),
+        ("network", lambda: bench.network, config.pairs),
+        ("untrained", lambda: bench.untrained, config.untrained_pairs),
+        (
+            "random",
+            lambda: bench.only("random", lambda: open_gates(bench.random())),
+            config.untrained_pairs,
+        ),
     )
     for name, model, pairs in subjects:
-        bench.measure(
-            name, VARIABLES, coords, pairs, lambda pairs, labels, model=model: instrument.measure(model, pairs, labels)
-        )
+
+        def on_network(pairs, labels, model=model):
+            return instrument.measure(model(), pairs, labels)
+
+        bench.measure(name, VARIABLES, coords, pairs, on_network)

@@ -23,15 +23,15 @@ from experiments.frame.instrument import coupled_wiener, one_pass
 from experiments.frame.programs import Setup
 from experiments.frame.settings import GateKind
 from experiments.frame.steps import spaced_steps, window
-from experiments.frame.subject import Facts, model_folder
+from experiments.frame.subject import Subject, model_folder
 from experiments.studies.release.settings import ORDERS, ReleaseConfig
 from ou_theory.clock import Clock
 from ou_theory.modes import band_mean, pair_modes
 
 
-def check(config: ReleaseConfig, facts: Facts) -> None:
+def check(config: ReleaseConfig, subject: Subject) -> None:
     """Raises ValueError unless there are two steps to release at."""
-    window(facts.config.clock(config.steps), 2)
+    window(subject.config.clock(config.steps), 2)
 
 
 def release_steps(clock: Clock, count: int) -> np.ndarray:

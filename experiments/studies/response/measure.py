@@ -24,19 +24,19 @@ from experiments.frame.instrument import coupled_wiener
 from experiments.frame.programs import Setup
 from experiments.frame.steps import spaced_steps, window
 from experiments.frame.streams import stream
-from experiments.frame.subject import Facts
+from experiments.frame.subject import Subject
 from experiments.studies.response.analysis import band_variance
 from experiments.studies.response.settings import LEAST, PLACES, PROBES, ResponseConfig
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands, band_mean, dct2, idct2, pair_modes
 
 
-def check(config: ResponseConfig, facts: Facts) -> None:
+def check(config: ResponseConfig, subject: Subject) -> None:
     """Raises ValueError for more directions than images have, or too few steps in the window."""
-    if config.vectors > np.prod(facts.image_shape):
-        size = np.prod(facts.image_shape)
+    if config.vectors > np.prod(subject.image_shape):
+        size = np.prod(subject.image_shape)
         raise ValueError(f"vectors must be at most {size}, the size of an image, got {config.vectors}")
-    window(facts.config.clock(config.steps), LEAST)
+    window(subject.config.clock(config.steps), LEAST)
 
 
 class ResponseInstrument:

@@ -20,7 +20,7 @@ from experiments.frame.programs import Setup
 from experiments.frame.settings import Sampler
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
-from experiments.frame.subject import Facts
+from experiments.frame.subject import Subject
 from experiments.studies.solvable.data import NAMES, SIZE, SolvableData, law, to_images, to_modes
 from experiments.studies.solvable.settings import SIGN_NAMES, SIGNS, SolvableConfig
 from ou_theory.clock import Clock
@@ -28,9 +28,9 @@ from ou_theory.cluster_laws import Clusters
 from ou_theory.modes import Bands, band_mean, dct2
 
 
-def check(config: SolvableConfig, facts: Facts) -> None:
+def check(config: SolvableConfig, subject: Subject) -> None:
     """Raises ValueError unless the network was trained on these very laws."""
-    if (facts.manifest.get("data") or {}) != json.loads(json.dumps(SolvableData().preparation())):
+    if (subject.manifest.get("data") or {}) != json.loads(json.dumps(SolvableData().preparation())):
         raise ValueError(
             f"{config.weights} was not trained on the three laws of this study; "
             "train a network on them with `syncgap train solvable OUT --size 8`"

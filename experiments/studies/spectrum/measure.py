@@ -12,7 +12,7 @@ from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import trajectories
 from experiments.frame.programs import Setup
 from experiments.frame.store import StoreError
-from experiments.frame.subject import Facts, model_folder
+from experiments.frame.subject import Subject, model_folder
 from experiments.studies.spectrum.settings import SpectrumConfig
 
 _GRID = ("coupling", "pair", "step", "band")
@@ -22,7 +22,7 @@ VARIABLES: Variables = {
 }
 
 
-def check(config: SpectrumConfig, facts: Facts) -> None:
+def check(config: SpectrumConfig, subject: Subject) -> None:
     """Raises ValueError unless the covariance of the network's data is known."""
     _covariance(config)
 
