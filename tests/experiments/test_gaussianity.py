@@ -109,6 +109,7 @@ def test_what_a_folder_keeps_is_the_covariance_where_coefficients_are_uncorrelat
 
 def test_what_a_folder_keeps_is_better_than_coefficients_alone_where_they_are_correlated():
     found, full = covariance(0.2)
+    assert found.components is not None
     axes, variance = rebuilt(found)
     np.testing.assert_allclose(axes[:, :LEADING] * np.sign((axes[:, :LEADING].T * found.components).sum(1)),
                                found.components.T, atol=1e-9)  # fmt: skip
