@@ -22,7 +22,7 @@ from experiments.frame.chunks import filled
 from experiments.frame.forecast import Forecast
 from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
-from experiments.frame.settings import StudyConfig
+from experiments.frame.settings import ProtocolConfig, StudyConfig
 from experiments.frame.steps import window
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import Subject, check_dit, check_guidance, load_subject
@@ -114,6 +114,8 @@ class Bench(Measured[C]):
                 least = 1 if self.mesh is None else self.mesh.size
                 of_pairs = partial(_passes, passes, config, model)
                 self.forecast = Forecast(study, of_pairs, config.pairs, config.block, least)
+            if isinstance(config, ProtocolConfig) and config.unknown:
+                extra["unknown_of_protocol"] = list(config.unknown)
             settings["classes"] = list(self.classes)
             extra |= {
                 "subject": self.subject.name,
