@@ -1,7 +1,7 @@
 """What a study measures with: the network and its control, the devices, and the folder of the run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,11 @@ from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from dit_jax.sharding import make_mesh, place_model, place_pairs, split
 from experiments.frame.chunks import filled
+from experiments.frame.cost import flops
 from experiments.frame.forecast import Forecast
 from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
+from experiments.frame.progress import progress_of_block, telling
 from experiments.frame.settings import ProtocolConfig, StudyConfig
 from experiments.frame.steps import window
 from experiments.frame.store import RunFolder
@@ -170,7 +172,10 @@ class Bench(Measured[C]):
         options |= {"channels": config.guided_channels, "guided_coupling": config.guided_coupling}
         options |= {"kind": config.gate_kind, "guidance": config.guidance}
         if self.mesh is None:
-            return network_denoiser(model, self.clock, gate, **options)
+            denoise = network_denoiser(model, self.clock, gate, **options)
+            # derivatives are taken through explicit attention, and their directions are not calls
+            counts = self.progress and options.get("attention") != "explicit"
+            return telling(denoise, config.halves, flops(model.config, 0.5, 2)) if counts else denoise
         mesh = self.mesh
         denoise = network_denoiser(model, self.clock, None if gate is None else split(mesh, gate, -3), **options)
         return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))
@@ -246,12 +251,17 @@ class Bench(Measured[C]):
         forecast = forecast if forecast is not None and forecast.wants(group) else None
         if forecast is not None:
             forecast.tell_before(group, template.nbytes, self.run)
-        for first in tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress):
+        bar = tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress)
+        for first in bar:
             if first in done:
                 continue
             chosen = slice(first, min(first + block, pairs))
-            is_first = first == blocks[0]
-            with forecast.telling(group, blocks, pairs, self.run) if forecast and is_first else nullcontext():
+            with ExitStack() as watched:
+                if forecast is not None and first == blocks[0]:
+                    watched.enter_context(forecast.telling(group, blocks, pairs, self.run))
+                if self.progress and self.forecast is not None and group in self.forecast.total:
+                    images = self.forecast.of_block(group, first, chosen.stop, pairs)
+                    watched.enter_context(progress_of_block(bar, images))
                 found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
                 values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
                 self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)

@@ -1,4 +1,4 @@
-"""The preset that accounts of the paper give: it sets what is known, gives way to options, and says what is not known."""
+"""The preset of the paper's protocol: it sets what is known, gives way to options, and says what is not known."""
 
 from dataclasses import replace
 
@@ -24,12 +24,10 @@ def test_the_protocol_of_the_paper_is_its_steps_unless_they_are_given(config):
 
 
 def test_the_command_line_takes_the_protocol_and_lets_options_win():
-    command = cli._parsed(
-        {name: cli._command(name) for name in ("compare", "release")}, ["compare", "--protocol", "paper"]
-    )
-    assert (command.settings.protocol, command.settings.steps) == ("paper", "250")
-    given = ["release", "--steps", "50", "--protocol", "paper"]
-    assert cli._parsed({name: cli._command(name) for name in ("compare", "release")}, given).settings.steps == "50"
+    commands = {name: cli._command(name) for name in ("compare", "release")}
+    settings = cli._parsed(commands, ["compare", "--protocol", "paper"]).settings
+    assert (settings.protocol, settings.steps) == ("paper", "250")
+    assert cli._parsed(commands, ["release", "--steps", "50", "--protocol", "paper"]).settings.steps == "50"
 
 
 def test_a_run_stores_what_is_not_known_of_the_protocol(weights, tmp_path):
