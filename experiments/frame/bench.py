@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from experiments.frame.chunks import filled
 from experiments.frame.forecast import Forecast
 from experiments.frame.measured import NUM_BANDS, Definitions, Measured, described
 from experiments.frame.programs import Setup
-from experiments.frame.settings import StudyConfig
+from experiments.frame.progress import progress_of_block
+from experiments.frame.settings import ProtocolConfig, StudyConfig
 from experiments.frame.steps import window
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import (
@@ -152,6 +153,8 @@ class Bench(Measured[C]):
             if passes is not None:
                 of_pairs = partial(_passes, passes, config, self.subject.config)
                 self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices, heard)
+            if isinstance(config, ProtocolConfig) and config.unknown:
+                extra["unknown_of_protocol"] = list(config.unknown)
             settings["classes"] = list(self.classes)
             extra |= {
                 "subject": self.subject.name,
@@ -176,6 +179,7 @@ class Bench(Measured[C]):
             is_guided=doubles(config.guidance),
             seed=config.seed,
             guidance=config.guidance,
+            tells=self.progress,
         )
 
     def program(self, function: Callable[..., T], *static: Hashable) -> Callable[..., T]:
@@ -288,12 +292,17 @@ class Bench(Measured[C]):
         forecast = forecast if forecast is not None and forecast.wants(group) else None
         if forecast is not None:
             forecast.tell_before(group, template.nbytes, self.run)
-        for first in tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress):
+        bar = tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress)
+        for first in bar:
             if first in done:
                 continue
             chosen = slice(first, min(first + block, pairs))
-            is_first = first == blocks[0]
-            with forecast.telling(group, blocks, pairs, self.run) if forecast and is_first else nullcontext():
+            with ExitStack() as watched:
+                if forecast is not None and first == blocks[0]:
+                    watched.enter_context(forecast.telling(group, blocks, pairs, self.run))
+                if self.progress and self.forecast is not None and group in self.forecast.total:
+                    images = self.forecast.of_block(group, first, chosen.stop, pairs)
+                    watched.enter_context(progress_of_block(bar, images))
                 found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
                 values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
                 self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)

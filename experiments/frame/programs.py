@@ -25,8 +25,10 @@ from dit_jax.controls import Network
 from dit_jax.diffusion import Denoiser, guide, network_denoiser
 from dit_jax.replicas import CoupledDenoiser
 from dit_jax.sharding import split
+from experiments.frame.cost import flops
 from experiments.frame.instrument import own_half
 from experiments.frame.measured import NUM_BANDS
+from experiments.frame.progress import telling
 from experiments.frame.settings import GateKind, GuidedChannels, GuidedCoupling, Sampler
 from ou_theory.clock import Clock
 from ou_theory.modes import Bands, radial_bands
@@ -41,8 +43,8 @@ T = TypeVar("T")
 class Setup:
     """What programs know of the run that they measure.
 
-    The seed is traced inside a program, and so is the scale of guidance where there is any. Everything else is static: runs that differ in it have programs of
-    their own.
+    The seed is traced inside a program, and so is the scale of guidance where there is any. Everything else is static:
+    runs that differ in it have programs of their own.
     """
 
     model: DiTConfig  # a `ControlConfig` only in a study that accepts any network
@@ -55,6 +57,7 @@ class Setup:
     is_guided: bool  # whether the network runs under classifier-free guidance, on batches of twice the size
     seed: int | jax.Array
     guidance: float | jax.Array
+    tells: bool = False  # whether slow calls of the network say that they were made, for a progress bar
 
     @cached_property
     def clock(self) -> Clock:
@@ -87,7 +90,10 @@ class Setup:
         options = {**known, "kind": self.gate_kind, "guidance": self.guidance, **options}
         clock = self.clock if clock is None else clock
         if self.mesh is None:
-            return network_denoiser(model, clock, gate, **options)
+            denoise = network_denoiser(model, clock, gate, **options)
+            # derivatives are taken through explicit attention, and their directions are no calls
+            counts = self.tells and options.get("attention") != "explicit"
+            return telling(denoise, 2 if self.is_guided else 1, flops(model.config, 0.5, 2)) if counts else denoise
         mesh = self.mesh
         denoise = network_denoiser(model, clock, None if gate is None else split(mesh, gate, -3), **options)
         return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))

@@ -15,12 +15,21 @@ GuidedChannels = Literal["official", "all"]
 GuidedCoupling = Literal["both", "conditional"]
 Parameters = Literal["replicated", "sharded"]
 Sampler = Literal["ddim", "ancestral"]
+Protocol = Literal["own", "paper"]
 
 PAPER_DEPTH, PAPER_LAST = 28, 5  # blocks of the paper's network, and how many of the last ones it names
+STEPS, PAPER_STEPS = "50", "250"  # sampler steps by default, and of the paper
+AUTO = "auto"  # a setting that follows from others
+UNKNOWN_OF_PAPER = (  # what a run under its protocol takes from these settings
+    "the grid of couplings",
+    "the number of pairs and their classes",
+    "sampler and guidance",
+    "which modes count as committed, and when",
+)
 
 SAMPLER_NAMES: dict[str, str] = {"ddim": "DDIM", "ancestral": "the ancestral sampler"}
 RENAMED = {"gate": "gate_kind"}  # settings of older runs, and what they are called now
-ADDED = {"modes": "dct"}  # settings that older runs do not store, and what they ran with
+ADDED = {"modes": "dct", "protocol": "own"}  # settings that older runs do not store, and what they ran with
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class StudyConfig:
 
     weights: str = DEFAULT_WEIGHTS  # folder of a converted or trained DiT, or the name of a shipped model
     pairs: int = 32  # pairs of replicas
-    steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
+    steps: str = STEPS  # sampler steps, for example 50, 250 or ddim50
     sampler: Sampler = "ddim"  # DDIM, or the ancestral sampler, which adds noise
     gate_kind: Annotated[GateKind, tyro.conf.arg(aliases=["--gate"])] = "joint"  # joint: one softmax
     guidance: float = 1.0  # classifier-free guidance scale; 1 is none, 0 the null label alone
@@ -62,14 +71,34 @@ class StudyConfig:
 
     @property
     def halves(self) -> int:
-        """Images that the network sees for one that is denoised: under guidance a conditional one and a null one; without
-        (1), and for the null label alone (0), there is one."""
+        """Images that the network sees for one that is denoised: a conditional one and a null one under guidance; one
+        without (1), and for the null label alone (0)."""
         return 1 if self.guidance in (0, 1) else 2
 
     @property
     def eta(self) -> float:
         """Stochasticity of the sampler in exact recursions: 0 for DDIM, 1 for the ancestral sampler."""
         return 0.0 if self.sampler == "ddim" else 1.0
+
+
+@dataclass(frozen=True)
+class ProtocolConfig(StudyConfig):
+    """Settings of a study of which accounts of the paper say how it ran."""
+
+    steps: str = AUTO  # sampler steps, for example 50, 250 or ddim50; auto is 50, or what --protocol says
+    protocol: Protocol = "own"  # paper: its 250 steps unless --steps is given; it has 28 layers, and names the last 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol not in get_args(Protocol):
+            raise ValueError(f"protocol {self.protocol!r} is not one of {', '.join(get_args(Protocol))}")
+        if self.steps == AUTO:
+            object.__setattr__(self, "steps", PAPER_STEPS if self.protocol == "paper" else STEPS)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What is not known of the protocol, so that the run has it from its other settings."""
+        return UNKNOWN_OF_PAPER if self.protocol == "paper" else ()
 
 
 def check_seed(seed: int) -> None:

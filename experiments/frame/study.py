@@ -110,6 +110,8 @@ def _run(
     if bench.run.moved:
         changed = "; ".join(bench.run.moved)
         print(f"resumed with another device or version, so last digits may differ ({changed})", file=sys.stderr)
+    if unknown := bench.manifest.get("unknown_of_protocol"):
+        print(f"not known of the paper's protocol, and as the settings have it: {'; '.join(unknown)}", file=sys.stderr)
     study.measure(bench)
     bench.run.note(measuring_s=round(time.perf_counter() - started, 1), compilations=compilations() - compiled)
     return report(study, bench.run, figures=figures)

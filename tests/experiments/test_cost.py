@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import xarray as xr
 from flax import nnx
@@ -15,11 +16,14 @@ from dit_jax.attention import symmetric_gate
 from dit_jax.config import ControlConfig, DiTConfig
 from dit_jax.controls import make_network
 from dit_jax.model import DiT
+from dit_jax.replicas import run_pairs
 from experiments import studies
-from experiments.frame import forecast
+from experiments.frame import bench as bench_module
+from experiments.frame import forecast, progress
 from experiments.frame.bench import Bench
 from experiments.frame.cost import flops, passes_of, run_flops
 from experiments.frame.forecast import Forecast, covered
+from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder
 
 SEEN = [0]  # pixels that went through `counted`
@@ -256,3 +260,48 @@ def test_compilation_is_noticed():
         assert first > 0
     jax.jit(lambda x: jnp.cos(x) + 3)(jnp.ones(3))
     assert compiling() == first
+
+
+@pytest.fixture
+def one_group(weights, tmp_path, monkeypatch):
+    """The ends of 4 pairs in blocks of 2, measured with or without a progress bar; and what the bar said."""
+
+    def run(shows, slow=0.0):
+        said = []
+        monkeypatch.setattr(progress, "SLOW", slow)
+        monkeypatch.setattr(bench_module.tqdm, "set_postfix_str", lambda bar, text, **_: said.append(text))
+        config = StudyConfig(weights=weights, pairs=4, block=2, steps="6", guidance=2.0)
+        bench = Bench(
+            "spread",
+            config,
+            tmp_path / f"{shows}{slow}",
+            progress=shows,
+            passes=lambda config, network: {"network": 2 * 6 * 2 * 2 * config.pairs},
+        )
+
+        @jax.jit
+        def on_network(model, pairs, labels):
+            gates = jnp.array([0.0, 0.5])
+            ends, _ = run_pairs(bench.coupled(model), bench.clock, gates, pairs, labels, (8, 8, 3), seed=0)
+            return {"ends": jnp.moveaxis(ends, 2, 0).reshape(len(pairs), -1)}
+
+        variables = {"ends": (("number",), "pixels")}
+        coords = {"number": ("number", np.arange(2 * 2 * 192), {"long_name": "pixel", "units": "1"})}
+        found = bench.measure("network", variables, coords, 4, lambda *block: on_network(bench.network, *block))
+        return found.ends.values, said
+
+    return run
+
+
+def test_a_block_tells_how_far_it_is_and_measures_the_same(one_group, capsys):
+    quiet, silent = one_group(False)
+    shown, said = one_group(True)
+    np.testing.assert_array_equal(shown, quiet)
+    assert not silent
+    block = [*(f"{share:.0%} of this block" for share in np.arange(1, 7) / 6), ""]
+    assert said == 2 * block
+    assert "images go through the network" in capsys.readouterr().err
+
+
+def test_fast_calls_say_nothing(one_group):
+    assert set(one_group(True, slow=1e12)[1]) == {""}

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal, get_args
 
-from experiments.frame.settings import StudyConfig, check_shares
+from experiments.frame.settings import ProtocolConfig, check_shares
 
 ModesKind = Literal["dct", "pca", "colour", "class"]
 
 
 @dataclass(frozen=True)
-class CompareConfig(StudyConfig):
+class CompareConfig(ProtocolConfig):
     """Measure the synchronization gap of a DiT against the coupling and lay it over the theory."""
 
     couplings: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 4.0)  # g, 0 among them

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from math import isfinite
 
-from experiments.frame.settings import StudyConfig, check_shares
+from experiments.frame.settings import ProtocolConfig, check_shares
 
 COUPLED_FIRST, FREE_FIRST = "coupled first", "free first"
 ORDERS = (COUPLED_FIRST, FREE_FIRST)  # which of the two phases comes first
 
 
 @dataclass(frozen=True)
-class ReleaseConfig(StudyConfig):
+class ReleaseConfig(ProtocolConfig):
     """When can coupled replicas be released and still end alike? Coupled up to a step, then free; and reversed."""
 
     pairs: int = 16  # pairs of replicas
