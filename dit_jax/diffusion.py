@@ -36,6 +36,13 @@ Observer = Callable[..., Any]
 Step = Callable[[jax.Array, jax.Array, DenoiserOutput, jax.Array | None], jax.Array]
 
 
+def doubles(guidance: float | jax.Array) -> bool:
+    """Whether classifier-free guidance of this scale needs both the label's and the null label's output. A scale of 1
+    is the label's alone, and one of 0 the null label's alone, with the variance that the network learned for it. An
+    array, whose value may not be known yet, needs both."""
+    return isinstance(guidance, jax.Array) or guidance not in (0.0, 1.0)
+
+
 def guide(conditional: jax.Array, null: jax.Array, scale, channels: int) -> jax.Array:
     """Classifier-free guidance of raw outputs (..., C_out): the first `channels` channels become
     ``null + scale (conditional - null)``, the others stay those of `conditional`."""
@@ -124,9 +131,9 @@ def network_denoiser(
         the networks of `dit_jax.controls`, which have no attention to couple in.
       kind, attention, tap, edit: see `DiT.__call__`. The taps come back as `DenoiserOutput.taps`. For an edit that
         depends on the step, write a denoiser that builds this one with the edit of its step.
-      guidance: scale of classifier-free guidance; 1 is without, and needs no doubled batch. An array, which may be
-        traced, always has one.
-      channels, guided_coupling: see `guided_output`.
+      guidance: scale of classifier-free guidance; 1 is without, and 0 is the null label alone, whatever the labels.
+        Neither needs a doubled batch. An array, which may be traced, always has one.
+      channels, guided_coupling: see `guided_output`; of no effect at 0 and 1.
 
     Raises:
       ValueError: a gate by step is not as long as the clock; the clock is of another path than the network's;
@@ -137,25 +144,27 @@ def network_denoiser(
     path = "ddpm" if clock.path is None else clock.path.name
     if path != config.path:
         raise ValueError(f"the clock is of the path {path}, the network of {config.path}: use model.config.clock")
-    is_guided = isinstance(guidance, jax.Array) or guidance != 1.0
-    if is_guided:
+    if isinstance(guidance, jax.Array) or guidance != 1.0:
         scale = "" if isinstance(guidance, jax.Array) else f" {guidance:g}"
         config.need_null_label(f"guidance{scale}", WITHOUT_GUIDANCE)
     if gate is not None and gate.ndim == 5 and gate.shape[0] not in (1, len(clock)):
         raise ValueError(f"the gate has {gate.shape[0]} steps, the clock {len(clock)}")
     options: dict[str, Any] = {"kind": kind, "attention": attention, "tap": tap, "edit": edit}
-    if is_guided:
+    if doubles(guidance):
         options.update(scale=guidance, channels=channels, guided_coupling=guided_coupling)
+
+    is_null = not isinstance(guidance, jax.Array) and guidance == 0.0
 
     def denoise(x: jax.Array, step: jax.Array, labels: jax.Array) -> DenoiserOutput:
         t = jnp.full(labels.shape, jnp.asarray(timesteps)[step])
         inputs, now = network_input(x, step, clock), gate
+        y = jnp.full_like(labels, config.num_classes) if is_null else labels
         if gate is not None and gate.ndim == 5:
             now = gate[0] if gate.shape[0] == 1 else gate[step]
         found = (
-            guided_output(model, inputs, t, labels, now, **options)
-            if is_guided
-            else model(inputs, t, labels, now, **options)
+            guided_output(model, inputs, t, y, now, **options)
+            if doubles(guidance)
+            else model(inputs, t, y, now, **options)
         )
         out, taps = found if tap is not None else (found, None)
         out = out.astype(x.dtype)

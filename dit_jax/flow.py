@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from dit_jax.config import Diffusion, LastStep, NetworkConfig, Prediction
 from dit_jax.controls import Network
-from dit_jax.diffusion import WITHOUT_GUIDANCE, GuidedChannels, guided_output
+from dit_jax.diffusion import WITHOUT_GUIDANCE, GuidedChannels, doubles, guided_output
 from dit_jax.objective import at_step
 from ou_theory.paths import FIRST_TIME, PATHS, FloatArray, ProbabilityPath
 
@@ -191,7 +191,7 @@ def network_flow(
 
     Args:
       times: see `Flow.times`; those of `flow_times` are SiT's.
-      guidance: scale of classifier-free guidance; 1 is without, and needs no doubled batch.
+      guidance: as in `dit_jax.diffusion.network_denoiser`.
       channels: see `dit_jax.diffusion.guided_output`.
 
     Raises:
@@ -211,10 +211,11 @@ def network_flow(
 
     def field(x: jax.Array, k: jax.Array) -> Field:
         t = jnp.full(labels.shape, jnp.asarray(times)[k])
-        if guidance == 1.0:
-            out = model(x, t, labels)
+        y = jnp.full_like(labels, config.num_classes) if guidance == 0.0 else labels
+        if doubles(guidance):
+            out = guided_output(model, x, t, y, scale=guidance, channels=channels)
         else:
-            out = guided_output(model, x, t, labels, scale=guidance, channels=channels)
+            out = model(x, t, y)
         out = out.astype(x.dtype)[..., : config.in_channels]
         from_x, from_out, score_x, score_out = (at_step(table, k, x) for table in weights)
         return Field(from_x * x + from_out * out, score_x * x + score_out * out)

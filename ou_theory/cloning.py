@@ -9,6 +9,7 @@ Functions broadcast, and work under jit, vmap and grad, unless they say otherwis
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtr
 from jax.typing import ArrayLike
 
 from ou_theory.clock import BETA_MAX, BETA_MIN, NUM_TRAIN_STEPS, Clock
@@ -26,6 +27,27 @@ from ou_theory.special import exprel
 def same_cluster_probability(kappa: ArrayLike) -> jax.Array:
     """Probability ``(1 + T(kappa)) / 2`` that two clones end in the same of two clusters; kappa of any shape."""
     return (1 + sign_correlation(jnp.asarray(kappa, float))) / 2
+
+
+def same_side_probability(centre: ArrayLike, variance: ArrayLike, sigma2: ArrayLike, points: int = 4801) -> jax.Array:
+    """Probability that two clones end on the same side of 0 in one mode with clusters at ``+-m`` (theory, eq. 11.6).
+
+    The side is what a classifier sees, and need not be the cluster. Far clusters have `same_cluster_probability`, and
+    one Gaussian (m = 0) has ``1/2 + arcsin(X / (1 + X)) / pi`` with its signal-to-noise ratio X. Broadcasts.
+
+    Args:
+      centre, variance: m, and s^2 > 0 within a cluster.
+      sigma2: noise variance > 0 at which the clones branch.
+      points: of the quadrature, a trapezoid rule.
+    """
+    m, s2, noise = jnp.broadcast_arrays(*(jnp.asarray(v, float)[..., None] for v in (centre, variance, sigma2)))
+    z = jnp.linspace(-12, 12, points)
+    weight = jnp.exp(-(z**2) / 2)
+    y = m + jnp.sqrt(s2 + noise) * z  # of one cluster; the other is its mirror image
+    share, spread = s2 / (s2 + noise), jnp.sqrt(s2 * noise / (s2 + noise))
+    own = jax.nn.sigmoid(2 * m * y / (s2 + noise))
+    right = own * ndtr((m + share * (y - m)) / spread) + (1 - own) * ndtr((share * (y + m) - m) / spread)
+    return (weight * (right**2 + (1 - right) ** 2)).sum(-1) / weight.sum()
 
 
 def clone_correlation(law: Clusters, sigma2: ArrayLike) -> jax.Array:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dit_jax.checkpoint import abstract_model
 from dit_jax.config import NetworkConfig
-from dit_jax.diffusion import Denoiser
+from dit_jax.diffusion import Denoiser, doubles
 from dit_jax.model import DiT
 from dit_jax.platform import host_device
 from dit_jax.replicas import CoupledDenoiser, pair_labels
@@ -174,7 +174,7 @@ class Bench(Measured[C]):
             config.gate_kind,
             config.guided_channels,
             config.guided_coupling,
-            is_guided=config.guidance != 1,
+            is_guided=doubles(config.guidance),
             seed=config.seed,
             guidance=config.guidance,
         )

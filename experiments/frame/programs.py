@@ -41,7 +41,7 @@ T = TypeVar("T")
 class Setup:
     """What programs know of the run that they measure.
 
-    Seed and guidance are traced inside a program. Everything else is static: runs that differ in it have programs of
+    The seed is traced inside a program, and so is the scale of guidance where there is any. Everything else is static: runs that differ in it have programs of
     their own.
     """
 
@@ -80,11 +80,11 @@ class Setup:
         Args:
           gate: of the replicas, none by default.
           clock: the levels that it is asked for, by default those of the sampler.
-          options: further options of `network_denoiser`. Under guidance, taps and edits see the doubled batch;
-            `own` and `guided` select from it.
+          options: further options of `network_denoiser`, or others than those of the settings. Under guidance, taps and
+            edits see the doubled batch; `own` and `guided` select from it.
         """
-        options |= {"channels": self.guided_channels, "guided_coupling": self.guided_coupling}
-        options |= {"kind": self.gate_kind, "guidance": self.guidance if self.is_guided else 1.0}
+        known = {"channels": self.guided_channels, "guided_coupling": self.guided_coupling}
+        options = {**known, "kind": self.gate_kind, "guidance": self.guidance, **options}
         clock = self.clock if clock is None else clock
         if self.mesh is None:
             return network_denoiser(model, clock, gate, **options)
@@ -137,8 +137,8 @@ def program(setup: Setup, function: Callable[..., T], *static: Hashable) -> Call
     if not inspect.isfunction(function) or function.__closure__ is not None:
         raise TypeError(f"{function} must be a function of a module's top level: what it closes over is not in its key")
     # Weakly typed, as the number in a program would be; JAX uses 32 bits of a seed.
-    traced = {"seed": np.uint32(setup.seed), "guidance": float(setup.guidance)}
-    fixed = replace(setup, seed=0, guidance=1.0)
+    traced = {"seed": np.uint32(setup.seed)} | ({"guidance": float(setup.guidance)} if setup.is_guided else {})
+    fixed = replace(setup, seed=0, guidance=2.0 if setup.is_guided else setup.guidance)
     make = partial(_jitted, function, fixed, static)
     jitted = make() if _kept is None else _kept.program((function, fixed, static), make)
     return partial(jitted, traced)

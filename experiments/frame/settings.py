@@ -32,7 +32,7 @@ class StudyConfig:
     steps: str = "50"  # sampler steps, for example 50, 250 or ddim50
     sampler: Sampler = "ddim"  # DDIM, or the ancestral sampler, which adds noise
     gate_kind: Annotated[GateKind, tyro.conf.arg(aliases=["--gate"])] = "joint"  # joint: one softmax
-    guidance: float = 1.0  # classifier-free guidance scale; 1 is none
+    guidance: float = 1.0  # classifier-free guidance scale; 1 is none, 0 the null label alone
     guided_channels: GuidedChannels = "all"  # channels that guidance acts on: official is the first three
     guided_coupling: GuidedCoupling = "both"  # halves of the guided batch that the gate couples
     classes: tuple[int, ...] | None = None  # labels that the pairs take in turn; all classes by default
@@ -62,8 +62,9 @@ class StudyConfig:
 
     @property
     def halves(self) -> int:
-        """Images that the network sees for one that is denoised: under guidance a conditional one and a null one."""
-        return 1 if self.guidance == 1 else 2
+        """Images that the network sees for one that is denoised: under guidance a conditional one and a null one. Without
+        there is one, as with the null label alone, which is a scale of 0."""
+        return 1 if self.guidance in (0, 1) else 2
 
     @property
     def eta(self) -> float:

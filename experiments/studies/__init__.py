@@ -15,6 +15,7 @@ NAMES = (
     "interventions",
     "release",
     "cloning",
+    "speciation",
     "response",
     "gaussianity",
     "solvable",

@@ -52,7 +52,10 @@ def _cost(study: Study, cell: Cell, load: Callable[[str], Subject], devices: int
         return Cost(0, 1.0, None)
     network = load(one_of(config.weights))
     checked_settings(study.name, config, network, study.check, study.any_network, devices)
-    alike = {name: getattr(StudyConfig, name) for name in TRACED} | {"weights": "", "guidance": float(config.halves)}
+    alike = {name: getattr(StudyConfig, name) for name in TRACED} | {
+        "weights": "",
+        "guidance": config.guidance if config.halves == 1 else 2.0,
+    }
     program = (network.config, len(getattr(config, "couplings", ())), replace(config, **alike))
     images = sum(passes_of(study, config, network.config).values())
     return Cost(images, run_flops(study, config, network.config) or 1.0, program)

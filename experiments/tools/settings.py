@@ -25,7 +25,7 @@ class SampleConfig:
     eta: float = 0.0  # stochasticity of DDIM, from 0 to 1
     diffusion: Diffusion = "sigma"  # of the sde sampler
     last_step: LastStep | None = "mean"  # of the sde sampler: without noise, of size 0.04, after its steps
-    guidance: float = 1.0  # classifier-free guidance scale; 1 is none
+    guidance: float = 1.0  # classifier-free guidance scale; 1 is none, 0 the null label alone
     guided_channels: GuidedChannels = "all"  # channels that guidance acts on: official is the first three
     seed: int = 0  # of all random numbers
     batch: int = 8  # pictures that are sampled together; does not change them

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion import Denoiser, ancestral_step
+from dit_jax.diffusion import Denoiser
 from dit_jax.model import DiT
 from dit_jax.objective import posterior_tables
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables
+from experiments.frame.clones import clone_ends
 from experiments.frame.programs import Setup
 from experiments.frame.steps import spaced_steps
 from experiments.frame.streams import stream
@@ -38,25 +39,6 @@ def inner_branches(clock: Clock, count: int) -> np.ndarray:
     """
     steps = spaced_steps(clock, count, last=False)
     return steps[steps < len(clock) - 1]
-
-
-def clone_ends(denoise: Denoiser, clock: Clock, states, branch, labels, noise) -> jax.Array:
-    """Where clones end: the ancestral sampler continues from a step with fresh noise.
-
-    Args:
-      states: (2, P, H, W, C) at the step `branch`, which may be traced.
-      labels: (P,).
-      noise: ``noise(step)`` of the shape of the states.
-
-    Returns:
-      the ends (2, P, H, W, C).
-    """
-    update = ancestral_step(clock)
-
-    def body(step, x):
-        return update(step, x, denoise(x, step, labels), noise(step))
-
-    return jax.lax.fori_loop(branch, len(clock), body, states)
 
 
 def measurements(

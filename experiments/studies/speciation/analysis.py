@@ -1,0 +1,104 @@
+"""phi by branch step, where it passes the threshold, and the same of controls and theory, from what is stored."""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from experiments.frame.draws import mean_and_draws, packed, pair_draws
+from experiments.frame.measured import Definitions, Measured
+from experiments.studies.speciation.settings import THRESHOLD, SpeciationConfig
+from experiments.studies.speciation.theory import laws, speciation_level
+from ou_theory.clock import NUM_TRAIN_STEPS, Clock, make_clock
+
+SOURCES = ("network", "labelled", "untrained")
+_LEVEL = f"log-SNR at which phi passes {THRESHOLD:g}"
+DEFINITIONS: Definitions = {
+    "phi": ("share of trajectories that end in the class of their clone", "1"),
+    "others": ("share of trajectories that end in the class of the clone of the pair's other trajectory", "1"),
+    "level": (_LEVEL, "nat"),
+    "pixel_level": (f"{_LEVEL}, for data in units of pixels in [0, 1]", "nat"),
+    "schedule_step": ("step of the 1000-step schedule of that log-SNR, 0 for the clean end", "1"),
+    "pixel_step": ("step of the 1000-step schedule at which data in units of pixels in [0, 1] have that noise", "1"),
+    "law_phi": ("phi of the two-Gaussian mixture", "1"),
+    "law_level": (_LEVEL, "nat"),
+    "first_class": ("share of trajectories that end in the first class", "1"),
+    "sure": ("probability that the classifier gives to the class of an end", "1"),
+    "law": ("law of theory", "1"),
+    "end": ("class in which the trajectory ends", "1"),
+    "clone": ("class in which its clone ends", "1"),
+    "centre": ("half the distance of the class means along the component", "1"),
+}
+
+
+def crossing(phi: np.ndarray, levels: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
+    """The level (...) from which on phi (..., S) stays at or above the threshold, linear between levels (S,). NaN where
+    it ends below, or is never below."""
+    phi = np.asarray(phi, np.float64)
+    below = ~(phi >= threshold)
+    last = phi.shape[-1] - 1 - np.argmax(below[..., ::-1], -1)
+    known = below.any(-1) & (last < phi.shape[-1] - 1)
+    at = np.minimum(last, phi.shape[-1] - 2)
+    low, high = (np.take_along_axis(phi, at[..., None] + i, -1)[..., 0] for i in (0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = (threshold - low) / (high - low)
+    return np.where(known, levels[at] + part * (levels[at + 1] - levels[at]), np.nan)
+
+
+def schedule_step(level: np.ndarray) -> np.ndarray:
+    """The step of the 1000-step linear schedule, 0 for the clean end, at a log-SNR in the data's units."""
+    full: Clock = make_clock(NUM_TRAIN_STEPS)
+    return NUM_TRAIN_STEPS - 1 - np.interp(level, full.log_snr, np.arange(NUM_TRAIN_STEPS), np.nan, np.nan)
+
+
+def estimates(group: xr.Dataset, seed: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Estimates of one source, with 95 % intervals over pairs.
+
+    phi counts a trajectory and its own clone. `others` counts a trajectory and the clone of the pair's other one, with
+    which it shares nothing: what chance alone gives, at every branch.
+    """
+    weights = pair_draws(seed, group.sizes["pair"])
+    end, clone = group.end.values[:, None, :], group.clone.values
+    same = mean_and_draws((end == clone).mean(-1), weights)
+    other = mean_and_draws((end == clone[..., ::-1]).mean(-1), weights)
+    return {
+        "phi": (("branch", "bound"), packed(same)),
+        "others": (("branch", "bound"), packed(other)),
+        "level": (("bound",), packed(crossing(same, group.branch_ell.values))),
+        "first_class": (("bound",), packed(mean_and_draws((end == 0).mean((1, 2)), weights))),
+        "sure": (("bound",), packed(mean_and_draws(group.sure.values.mean(-1), weights))),
+    }
+
+
+def analyse(measured: Measured[SpeciationConfig]) -> xr.Dataset:
+    """Estimates of every source, named ``<source>_<estimate>``, and theory from the covariance of the data."""
+    network, shift = measured.load("network"), pixel_shift(measured)
+    data: dict[str, Any] = {}
+    for source in SOURCES:
+        found = estimates(measured.load(source), measured.config.seed)
+        data |= {f"{source}_{name}": value for name, value in found.items()}
+    level = data["network_level"][1]
+    data["network_schedule_step"] = ("bound",), schedule_step(level)
+    data["network_pixel_level"] = ("bound",), level + shift
+    data["network_pixel_step"] = ("bound",), schedule_step(level + shift)
+    attrs: dict[str, Any] = {"pixel_shift": shift}
+    coords = {name: network[name] for name in ("branch", "branch_ell")} | {"bound": ["estimate", "low", "high"]}
+    if measured.run.holds("data"):
+        theory = measured.load("data")
+        fine = measured.clock.log_snr
+        phi = laws(theory, np.exp(-fine))
+        data["law_phi"] = ("law", "step"), phi
+        data["law_level"] = ("law",), crossing(phi, fine)
+        scale = np.exp(-shift)
+        attrs |= {"leading": theory.leading, "leading_pixels": theory.leading * scale}
+        attrs |= {"one_channel": theory.one_channel, "one_channel_pixels": theory.one_channel * scale}
+        for name in ("leading", "one_channel"):
+            attrs[f"{name}_level"] = speciation_level(attrs[name])
+            attrs[f"{name}_pixel_level"] = speciation_level(attrs[f"{name}_pixels"])
+        coords |= {"law": ["classes", "side"], "step": np.arange(len(fine)), "ell": ("step", fine)}
+    return xr.Dataset(data, coords, attrs)
+
+
+def pixel_shift(measured: Measured[SpeciationConfig]) -> float:
+    """What is added to a log-SNR of standardised data to have that of the same noise beside pixels in [0, 1]."""
+    return float(2 * np.log(2 / measured.load("classifier").pixel_std))

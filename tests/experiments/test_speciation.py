@@ -1,0 +1,256 @@
+"""Clones of two classes: a process of known law against its exact phi, limits, controls, and the study end to end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from dit_jax.checkpoint import save_model
+from dit_jax.classifier import Classifier, initial_layers, load_classifier, save_classifier
+from dit_jax.config import DiTConfig
+from dit_jax.covariance import data_covariance, save_covariance
+from dit_jax.diffusion import DenoiserOutput, network_denoiser
+from dit_jax.images import image_set
+from experiments.frame.study import run_study
+from experiments.frame.subject import untrained_model
+from experiments.studies.speciation.analysis import crossing, estimates, schedule_step
+from experiments.studies.speciation.measure import branch_steps, measurements
+from experiments.studies.speciation.settings import SpeciationConfig
+from experiments.studies.speciation.study import STUDY
+from experiments.studies.speciation.theory import LAWS, laws, leading, speciation_level, theory_group
+from ou_theory.clock import make_clock
+from ou_theory.cluster_laws import clusters
+from ou_theory.keys import random_key
+
+TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=2, prediction="v")
+NAMES = ("car", "horse")
+CLOCK = make_clock("200")
+PAIRS = 400
+
+
+class Side:
+    """Stands for a classifier: the class of an image is the side of 0 of its first number."""
+
+    def log_odds(self, images):
+        first = images[..., 0, 0, 0]
+        return jnp.stack([first, -first], -1)
+
+    def classes(self, images):
+        return self.log_odds(images).argmax(-1)
+
+
+def clones_of(centre, variance, branches):
+    """Classes of ends and clones, as a group of a run, of the exact denoiser of one mode with two clusters."""
+    law = clusters([variance], [[centre]])
+
+    def denoise(x, step, labels):
+        noise = jnp.asarray(CLOCK.sigma, jnp.float32)[step] ** 2
+        y = x * jnp.asarray(CLOCK.alpha_bar**-0.5, jnp.float32)[step]
+        return DenoiserOutput(law.posterior_mean(y, noise))
+
+    found = jax.jit(lambda pairs: measurements(denoise, Side(), CLOCK, branches, pairs, 0 * pairs, (1, 1, 1), seed=0))(
+        jnp.arange(PAIRS)
+    )
+    dims = {"end": ("pair", "replica"), "sure": ("pair", "replica"), "clone": ("pair", "branch", "replica")}
+    coords = {"branch": branches, "branch_ell": ("branch", CLOCK.log_snr[branches])}
+    return xr.Dataset({name: (dims[name], np.asarray(v)) for name, v in found.items()}, coords)
+
+
+@pytest.fixture(scope="module")
+def far():
+    """Two clusters far apart, cloned at a few levels around their speciation."""
+    ell = CLOCK.log_snr
+    branches = np.array([np.abs(ell - wanted).argmin() for wanted in (-9, -4.4, -3.2, -2, 3)])
+    return clones_of(4.0, 1.0, branches)
+
+
+def theory(centre, variance):
+    attrs = {"leading_centre": centre, "leading_within": variance}
+    return xr.Dataset({"variance": ("component", [variance]), "centre": ("component", [centre])}, attrs=attrs)
+
+
+def test_clones_of_a_known_law_follow_its_exact_phi(far):
+    found = estimates(far, 0)
+    exact = laws(theory(4.0, 1.0), np.exp(-far.branch_ell.values))[1]
+    error = np.sqrt(exact * (1 - exact) / (2 * PAIRS)) + 0.01  # one in a hundred for 200 steps
+    assert np.all(np.abs(found["phi"][1][:, 0] - exact) < 3.5 * error)
+
+
+def test_phi_is_one_half_at_first_and_one_at_last_and_others_stay_at_one_half(far):
+    found = estimates(far, 0)
+    phi, others = found["phi"][1], found["others"][1]
+    assert phi[0, 1] < 0.5 < phi[0, 2]
+    assert phi[-1, 0] == 1
+    assert np.all((others[:, 1] - 0.05 < 0.5) & (others[:, 2] + 0.05 > 0.5))
+    assert np.all(np.diff(phi[:, 0]) > -0.05)
+    low, high = found["level"][1][1:]
+    assert low < -np.log(15) < high + 0.3  # kappa = 1, up to the overlap of the clusters
+
+
+SIGMA2 = np.concatenate([[1e-9], np.geomspace(1e-2, 1e2, 7), [1e9]])  # one shape, so that one program serves all
+
+
+def test_laws_of_side_and_class_agree_where_clusters_are_far_and_have_their_limits():
+    classes, side = laws(theory(30.0, 1e-2), SIGMA2)
+    np.testing.assert_allclose(classes, side, atol=1e-6)
+    assert classes[0] == pytest.approx(1)
+    overlapping_classes, overlapping_side = laws(theory(0.3, 1.0), SIGMA2)
+    assert overlapping_classes[-1] == pytest.approx(0.5, abs=1e-6)
+    assert overlapping_side[-1] == pytest.approx(0.5, abs=1e-4)
+    assert overlapping_side[0] == pytest.approx(1, abs=2e-3)
+    assert overlapping_classes[0] < 0.6  # a clean image does not tell clusters that overlap
+    for each in (classes, side, overlapping_classes, overlapping_side):
+        assert np.all(np.diff(each) < 1e-12)
+
+
+def test_side_of_one_gaussian_is_the_arcsine_law():
+    found = laws(theory(0.0, 2.0), SIGMA2)[1]
+    np.testing.assert_allclose(found[1:], 0.5 + np.arcsin(2.0 / (2.0 + SIGMA2[1:])) / np.pi, atol=1e-6)
+
+
+def test_side_of_two_clusters_is_the_integral_over_states():
+    m, s2, noise = 1.3, 0.6, SIGMA2[4]
+
+    def right(y):
+        own = 1 / (1 + np.exp(-2 * m * y / (s2 + noise)))
+        spread = np.sqrt(s2 * noise / (s2 + noise))
+        each = [norm.cdf((c * m + s2 / (s2 + noise) * (y - c * m)) / spread) for c in (1, -1)]
+        return own * each[0] + (1 - own) * each[1]
+
+    def integrand(y):
+        density = sum(norm.pdf(y, c * m, np.sqrt(s2 + noise)) for c in (1, -1)) / 2
+        return density * (right(y) ** 2 + (1 - right(y)) ** 2)
+
+    assert laws(theory(m, s2), SIGMA2)[1, 4] == pytest.approx(quad(integrand, -12, 12)[0], abs=1e-7)
+
+
+def test_leading_eigenvalue_is_that_of_the_whole_matrix():
+    rng = np.random.default_rng(0)
+    variance, centre = np.sort(rng.exponential(size=20))[::-1], rng.normal(size=20) / 3
+    value, vector = leading(variance, centre)
+    values, vectors = np.linalg.eigh(np.diag(variance) + np.outer(centre, centre))
+    assert value == pytest.approx(values[-1], rel=1e-10)
+    assert abs(vector @ vectors[:, -1]) == pytest.approx(1, abs=1e-8)
+
+
+@pytest.mark.parametrize("centre", [[0.0, 0.0, 0.0], [0.0, 0.3, 0.4]])
+def test_leading_eigenvalue_of_classes_that_do_not_differ_along_it_is_the_largest_variance(centre):
+    value, vector = leading(np.array([3.0, 1.0, 0.5]), np.array(centre))
+    assert value == 3
+    np.testing.assert_array_equal(vector, [1, 0, 0])
+
+
+def test_theory_of_images_is_that_of_their_pixels():
+    rng = np.random.default_rng(1)
+    labels = np.arange(60, dtype=np.int32) % 2
+    pixels = rng.integers(0, 200, (60, 8, 8, 3)) * np.array([1, 0.6, 0.8]) + 50 * labels[:, None, None, None]
+    images = image_set(pixels.astype(np.uint8), labels, NAMES, "here")
+    found = theory_group(data_covariance(images))
+    x = ((images.pixels / 127.5 - 1 - images.mean) / images.std).reshape(60, 8, 8, 3)
+    x = np.concatenate([x, x[:, :, ::-1]])  # training mirrors the images
+    whole = np.cov(x.reshape(120, -1).T, bias=True)
+    assert found.leading == pytest.approx(np.linalg.eigvalsh(whole)[-1], rel=1e-2)
+    assert found.leading == pytest.approx(found.leading_centre**2 + found.leading_within, rel=1e-9)
+    each = [np.linalg.eigvalsh(np.cov(x[..., c].reshape(120, -1).T, bias=True))[-1] for c in range(3)]
+    assert found.one_channel == pytest.approx(max(each), rel=2e-2)
+
+
+def test_crossing_is_the_last_one_and_there_is_none_without_both_sides():
+    levels = np.array([-4.0, -3.0, -2.0, 0.0])
+    assert crossing(np.array([0.5, 0.8, 0.7, 0.85]), levels) == pytest.approx(-1.0)
+    assert np.isnan(crossing(np.array([0.8, 0.8, 0.9, 1.0]), levels))
+    assert np.isnan(crossing(np.array([0.5, 0.9, 0.9, 0.7]), levels))
+
+
+def test_published_time_is_the_step_at_which_the_noise_is_the_eigenvalue():
+    level = speciation_level(16.72)
+    assert level == pytest.approx(-2.755, abs=1e-3)
+    assert float(schedule_step(np.array(level))) == pytest.approx(526, abs=1)
+    assert np.isnan(schedule_step(np.array(np.nan)))
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A folder with a network of two classes, the covariance of its data, and a classifier."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = np.random.default_rng(0)
+    labels = np.arange(40, dtype=np.int32) % 2
+    pixels = (rng.integers(0, 150, (40, 8, 8, 3)) + 100 * labels[:, None, None, None]).astype(np.uint8)
+    images = image_set(pixels, labels, NAMES, "here")
+    model = untrained_model(TINY, 5)
+    save_model(model, folder / "model", extra={"data": images.preparation()})
+    save_covariance(folder / "model", data_covariance(images))
+    about = {"format": "syncgap-classifier", "class_names": list(NAMES), "size": 8}
+    about["test"] = {"accuracy": 0.9, "interval": [0.8, 0.95], "images": 40}
+    save_classifier(folder / "c.npz", Classifier(initial_layers(8, 2, random_key(1)), about))
+    return folder, model
+
+
+def settings(folder, **options):
+    given = {"pairs": 4, "block": 2, "labelled_pairs": 2, "untrained_pairs": 2, "steps": "6", "branches": (0, 2, 4)}
+    return SpeciationConfig(weights=str(folder / "model"), classifier=str(folder / "c.npz"), **(given | options))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_study_runs_and_its_page_says_what_was_measured(network, tmp_path):
+    folder, _ = network
+    page = run_study(STUDY, settings(folder), tmp_path / "run", progress=False)
+    text = page.read_text()
+    for said in ("Speciation", "car and horse", "clones of other trajectories", "Biroli"):
+        assert said in text
+    tree = xr.open_datatree(tmp_path / "run" / "data.zarr", engine="zarr", consolidated=False)
+    assert tree["network"].clone.dims == ("pair", "branch", "replica")
+    assert set(np.unique(tree["network"].clone)) <= {0, 1}
+    assert list(tree["analysis"].law.values) == list(LAWS)
+    other = load_classifier(folder / "c.npz")._replace(layers=initial_layers(8, 2, random_key(2)))
+    save_classifier(tmp_path / "other.npz", other)
+    kept = (folder / "c.npz").read_bytes()
+    try:
+        (folder / "c.npz").write_bytes((tmp_path / "other.npz").read_bytes())
+        with pytest.raises(ValueError, match="another classifier"):
+            run_study(STUDY, settings(folder), tmp_path / "run", resume=True, progress=False)
+    finally:
+        (folder / "c.npz").write_bytes(kept)
+
+
+def test_guidance_zero_is_the_null_label_alone(network):
+    _, model = network
+    clock = model.config.clock("6")
+    x = jax.random.normal(random_key(0), (2, 3, 8, 8, 3))
+    null = network_denoiser(model, clock)(x, 2, jnp.full(3, 2))
+    for labels in (jnp.zeros(3, int), jnp.array([1, 0, 1])):
+        found = network_denoiser(model, clock, guidance=0.0)(x, 2, labels)
+        np.testing.assert_array_equal(found.denoised, null.denoised)
+        np.testing.assert_array_equal(found.fraction, null.fraction)
+    nearly = network_denoiser(model, clock, guidance=1e-7)(x, 2, jnp.zeros(3, int))
+    np.testing.assert_allclose(nearly.denoised, null.denoised, atol=1e-4)
+    labelled = network_denoiser(model, clock)(x, 2, jnp.zeros(3, int))
+    assert np.abs(labelled.denoised - null.denoised).max() > 1e-3
+
+
+def test_settings_that_cannot_be_run_are_refused_with_the_remedy(network, tmp_path):
+    folder, _ = network
+    with pytest.raises(ValueError, match="syncgap classifier"):
+        SpeciationConfig()
+    with pytest.raises(ValueError, match="sampler"):
+        settings(folder, sampler="ddim")
+    with pytest.raises(ValueError, match="each once"):
+        settings(folder, branches=(1, 1))
+    with pytest.raises(ValueError, match="labelled_pairs"):
+        settings(folder, labelled_pairs=1)
+    with pytest.raises(ValueError, match="more --steps"):
+        run_study(STUDY, settings(folder, branches=(2, 5)), tmp_path / "a", progress=False)
+    ten = SpeciationConfig(weights="photos8-natural", classifier=str(folder / "c.npz"))
+    with pytest.raises(ValueError, match="--labels FILE"):
+        run_study(STUDY, ten, tmp_path / "b", progress=False)
+
+
+def test_default_branches_are_spread_over_the_steps_but_the_last():
+    found = branch_steps(SpeciationConfig(classifier="c"), make_clock("50"))
+    assert found.size == 8
+    assert found[0] == 0
+    assert found[-1] < 49
