@@ -62,8 +62,8 @@ class StudyConfig:
 
     @property
     def halves(self) -> int:
-        """Images that the network sees for one that is denoised: under guidance a conditional one and a null one. Without
-        there is one, as with the null label alone, which is a scale of 0."""
+        """Images that the network sees for one that is denoised: under guidance a conditional one and a null one; without
+        (1), and for the null label alone (0), there is one."""
         return 1 if self.guidance in (0, 1) else 2
 
     @property

@@ -20,7 +20,8 @@ from experiments.sweeps.repeats import over_repeats
 MAP = "cividis"  # told apart by every kind of colour vision, and light from dark in print
 MARKERS = "osD^vP*X"
 MOST_LABELS, MOST_PANELS, PANELS_IN_ROW = 8, 12, 4
-LEAST_WIDTH = 0.6  # inches of a square of a heat map that has room for words
+LEAST_WIDTH, MOST_HEIGHT = 0.6, 5.0  # inches: of a square of a heat map that has room for words, and of the map
+MOST_TICKS = 24
 HATCHES = {"holds": "", "does not hold": "\\\\\\", "undecided": "..", "none": "xxx"}
 
 
@@ -108,9 +109,11 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
     assert down is not None
     assert across is not None
     claims, facets = tested(result), _facets(result, layout)
-    height = 0.9 + max(1.0, 0.34 * result.sizes[down])
+    high_enough = result.sizes[down] * 0.34 <= MOST_HEIGHT
+    height = 0.9 + (max(1.0, 0.34 * result.sizes[down]) if high_enough else MOST_HEIGHT)
     figure, axes = new_figure(7.2, 0.4 + height * len(claims), len(claims), len(facets), squeeze=False)
     width = 5.2 / len(facets) / result.sizes[across]
+    words_fit = high_enough and width >= LEAST_WIDTH
     status = [_arranged(result.status, layout, down, across, facet) for facet in range(len(facets))]
     for row, claim in zip(axes, claims, strict=True):
         arranged = [
@@ -127,7 +130,7 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
             words = _arranged(result.verdict.isel(claim=claim), layout, down, across, facet)
             for place in np.ndindex(mean.shape):
                 shade = (float(mean[place]) - low) / (high - low)
-                _square(ax, place, float(mean[place]), words[place], status[facet][place], shade, width)
+                _square(ax, place, float(mean[place]), words[place], status[facet][place], shade, words_fit)
             ax.set_xticks(*_ticks(result, across), rotation=0 if width > 0.5 else 90)
             ax.set_yticks(*_ticks(result, down))
             ax.set_ylabel(_plain(named(down)) if facet == 0 else "")
@@ -136,7 +139,7 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
             _title(ax, result, claim if facet == 0 else None, facets[facet], len(facets))
         bar = figure.colorbar(drawn, ax=row.tolist(), pad=0.01)
         bar.set_label(_plain(textwrap.fill(measure_of(result, claim), 26)), fontsize=7)
-    if width < LEAST_WIDTH:
+    if not words_fit:
         names = {"none": "no result"}
         patches = [
             Patch(facecolor="white", edgecolor=INK, hatch=hatch, label=names.get(word, word))
@@ -236,7 +239,7 @@ def _square(
     words: np.ndarray,
     status: np.ndarray,
     shade: float,
-    width: float,
+    words_fit: bool,
 ) -> None:
     """What is written on a square of a heat map: value and verdict, or why there is no value."""
     there = status == "complete"
@@ -254,10 +257,10 @@ def _square(
     if not shown:
         box = {"facecolor": "white", "edgecolor": QUIET, "hatch": HATCHES["none"], "linewidth": 0}
         ax.add_patch(Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, **box))
-    elif width < LEAST_WIDTH and HATCHES.get(kind):
+    elif not words_fit and HATCHES.get(kind):
         box = {"fill": False, "edgecolor": color, "hatch": HATCHES[kind], "linewidth": 0}
         ax.add_patch(Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, **box))
-    if width >= LEAST_WIDTH:
+    if words_fit:
         text = f"{mean:.2f}".replace("-", "−") + f"\n{word}" if shown else word
         back = None if shown else {"facecolor": "white", "edgecolor": "none", "pad": 1}
         ax.text(place[1], place[0], text, ha="center", va="center", color=color, fontsize=6.5, bbox=back)
@@ -292,8 +295,8 @@ def _x_axis(ax: Axes, result: xr.Dataset, x: str, room: float) -> np.ndarray:
         places, words = _ticks(result, x)
         long = max(map(len, words)) * len(words) > 30
         ax.set_xticks(places, words, rotation=30 if long else 0, ha="right" if long else "center")
-        ax.set_xlim(-0.5, len(places) - 0.5)
-        return places
+        ax.set_xlim(-0.5, result.sizes[x] - 0.5)
+        return np.arange(result.sizes[x])
     values = result[x].values.astype(float)
     place = values
     if values.min() > 0 and values.max() >= 8 * values.min():
@@ -311,8 +314,9 @@ def _x_axis(ax: Axes, result: xr.Dataset, x: str, room: float) -> np.ndarray:
 
 
 def _ticks(result: xr.Dataset, dim: str) -> tuple[np.ndarray, list[str]]:
-    places = np.arange(result.sizes[dim])
-    return places, [_plain(spelled(result, dim, index)) for index in range(len(places))]
+    """Places of an axis and their words, of every other place and so on where there are many."""
+    places = np.arange(0, result.sizes[dim], -(-result.sizes[dim] // MOST_TICKS))
+    return places, [_plain(spelled(result, dim, int(index))) for index in places]
 
 
 def _valued(result: xr.Dataset) -> list[int]:

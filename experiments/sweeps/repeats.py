@@ -51,7 +51,7 @@ def repeats_of(sweep: SweepFolder, result: xr.Dataset) -> Repeats | None:
             key = (numbered[1].rstrip("-_"), form) if numbered and form else (str(name), str(place))
             groups.setdefault(key, []).append(place)
         if any(len(members) > 1 for members in groups.values()):
-            names = result.weights.values
+            names = result.weights.values.astype(str)
             return Repeats("weights", [(", ".join(names[each]), each) for each in groups.values()], "trainings")
     return None
 

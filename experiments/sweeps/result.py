@@ -19,6 +19,7 @@ import xarray as xr
 import zarr
 
 from dit_jax.disk import recover, replacing
+from dit_jax.lock import is_held
 from experiments.frame.chunks import ARRAYS, with_strings, write_group
 from experiments.frame.manifest import DIGESTS
 from experiments.frame.page import claims_of
@@ -166,8 +167,9 @@ def sources(sweep: SweepFolder) -> dict[str, str]:
 def _stored(sweep: SweepFolder, chunks: Any) -> xr.Dataset | None:
     """The stored result, if it can be read and is that of the cells as they are now."""
     target = sweep.path / NAME
-    with suppress(OSError):
-        recover(target)
+    if not is_held(target):  # by a process that is replacing it
+        with suppress(OSError):
+            recover(target)
     try:
         found = xr.open_zarr(target, chunks=chunks, consolidated=True, decode_times=False)
         made_of = json.loads(found.attrs.pop(MANIFEST))

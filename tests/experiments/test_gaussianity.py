@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
@@ -15,7 +16,7 @@ from experiments.frame.store import RunFolder
 from experiments.frame.subject import load_subject, untrained_model
 from experiments.studies.gaussianity.analysis import explained
 from experiments.studies.gaussianity.law import closed_form, denoised, gaussians, rebuilt
-from experiments.studies.gaussianity.measure import check, level_steps
+from experiments.studies.gaussianity.measure import Photographs, check, level_steps
 from experiments.studies.gaussianity.settings import (
     BANDS,
     COEFFICIENTS,
@@ -108,6 +109,7 @@ def test_what_a_folder_keeps_is_the_covariance_where_coefficients_are_uncorrelat
 
 def test_what_a_folder_keeps_is_better_than_coefficients_alone_where_they_are_correlated():
     found, full = covariance(0.2)
+    assert found.components is not None
     axes, variance = rebuilt(found)
     np.testing.assert_allclose(axes[:, :LEADING] * np.sign((axes[:, :LEADING].T * found.components).sum(1)),
                                found.components.T, atol=1e-9)  # fmt: skip
@@ -167,7 +169,14 @@ def finished(tmp_path_factory):
     found, _ = covariance(0.02)
     rest = {"class_share": np.zeros((NUMBERS, 2)), "colour_axes": np.eye(3), "colour_share": np.zeros((NUMBERS, 7, 3))}
     save_covariance(root / "tiny", found._replace(**rest))
+    rng = np.random.default_rng(2)
+    for name in "abc":
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            coarse = np.clip(120 + 40 * rng.standard_normal((4, 4, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(coarse).resize((SIZE, SIZE)).save(root / "images" / name / f"{i}.png")
     flags = ["--weights", str(root / "tiny"), "--pairs", "6", "--untrained-pairs", "2", "--block", "3", "--steps", "4"]
+    flags += ["--images", str(root / "images")]
     assert cli.main(["gaussianity", *flags, "--noise", "0.2", "1", "10", "--out", str(root / "run"), "--quiet"]) == 0
     return RunFolder.open(root / "run")
 
@@ -184,13 +193,13 @@ def test_the_exact_denoiser_is_explained_wholly_and_an_untrained_network_is_not(
 
 
 @pytest.mark.long
-def test_instrument_and_closed_form_agree_on_the_other_gaussians(finished):
-    """To the sampling error of six pairs in hundreds of coefficients of like noise."""
-    exact, theory = finished.load("exact").mean("pair"), finished.load("theory")
-    high = {"band": slice(3, None)}  # bands of many coefficients
-    for name in ("error", "variance", "score_variance"):
-        one, other = (each[name].transpose(..., "noise", "band").isel(high).values for each in (exact, theory))
-        np.testing.assert_allclose(one, other, rtol=0.5, atol=1e-6)
+def test_noised_photographs_stand_beside_noised_samples(finished):
+    """With the images the covariance is that of these, whatever the folder holds."""
+    analysis, data = finished.load("analysis"), finished.load("data")
+    assert np.isfinite(analysis.whole.sel(source="photographs", bound="estimate")).all()
+    assert not np.allclose(finished.load("photographs").variance, finished.load("network").variance)
+    total = (data.band_variance.values * BY.count).sum() / BY.count.sum()
+    assert 0.5 < total <= 1  # standardised images, within classes
 
 
 @pytest.mark.long
@@ -206,6 +215,17 @@ def test_the_page_has_its_claims_and_the_published_numbers(finished):
     text = (finished.path / "report.html").read_text()
     assert "0.9996" in text
     assert "0.913" not in text.split("Beside the published numbers")[1].split("</table>")[0]  # 4 was not run
+
+
+def test_a_pair_of_photographs_is_two_of_its_class():
+    labels = np.repeat([0, 1, 2], 5)
+    photographs = Photographs(np.arange(15, dtype=np.float32).reshape(15, 1, 1, 1), labels)
+    pairs, wanted = np.arange(12), np.arange(12) % 3
+    found = photographs.pairs(0, pairs, wanted)[..., 0, 0, 0].astype(int)
+    assert found.shape == (2, 12)
+    assert np.all(labels[found] == wanted)
+    assert np.all(found[0] != found[1])
+    np.testing.assert_array_equal(photographs.pairs(0, pairs[4:6], wanted[4:6])[..., 0, 0, 0], found[:, 4:6])
 
 
 def test_draws_and_noise_have_keys_of_their_own():

@@ -148,6 +148,8 @@ def test_a_stored_result_becomes_a_data_frame(written):
     assert len(table) == 8 * 3 * 3
     at = table.loc[(1, 6, 1, "There is a gap", "low")]
     assert (at.claim_value, at.verdict, at.status, at.gate_kind) == (6.0, "holds", "complete", "blend")
+    whole = found.isel(source=[0], coupling=[0]).to_dataframe()
+    assert len(whole) == 8 * 3 * 3 * found.sizes["step"] * found.sizes["band"]
     gaps = found.gap.sel(source="network").to_dataframe()
     assert gaps.gap.loc[(0, 4, 1, 0.0)] == found.gap.isel(point=0, steps=0, seed=1, coupling=0).sel(source="network")
 

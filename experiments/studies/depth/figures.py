@@ -165,5 +165,7 @@ def figure_stream(analysis: xr.Dataset) -> Figure:
     for ax in (left, right):
         ax.set_yscale("log")
         ax.set_xlabel("after block")
-        ax.legend()
+    left.legend()
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4)
     return figure

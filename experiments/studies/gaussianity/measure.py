@@ -33,7 +33,7 @@ def stored_covariance(config: GaussianityConfig) -> DataCovariance | None:
 
 def check(config: GaussianityConfig, subject: Subject) -> None:
     """Raises ValueError unless the model folder has covariance and class means, and training knows the noise levels."""
-    found, model = stored_covariance(config), subject.model.config
+    found, model = stored_covariance(config), subject.config
     if found is None or not found.has_bases:
         raise ValueError(
             f"{config.weights} has no covariance of its data with principal directions, of which the Gaussian is made; "

@@ -42,14 +42,14 @@ def reader(config: SpeciationConfig, subject: Subject) -> Classifier:
 
 def check(config: SpeciationConfig, subject: Subject) -> None:
     """Raises ValueError unless the network has two classes, which the classifier tells, and clones can branch."""
-    count = subject.model.config.num_classes
+    count = subject.config.num_classes
     if count != 2:
         raise ValueError(
             f"speciation is between two classes, and {subject.name} has {count}: train a network on two, with "
             "`syncgap train ... --labels FILE` and the two class folders in that file"
         )
     reader(config, subject)
-    clock = subject.model.config.clock(config.steps)
+    clock = subject.config.clock(config.steps)
     branches = branch_steps(config, clock)
     if branches.size < 2 or branches[-1] >= len(clock) - 1:
         raise ValueError(
@@ -129,8 +129,8 @@ def measure(bench: Bench[SpeciationConfig]) -> None:
         compiled = jax.jit(run)
         bench.measure(group, VARIABLES, coords, pairs, lambda *which: compiled(model, *which))
 
-    known = bench.whole("classifier", lambda: classifier_group(classifier))
-    if known.attrs["digest"] != classifier.digest():
+    bench.whole("classifier", lambda: classifier_group(classifier))
+    if bench.load("classifier").attrs["digest"] != classifier.digest():
         raise ValueError(
             f"{bench.run.path} was begun with another classifier than {config.classifier}: give that one, or another "
             "--out"
