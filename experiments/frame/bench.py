@@ -149,6 +149,7 @@ class Bench(Measured[C]):
             self.subject = load_subject(weights, config.dtype)
             self.subject_key = subject_key(weights, config.dtype, on_host=self.mesh is not None)
             self.classes = checked_settings(study, config, self.subject, check, any_network, devices)
+            self.config = config  # which the network asks for
             self.network  # noqa: B018  # what is wrong with the weights is said before there is a folder
             if passes is not None:
                 of_pairs = partial(_passes, passes, config, self.subject.config)

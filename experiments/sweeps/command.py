@@ -36,7 +36,7 @@ def sweep(command: Sweep, line: str) -> int:
     words = list(command.plan)
     if len(words) == 2 and words[0] == "status":
         folder = SweepFolder.open(words[1])
-        print("\n".join([status(folder), *slurm.status(folder)]))
+        print("\n".join([status(folder), *slurm.status(folder.path)]))
         return 0
     if len(words) == 2 and words[0] == "cancel":
         return cancel(SweepFolder.open(words[1]))
@@ -109,6 +109,7 @@ def _submit(command: Sweep, line: str) -> int:
     executor = slurm.executor_for(_name(command), out / "logs", command.slurm)
     workers = command.workers or slurm.workers_of(executor)
     tasks = min(command.tasks or slurm.MOST_TASKS, math.ceil(len(cells) / workers))
+    slurm.refuse_active(out)
     with writing(out):
         folder = SweepFolder.create(out, plan, resume=command.resume, command=line)
         _forget_failures(folder, cells, command)
@@ -171,7 +172,7 @@ def cancel(folder: SweepFolder) -> int:
     Raises:
       StoreError: neither job nor process runs it.
     """
-    if jobs := slurm.cancel(folder):
+    if jobs := slurm.cancel(folder.path):
         print(f"cancelled Slurm job {', '.join(jobs)}; the command that submitted it goes on with --resume")
         return 0
     owner = last_owner(folder.path)

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -147,17 +148,11 @@ def submit(
     """Submits the array and returns its job id.
 
     Raises:
-      StoreError: an earlier array of this sweep is still there.
       PlanError: Slurm refuses the job.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
-    if there := active(sweep):
-        raise StoreError(
-            f"{sweep.path} is already being run by job {', '.join(there)} of Slurm; wait until it has ended, or end it "
-            f"with syncgap sweep cancel {sweep.path}"
-        )
     requeues = getattr(executor, "max_num_timeout", REQUEUES)
     array = [Task(str(sweep.path.resolve()), i, tasks, workers, figures, requeues) for i in range(tasks)]
     inside = "SLURM_JOB_ID" in os.environ  # submitted from within a job, whose own options are not to be inherited
@@ -172,31 +167,44 @@ def submit(
     job = jobs[0].job_id.partition("_")[0]
     entry = {"job": job, "tasks": tasks, "workers": workers, "requeues": requeues, "submitted": now()}
     entry["options"] = {name: value for name, value in executor.parameters.items() if value is not None}
-    write_json(sweep.path / "slurm.json", {"jobs": [*_jobs(sweep), entry]})
+    write_json(sweep.path / "slurm.json", {"jobs": [*_jobs(sweep.path), entry]})
     return job
 
 
-def active(sweep: SweepFolder) -> list[str]:
-    """The arrays of this sweep of which tasks are waiting or running."""
-    return [entry["job"] for entry in _jobs(sweep) if set(_states(entry)) - _ENDED]
+def active(path: Path) -> list[str]:
+    """The arrays of the sweep in this folder of which tasks are waiting or running."""
+    return [entry["job"] for entry in _jobs(path) if set(_states(entry)) - _ENDED]
 
 
-def cancel(sweep: SweepFolder) -> list[str]:
+def refuse_active(path: Path) -> None:
+    """Refuses a folder whose sweep Slurm has already.
+
+    Raises:
+      StoreError: an array of it is waiting or running.
+    """
+    if there := active(path):
+        raise StoreError(
+            f"{path} is already being run by job {', '.join(there)} of Slurm; wait until it has ended, or end it with "
+            f"syncgap sweep cancel {path}"
+        )
+
+
+def cancel(path: Path) -> list[str]:
     """Cancels the arrays of this sweep that are waiting or running, and returns their ids."""
-    found = active(sweep)
+    found = active(path)
     if found:
         from submitit import SlurmJob
 
         for job in found:
-            SlurmJob(sweep.path / "logs", job).cancel(check=False)
+            SlurmJob(path / "logs", job).cancel(check=False)
     return found
 
 
-def status(sweep: SweepFolder) -> list[str]:
+def status(path: Path) -> list[str]:
     """A line for each array of this sweep: in which states its tasks are, in Slurm's words. Tasks of which Slurm has
     forgotten what became of them are called ended; on a machine without Slurm nothing is known of them."""
     lines = []
-    for entry in _jobs(sweep):
+    for entry in _jobs(path):
         states = _states(entry)
         lines.append(f"Slurm job {entry['job']}: " + ", ".join(f"{count} {state}" for state, count in states.items()))
     return lines
@@ -240,13 +248,13 @@ def _read(options: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _jobs(sweep: SweepFolder) -> list[Mapping[str, Any]]:
+def _jobs(path: Path) -> list[Mapping[str, Any]]:
     try:
-        return json.loads((sweep.path / "slurm.json").read_text("utf-8"))["jobs"]
+        return json.loads((path / "slurm.json").read_text("utf-8"))["jobs"]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{sweep.path / 'slurm.json'} cannot be read ({error}); remove it") from error
+        raise StoreError(f"{path / 'slurm.json'} cannot be read ({error}); remove it") from error
 
 
 def _states(entry: Mapping[str, Any]) -> Counter[str]:

@@ -208,11 +208,10 @@ def test_one_task_is_no_array(fake, weights, tmp_path, monkeypatch):
     assert cli.main(line(weights, out, "--slurm", "time=1", "--tasks", "1")) == 0
     assert "--array" not in (out / "logs" / "42_submission.sh").read_text()
     fake.says("squeue", "42|PENDING")
-    folder = SweepFolder.open(out)
-    assert slurm.status(folder) == ["Slurm job 42: 1 PENDING"]
-    assert slurm.active(folder) == ["42"]
+    assert slurm.status(out) == ["Slurm job 42: 1 PENDING"]
+    assert slurm.active(out) == ["42"]
     monkeypatch.setenv("PATH", str(tmp_path))  # where Slurm is not
-    assert slurm.status(folder) == ["Slurm job 42: 1 unknown"]
+    assert slurm.status(out) == ["Slurm job 42: 1 unknown"]
 
 
 def test_a_worker_that_somebody_else_ends_is_started_again(tmp_path, weights, monkeypatch):
@@ -346,7 +345,7 @@ def test_on_slurm_tasks_are_requeued_cancelled_and_go_on(weights, alone, tmp_pat
     options = ("--slurm", "time=30", "--tasks", "2")
     assert cli.main(line(weights, out, *options)) == 0
     folder = SweepFolder.open(out)
-    (job,) = slurm.active(folder)
+    (job,) = slurm.active(out)
     until(lambda: folder.states()["running"] == 2, "both tasks were to run")
     until(lambda: begun(folder), "no cell was begun")
     subprocess.run(["scancel", "--signal=USR2", f"{job}_0"], check=True)  # as at its time limit
@@ -354,7 +353,7 @@ def test_on_slurm_tasks_are_requeued_cancelled_and_go_on(weights, alone, tmp_pat
     capsys.readouterr()
     assert cli.main(line(weights, out, *options, "--resume")) == 2  # the first task is still there
     assert f"already being run by job {job}" in capsys.readouterr().err
-    until(lambda: not slurm.active(folder), "the job did not end")
+    until(lambda: not slurm.active(out), "the job did not end")
     states = slurm._states({"job": job, "tasks": 2})
     assert states.pop("COMPLETED") == 1
     assert set(states) <= {"CANCELLED", "ended"}  # Slurm forgets after minutes what became of a job
@@ -362,5 +361,5 @@ def test_on_slurm_tasks_are_requeued_cancelled_and_go_on(weights, alone, tmp_pat
     log = (out / "logs" / "worker-0.log").read_text()
     assert '"SLURM_RESTART_COUNT": "1"' in log
     assert cli.main(line(weights, out, *options, "--resume")) == 0
-    until(lambda: not slurm.active(folder), "the second job did not end")
+    until(lambda: not slurm.active(out), "the second job did not end")
     assert_whole(folder, alone)
