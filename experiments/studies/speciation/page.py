@@ -50,8 +50,8 @@ def section(measured: Measured[SpeciationConfig], analysis: xr.Dataset) -> Secti
             "If the classifier erred on the two ends independently, phi − ½ would be measured as "
             f"{number(float(2 * classifier.accuracy[0] - 1) ** 2)} of itself; it errs alike on ends that look alike.",
             f"It is surer than {SURE:g} of {percent(analysis.network_sure_share)} of the ends. phi of these "
-            f"trajectories passes the threshold at {formatted(analysis.network_sure_level)} nats. They are chosen by their outcome: "
-            "this tells where the others matter, and is no estimate of phi.",
+            f"trajectories passes the threshold at {formatted(analysis.network_sure_level)} nats. They "
+            "are chosen by their outcome: this tells where the others matter, and is no estimate of phi.",
             "The level of a curve is that from which on it stays above the threshold, linear between branch levels.",
         ],
         limits=[
