@@ -20,7 +20,7 @@ from dit_jax.disk import from_home, writing
 from dit_jax.lock import held
 from experiments import studies
 from experiments.sweeps.settings import Sweep
-from experiments.tools.settings import SampleConfig
+from experiments.tools.settings import MakeClassifier, SampleConfig
 
 if TYPE_CHECKING:
     from dit_jax.images import ImageSet
@@ -124,21 +124,6 @@ class Covariance:
     weights: tyro.conf.Positional[str]  # folder of the model
     images: tyro.conf.Positional[Path]  # the images it was trained on: a folder or zip file of <class>/<image>
     labels: Path | None = None  # text file of class folders, one a line, in label order; by default as in training
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
-
-
-@dataclass(frozen=True)
-class MakeClassifier:
-    """Train a small classifier of photographs and test it; `syncgap speciation` needs one."""
-
-    images: tyro.conf.Positional[Path]  # images to train on: a folder or zip file of <class>/<image>
-    test: tyro.conf.Positional[Path]  # other images of the same classes, on which its accuracy is counted
-    out: tyro.conf.Positional[Path]  # file that is written, .npz
-    classes: tuple[str, ...] = ()  # class folders in label order; by default all, sorted
-    size: int = 32  # images are cropped and resized to size x size
-    epochs: int = 20  # passes over the images
-    batch_size: int = 128  # images in a step
-    seed: int = 0  # of initial weights, order, mirrors and shifts
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
@@ -290,33 +275,12 @@ def _run(
         save_covariance(folder, covariance_for(manifest, images))
         print(f"covariance: {folder / 'covariance.npz'}")
     elif isinstance(command, MakeClassifier):
-        print(_classifier(command))
+        from experiments.tools.classifier import make_classifier
+
+        print(make_classifier(command))
     else:
         print(f"model: {_train(command, line)}")
     return 0
-
-
-def _classifier(command: MakeClassifier) -> str:
-    """Trains and writes the classifier of a command; returns what is said of it."""
-    from dit_jax.classifier import check_form, save_classifier, train_classifier
-    from dit_jax.images import load_images
-
-    check_form(command.size, command.epochs, command.batch_size)
-    say = functools.partial(print, flush=True)
-    labels = command.classes or None
-    images, test = (
-        load_images(source, command.size, not command.quiet, labels=labels, tell=say)
-        for source in (command.images, command.test)
-    )
-    made = train_classifier(
-        images, test, epochs=command.epochs, batch=command.batch_size, seed=command.seed, progress=not command.quiet
-    )
-    with writing(command.out):
-        save_classifier(command.out, made)
-    found = made.about["test"]
-    low, high = (100 * end for end in found["interval"])
-    right = f"right in {100 * found['accuracy']:.1f} % [{low:.1f}, {high:.1f}] of {found['images']} test images"
-    return f"classifier: {command.out} ({right})"
 
 
 def _report(command: Report) -> Path:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from dit_jax.config import Diffusion, LastStep
 from experiments.frame.settings import Dtype, GuidedChannels
@@ -46,3 +48,18 @@ class SampleConfig:
             raise ValueError(f"guidance must be finite, got {self.guidance}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class MakeClassifier:
+    """Train a small classifier of photographs and test it; `syncgap speciation` needs one."""
+
+    images: tyro.conf.Positional[Path]  # images to train on: a folder or zip file of <class>/<image>
+    test: tyro.conf.Positional[Path]  # other images of the same classes, on which its accuracy is counted
+    out: tyro.conf.Positional[Path]  # file that is written, .npz
+    classes: tuple[str, ...] = ()  # class folders in label order; by default all, sorted
+    size: int = 32  # images are cropped and resized to size x size
+    epochs: int = 20  # passes over the images
+    batch_size: int = 128  # images in a step
+    seed: int = 0  # of initial weights, order, mirrors and shifts
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar

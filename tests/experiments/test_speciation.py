@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
+from PIL import Image
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -14,6 +15,7 @@ from dit_jax.config import DiTConfig
 from dit_jax.covariance import data_covariance, save_covariance
 from dit_jax.diffusion import DenoiserOutput, network_denoiser
 from dit_jax.images import image_set
+from experiments.cli import main
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
 from experiments.studies.speciation.analysis import crossing, estimates, schedule_step
@@ -254,3 +256,20 @@ def test_default_branches_are_spread_over_the_steps_but_the_last():
     assert found.size == 8
     assert found[0] == 0
     assert found[-1] < 49
+
+
+def test_command_makes_a_classifier_and_says_how_often_it_is_right(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for folder, count in (("train", 16), ("test", 8)):
+        for name, level in (("bright", 200), ("dark", 60)):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(level - 40, level + 40, (8, 8, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / name / f"{i}.png")
+    places = [str(tmp_path / name) for name in ("train", "test", "c.npz")]
+    options = ["--size", "8", "--epochs", "2", "--batch-size", "8", "--classes", "dark", "bright", "--quiet"]
+    assert main(["classifier", *places, *options]) == 0
+    assert "of 16 test images" in capsys.readouterr().out
+    assert load_classifier(tmp_path / "c.npz").class_names == ("dark", "bright")
+    assert main(["classifier", *places, "--size", "12"]) == 2
+    assert "another --size" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import xarray as xr
 
 from experiments.frame.draws import mean_and_draws, packed, pair_draws
 from experiments.frame.measured import Definitions, Measured
-from experiments.studies.speciation.settings import THRESHOLD, SpeciationConfig
+from experiments.studies.speciation.settings import SURE, THRESHOLD, SpeciationConfig
 from experiments.studies.speciation.theory import laws, speciation_level
 from ou_theory.clock import NUM_TRAIN_STEPS, Clock, make_clock
 
@@ -15,6 +15,9 @@ SOURCES = ("network", "labelled", "untrained")
 _LEVEL = f"log-SNR at which phi passes {THRESHOLD:g}"
 DEFINITIONS: Definitions = {
     "phi": ("share of trajectories that end in the class of their clone", "1"),
+    "sure_phi": (f"phi of the trajectories of whose end the classifier is surer than {SURE:g}", "1"),
+    "sure_level": (f"{_LEVEL}, of those trajectories", "nat"),
+    "sure_share": ("share of those trajectories", "1"),
     "others": ("share of trajectories that end in the class of the clone of the pair's other trajectory", "1"),
     "level": (_LEVEL, "nat"),
     "pixel_level": (f"{_LEVEL}, for data in units of pixels in [0, 1]", "nat"),
@@ -55,16 +58,24 @@ def estimates(group: xr.Dataset, seed: int) -> dict[str, tuple[tuple[str, ...], 
     """Estimates of one source, with 95 % intervals over pairs.
 
     phi counts a trajectory and its own clone. `others` counts a trajectory and the clone of the pair's other one, with
-    which it shares nothing: what chance alone gives, at every branch.
+    which it shares nothing: what chance alone gives, at every branch. `sure_phi` counts the trajectories of whose end
+    the classifier is sure: they are chosen by their outcome, so that it describes and estimates nothing.
     """
     weights = pair_draws(seed, group.sizes["pair"])
     end, clone = group.end.values[:, None, :], group.clone.values
     same = mean_and_draws((end == clone).mean(-1), weights)
+    sure = (group.sure.values > SURE)[:, None, :]
+    share = mean_and_draws(sure.mean((1, 2)), weights)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        of_sure = mean_and_draws(((end == clone) & sure).mean(-1), weights) / share[:, None]
     other = mean_and_draws((end == clone[..., ::-1]).mean(-1), weights)
     return {
         "phi": (("branch", "bound"), packed(same)),
         "others": (("branch", "bound"), packed(other)),
         "level": (("bound",), packed(crossing(same, group.branch_ell.values))),
+        "sure_phi": (("branch", "bound"), packed(of_sure)),
+        "sure_level": (("bound",), packed(crossing(of_sure, group.branch_ell.values))),
+        "sure_share": (("bound",), packed(share)),
         "first_class": (("bound",), packed(mean_and_draws((end == 0).mean((1, 2)), weights))),
         "sure": (("bound",), packed(mean_and_draws(group.sure.values.mean(-1), weights))),
     }

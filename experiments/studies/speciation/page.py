@@ -9,7 +9,7 @@ from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, number, percent
 from experiments.frame.verdict import Claim, Control, Verdict, bounds, within
 from experiments.studies.speciation.figures import NAMES, figure_phi
-from experiments.studies.speciation.settings import THRESHOLD, SpeciationConfig
+from experiments.studies.speciation.settings import SURE, THRESHOLD, SpeciationConfig
 from experiments.studies.speciation.theory import LAWS
 
 TOLERANCE = 0.5  # nats between the measured level and that of t_S
@@ -49,6 +49,9 @@ def section(measured: Measured[SpeciationConfig], analysis: xr.Dataset) -> Secti
             f"{percent(analysis.network_first_class)} of the trajectories end as {classifier.class_names[0]}.",
             "If the classifier erred on the two ends independently, phi − ½ would be measured as "
             f"{number(float(2 * classifier.accuracy[0] - 1) ** 2)} of itself; it errs alike on ends that look alike.",
+            f"It is surer than {SURE:g} of {percent(analysis.network_sure_share)} of the ends. phi of these "
+            f"trajectories passes the threshold at {formatted(analysis.network_sure_level)} nats. They "
+            "are chosen by their outcome: this tells where the others matter, and is no estimate of phi.",
             "The level of a curve is that from which on it stays above the threshold, linear between branch levels.",
         ],
         limits=[
@@ -118,6 +121,7 @@ def _phi_table(analysis: xr.Dataset) -> Table:
         "branch step",
         "log-SNR",
         *NAMES.values(),
+        "sure ends",
         "clones of other trajectories",
         *(LAWS.values() if known else ()),
     ]
@@ -125,9 +129,11 @@ def _phi_table(analysis: xr.Dataset) -> Table:
     for i, step in enumerate(analysis.branch.values):
         row = [str(step), number(analysis.branch_ell[i])]
         row += [formatted(analysis[f"{name}_phi"].values[i]) for name in NAMES]
+        row.append(formatted(analysis.network_sure_phi.values[i]))
         row.append(formatted(analysis.network_others.values[i]))
         rows.append(row + ([number(v) for v in analysis.law_phi.values[:, step]] if known else []))
-    note = "Clones of other trajectories share nothing with a trajectory; their column is what chance gives."
+    note = f"Sure ends: trajectories without a label of whose end the classifier is surer than {SURE:g}. "
+    note += "Clones of other trajectories share nothing with a trajectory; their column is what chance gives."
     return Table("Share of trajectories that end in the class of their clone", head, rows, note)
 
 

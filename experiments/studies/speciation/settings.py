@@ -8,6 +8,9 @@ from experiments.frame.settings import Sampler, StudyConfig
 THRESHOLD = 0.775  # of phi, where Biroli et al. read the speciation time; (1 + T(1)) / 2 of two far clusters
 
 
+SURE = 0.95  # probability of its class above which the classifier counts as sure of an end
+
+
 @dataclass(frozen=True)
 class SpeciationConfig(StudyConfig):
     """When does a process without a label decide between two classes? Do clones that branch at a step end in one?"""
