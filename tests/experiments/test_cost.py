@@ -1,6 +1,8 @@
 """What a run costs: the declared passes against a count of what goes through the network, and its arithmetic."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import jax
@@ -305,3 +307,23 @@ def test_a_block_tells_how_far_it_is_and_measures_the_same(one_group, capsys):
 
 def test_fast_calls_say_nothing(one_group):
     assert set(one_group(True, slow=1e12)[1]) == {""}
+
+
+def test_one_model_is_in_memory(weights, tmp_path):
+    """The network is let go before its control is drawn, and read again, as it was, where it is asked for again."""
+    bench = Bench("spread", StudyConfig(weights=weights), tmp_path / "run")
+
+    def kernels(model):
+        return np.asarray(model.blocks.mlp.fc1.kernel[...]), weakref.ref(model.blocks.mlp.fc1.kernel[...])
+
+    values, network = kernels(bench.network)
+    assert kernels(bench.network)[1]() is network()
+    assert network() is not None
+    drawn, control = kernels(bench.untrained)
+    gc.collect()
+    assert network() is None
+    assert np.abs(drawn - values).max() > 0.01
+    again, _ = kernels(bench.network)
+    np.testing.assert_array_equal(again, values)
+    gc.collect()
+    assert control() is None
