@@ -61,8 +61,7 @@ def _locked(directory: Path, path: Path) -> IO[str] | None:
     while fcntl is not None:
         try:
             with writing(directory):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = path.open("a+", encoding="utf-8")
+                file = _opened(path)
         except CheckpointError:
             if directory.is_dir() and os.access(directory, os.W_OK) and not os.access(path.parent, os.W_OK):
                 return None
@@ -89,6 +88,18 @@ def _locked(directory: Path, path: Path) -> IO[str] | None:
             return None
         return file
     return None
+
+
+def _opened(path: Path, tries: int = 100) -> IO[str]:
+    """The lock's file and its parents, which another process that made them may just be removing."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+", encoding="utf-8")
+        except (FileNotFoundError, FileExistsError):  # the second where it went while mkdir was looking
+            tries -= 1
+            if not tries:
+                raise
 
 
 def _is_still(path: Path, file: IO[str]) -> bool:

@@ -5,6 +5,7 @@ stops and resumes ends with the same bits as one that does not, and with the sam
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -210,6 +211,7 @@ def train(
     log_every: int = 50,
     command: str = "",
     progress: bool = True,
+    then: Callable[[Path], None] | None = None,
 ) -> Path:
     """Trains a model; leaves ``model/`` (the EMA weights, with manifest), ``log.jsonl`` and ``samples.png`` in `out`.
 
@@ -220,6 +222,7 @@ def train(
         longer, which the manifest records; see `learning_rate`.
       checkpoint_every: steps from one checkpoint to the next.
       log_every: steps that a line of the log stands for.
+      then: adds to the folder of the trained model, while no other process may write the run.
 
     Returns:
       the folder of the trained model, which `load_model` reads.
@@ -237,7 +240,10 @@ def train(
             raise ValueError(f"{name} must be at least 1, got {every}")
     require_x64(model_config.dtype)
     with held(out), writing(out):
-        return _train(data, model_config, config, out, resume, checkpoint_every, log_every, command, progress)
+        trained = _train(data, model_config, config, out, resume, checkpoint_every, log_every, command, progress)
+        if then is not None:
+            then(trained)
+        return trained
 
 
 def _train(

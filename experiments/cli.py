@@ -258,14 +258,26 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
         from experiments.frame.subject import model_folder
 
         folder = model_folder(command.weights)
-        manifest = load_manifest(folder)
-        trained_on = names(manifest) if manifest.get("data") else None
-        images = _images(command, command.images, manifest["config"]["input_size"], trained_on)
-        save_covariance(folder, covariance_for(manifest, images))
+        with _held_model(folder), writing(folder):
+            manifest = load_manifest(folder)
+            trained_on = names(manifest) if manifest.get("data") else None
+            images = _images(command, command.images, manifest["config"]["input_size"], trained_on)
+            save_covariance(folder, covariance_for(manifest, images))
         print(f"covariance: {folder / 'covariance.npz'}")
     else:
         print(f"model: {_train(command, line)}")
     return 0
+
+
+@contextlib.contextmanager
+def _held_model(folder: Path) -> Iterator[None]:
+    """Holds a model's folder, and that of the training run around it, which would replace the model at its end."""
+    from dit_jax.training_run import RUN
+
+    with contextlib.ExitStack() as stack:
+        for place in [*([folder.parent] if (folder.parent / RUN).is_file() else []), folder]:
+            stack.enter_context(held(place))
+        yield
 
 
 def _report(folder: Path) -> Path:
@@ -277,16 +289,16 @@ def _report(folder: Path) -> Path:
         raise StoreError(f"there is no folder {folder}; give the --out folder of a study, or a folder of such folders")
     if (what := what_else(folder)) in (*OTHERS.values(), TRAINING):
         raise StoreError(f"{folder} holds {what}, of which there is no report; studies have one")
-    if not (folder / "manifest.json").exists():
-        page, (_, others) = joint_page(folder, studies.find), runs_in(folder)
-        if others:
-            print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
-        return page
-    run = RunFolder.open(folder, writable=True)
-    study = studies.find(study_of(run))
-    if study is None:
-        raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
     with held(folder), writing(folder):
+        if not (folder / "manifest.json").exists():
+            page, (_, others) = joint_page(folder, studies.find), runs_in(folder)
+            if others:
+                print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
+            return page
+        run = RunFolder.open(folder, writable=True)
+        study = studies.find(study_of(run))
+        if study is None:
+            raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
         return report(study, run)
 
 
@@ -343,7 +355,16 @@ def _train(command: Train, line: str) -> Path:
     else:
         data = training_data(_images(command, command.data, command.size), transform)
     model = config_from_dict(entries | {"in_channels": data.shape[-1], "num_classes": len(data.class_names)})
-    trained = train(
+
+    def with_covariance(trained: Path) -> None:
+        if isinstance(data, SolvableData):  # whose law is known
+            return
+        if math.prod(data.shape) <= MOST:
+            save_covariance(trained, data_covariance(data))
+        else:
+            print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
+
+    return train(
         data,
         model,
         replace(settings, flip=data.may_mirror),
@@ -352,13 +373,8 @@ def _train(command: Train, line: str) -> Path:
         checkpoint_every=command.checkpoint_every,
         command=line,
         progress=not command.quiet,
+        then=with_covariance,
     )
-    if not isinstance(data, SolvableData):  # whose law is known
-        if math.prod(data.shape) <= MOST:
-            save_covariance(trained, data_covariance(data))
-        else:
-            print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
-    return trained
 
 
 def _images(command: Train | Covariance, source: Path, size: int, labels: Sequence[str] | None = None) -> "ImageSet":

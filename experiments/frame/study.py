@@ -107,15 +107,16 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
       the path of the joint ``report.html``.
 
     Raises:
-      ValueError: two networks have the same name; see `run_study`.
+      ValueError: two networks have the same name; see `run_study`; another process writes `out`.
     """
     out, weights = Path(out), cast(Any, config).weights
     folders = {model_name(model_folder(each)): each for each in weights}
     if len(folders) < len(weights):
         raise ValueError(f"two of the networks have the same name: {', '.join(weights)}; rename a folder")
-    for name, each in folders.items():
-        run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
-    return joint_page(out, {study.name: study}.get)
+    with held(out):  # whose page is everyone's; each network's folder is held by `run_study` beside it
+        for name, each in folders.items():
+            run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
+        return joint_page(out, {study.name: study}.get)
 
 
 @own_numerics()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,10 +134,29 @@ def test_a_lack_of_memory_is_one_line(error, tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_that_is_being_written_is_left_alone(tmp_path, capsys):
+    """By every command that writes: it is told who holds the folder, and touches nothing."""
     out = tmp_path / "out"
+    commands = [["compare", "--out"], ["spectrum", "--out"], ["modalities", "--out"], ["theory", "--out"]]
+    commands += [["sample", "photos8-natural"], ["convert", str(tmp_path / "x.pt")], ["train", "solvable", "--size=8"]]
     with held(out):
-        for command in (["compare", "--out", str(out)], ["sample", "photos8-natural", str(out)],
-                        ["theory", "--out", str(out)], ["convert", str(tmp_path / "x.pt"), str(out)]):  # fmt: skip
-            assert cli.main(command) == 2
-            assert f"being written by process {os.getpid()}" in capsys.readouterr().err
+        for command in commands:
+            assert cli.main([*command, str(out)]) == 2
+            assert f"being written by process {os.getpid()}" in capsys.readouterr().err, command
     assert not list(tmp_path.iterdir())
+
+
+def test_reports_and_covariances_wait_for_no_one_either(weights, tmp_path, capsys):
+    """They change what is there: of a run, of a folder of runs, of a model, of a model whose training goes on."""
+    model, training = Path(weights), tmp_path / "training"
+    (tmp_path / "runs").mkdir()
+    (training / "model").mkdir(parents=True)
+    (training / "run.json").write_text("{}")
+    (training / "model" / "manifest.json").write_text("{}")
+    for place, command in (
+        (tmp_path / "runs", ["report", str(tmp_path / "runs")]),
+        (model, ["covariance", str(model), str(tmp_path / "images")]),
+        (training, ["covariance", str(training / "model"), str(tmp_path / "images")]),
+    ):
+        with held(place):
+            assert cli.main(command) == 2
+            assert f"being written by process {os.getpid()}" in capsys.readouterr().err, command
