@@ -117,6 +117,14 @@ def _remove(directory: Path, tries: int = 20) -> None:
         time.sleep(0.05)
 
 
+def link(file: Path, place: Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
 def occupied(directory: Path) -> bool:
     """Whether something is there that is not an empty folder."""
     return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -109,10 +110,13 @@ def _is_still(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def _owner(file: IO[str]) -> str:
-    try:
-        file.seek(0)
-        owner = json.loads(file.read())
-        return f"process {owner['process']} on {owner['host']} since {owner['since'][:19]} UTC"
-    except (OSError, ValueError, TypeError, KeyError):  # it has not said yet
-        return "another process"
+def _owner(file: IO[str], tries: int = 40) -> str:
+    """Who holds the lock. It says so just after it has taken it, which is waited for, two seconds at most."""
+    for _ in range(tries):
+        try:
+            file.seek(0)
+            owner = json.loads(file.read())
+            return f"process {owner['process']} on {owner['host']} since {owner['since'][:19]} UTC"
+        except (OSError, ValueError, TypeError, KeyError):
+            time.sleep(0.05)
+    return "another process"

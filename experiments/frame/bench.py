@@ -1,6 +1,6 @@
 """What a study measures with: the network and its control, the devices, and the folder of the run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -170,8 +170,12 @@ class Bench(Measured[C]):
         *,
         first_pair: int = 0,
         bands: Mapping[str, Any] | None = None,
+        of_all: bool = False,
     ) -> xr.Dataset:
         """Fills a group of the run block by block, skips blocks that are finished, and returns the whole group.
+
+        Blocks are stored as the group was begun. Where the settings now have another size of blocks, pairs are measured
+        in blocks of that size, or of as many stored blocks as it holds.
 
         Args:
           variables: float32, see `Variables`.
@@ -180,6 +184,8 @@ class Bench(Measured[C]):
           measure: see `Measure`.
           first_pair: index of the first pair, for pairs that must differ from those of another group.
           bands: coordinates of the dimension ``band``; by default those of the bands of the DCT.
+          of_all: every value depends on all pairs, for example by a variance that they have: when pairs are added to
+            the run, the group is measured again.
         """
         dims = {name: tuple(d if "pair" in d else ("pair", *d)) for name, (d, *_) in variables.items()}
         index = first_pair + np.arange(pairs)
@@ -201,21 +207,32 @@ class Bench(Measured[C]):
             self.definitions,
         )
         block = cast(StudyConfig, self.config).block
-        self.run.declare(group, template, chunk=block)
-        done = self.run.finished(group)
-        for first in tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress):
-            if first in done:
-                continue
-            chosen = slice(first, min(first + block, pairs))
-            found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
-            values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
-            self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
+        chunk = self.run.declare(group, template, chunk=block, of_all=of_all)
+        firsts, done = range(0, pairs, chunk), self.run.finished(group)
+        left = [first for first in firsts if first not in done]
+        about = {"total": len(firsts), "initial": len(firsts) - len(left), "disable": not self.progress}
+        with tqdm(desc=f"{self.study}: {group}", **about) as bar:
+            for chosen in _together(left, chunk, block, pairs):
+                pieces = [slice(at, min(at + block, chosen.stop)) for at in range(chosen.start, chosen.stop, block)]
+                found = [jax.device_get(dict(measure(*self._split(index[at], labels[at])))) for at in pieces]
+                each = [
+                    xr.Dataset({name: (dims[name], np.asarray(v, np.float32)) for name, v in x.items()}) for x in found
+                ]
+                measured = (each[0] if len(each) == 1 else xr.concat(each, "pair")).assign_coords(pair=index[chosen])
+                for at in range(0, len(index[chosen]), chunk):
+                    self.run.write(group, measured.isel(pair=slice(at, at + chunk)), chosen.start + at)
+                    bar.update()
         return self.run.load(group)
 
-    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> xr.Dataset:
-        """A group that is made at once; it is read from the store if it is there."""
-        if not self.run.holds(group):
+    def whole(self, group: str, make: Callable[[], xr.Dataset], *, of_all: bool = False) -> xr.Dataset:
+        """A group that is made at once; it is read from the store if it is there.
+
+        Args:
+          of_all: it depends on all pairs, see `measure`.
+        """
+        if not self.run.holds(group) or (of_all and self.run.is_outdated(group)):
             self.run.put(group, described(make(), self.definitions))
+        self.run.confirm(group)
         return self.run.load(group)
 
     def _coords(self, used: set[str], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -234,6 +251,16 @@ class Bench(Measured[C]):
             return pairs, labels
         placed_pairs, placed_labels = place_pairs(self.mesh, pairs, labels)
         return placed_pairs, placed_labels
+
+
+def _together(firsts: Sequence[int], chunk: int, block: int, pairs: int) -> Iterator[slice]:
+    """Neighbours among the stored blocks of `chunk` pairs that begin at `firsts`, as many together as `block` pairs
+    hold, but at least one."""
+    most = max(1, block // chunk)
+    while firsts:
+        count = next((n for n in range(1, most) if firsts[n : n + 1] != [firsts[0] + n * chunk]), most)
+        yield slice(firsts[0], min(firsts[0] + count * chunk, pairs))
+        firsts = firsts[count:]
 
 
 def _of_frequency(bands: Bands) -> dict[str, Any]:

@@ -20,15 +20,18 @@ from typing import Any
 import xarray as xr
 import zarr
 
-from dit_jax.disk import recover, write_json
+from dit_jax.disk import link, recover, write_json
 from experiments.frame.chunks import (
     NOT_DAMAGE,
+    block_of,
     blocks_of,
     damaged,
+    files_of,
     fill_of,
     layout_of,
     missing_chunks,
     opened,
+    pairs_in,
     pairs_of,
     readable,
     write_group,
@@ -38,12 +41,15 @@ from experiments.frame.manifest import (
     DIGESTS,
     FORMAT,
     FORMAT_VERSION,
+    FREE,
+    GROWING,
     NEWER,
+    OUTDATED,
     OWN_ENTRIES,
     StoreError,
-    comparable,
     differences,
     environment,
+    forbidden,
     json_form,
     now,
     read_manifest,
@@ -57,7 +63,7 @@ class RunFolder:
     Attributes:
       path: the folder.
       manifest: the entries of ``manifest.json``; replaced, never changed in place.
-      moved: for a resumed run, which device or versions differ from those it was started with.
+      moved: for a resumed run, which device, versions or size of blocks differ from those before.
     """
 
     def __init__(self, path: Path, manifest: dict, *, writable: bool):
@@ -119,7 +125,7 @@ class RunFolder:
         if not resume:
             raise StoreError(f"{path} holds another run; continue it with --resume, or choose another --out")
         before = {name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, *NEWER)}
-        changed = differences(comparable(before), comparable(asked))
+        changed = forbidden(path, before, asked)
         if changed:
             raise StoreError(
                 f"{path} holds a run with other settings ({'; '.join(changed)}); "
@@ -128,10 +134,21 @@ class RunFolder:
         here = {name: value for name, value in environment().items() if name in manifest}  # older runs lack some
         moved = differences({name: manifest[name] for name in here}, here)
         run = cls(path, manifest, writable=True)
-        run.moved = moved
+        had = manifest["settings"]
+        given = {name: asked["settings"][name] for name in (*FREE, *GROWING, "weights") if name in asked["settings"]}
+        other = {name: value for name, value in given.items() if name in had and had[name] != value}
+        told = {name: differences({name: had[name]}, {name: value})[0] for name, value in other.items()}
+        run.moved = [*moved, *(line for name, line in told.items() if name in FREE)]
         run._sweep()
-        entry = {"at": now(), "command": command, "changed": moved}
-        run._update(status="running", finished=None, resumed=[*manifest["resumed"], entry])
+        run._undo_halves()
+        larger = bool(set(other) & set(GROWING))  # what there is must be brought up to date before it is read
+        run._update(
+            status="running",
+            finished=None,
+            resumed=[*manifest["resumed"], {"at": now(), "command": command, "changed": [*moved, *told.values()]}],
+            settings={**had, **other},
+            **({OUTDATED: run.groups} if larger else {}),
+        )
         run._drop_damaged()
         return run
 
@@ -150,14 +167,19 @@ class RunFolder:
             run._sweep()
         return run
 
-    def declare(self, group: str, template: xr.Dataset, chunk: int = 1) -> None:
-        """Makes a group that `write` fills block by block. A group that exists already is kept with its blocks.
+    def declare(self, group: str, template: xr.Dataset, chunk: int = 1, *, of_all: bool = False) -> int:
+        """Makes a group that `write` fills block by block. A group that exists already is kept with its blocks. After
+        pairs were added to the run it is made larger, and keeps its full blocks.
 
         Args:
           group: its name.
           template: attributes, coordinates, and variables of full shape, whose values are ignored: the group starts
             out as NaN (or 0, for integers). Every variable has the dimension ``pair``.
           chunk: pairs in a block, which is stored as one chunk of every variable; the last block may have fewer.
+          of_all: every value depends on all pairs, so that none is kept when pairs are added.
+
+        Returns:
+          the pairs in a block: `chunk`, or what a group that exists already has.
 
         Raises:
           StoreError: the group exists with another layout.
@@ -168,14 +190,22 @@ class RunFolder:
         if chunk < 1:
             raise StoreError(f"chunk must be at least 1, got {chunk}")
         if group in self.manifest["blocks"] and recover(self._group(group)):
-            self._mend_coordinates(group, template)
-            stored = self._open(group)
-            if layout_of(stored) != layout_of(template) or not stored.coords.to_dataset().equals(
-                template.coords.to_dataset()
-            ):
-                raise StoreError(f"{self._group(group)} has another layout than this run needs; choose another --out")
-            return
+            outdated = self.is_outdated(group)
+            if not outdated and self._mend_coordinates(group, template):
+                self._update(digests=self._with_digest(group, LAYOUT))
+            if not (outdated and of_all):
+                self._require_layout(group, template)
+                return self._enlarged(group, template, chunk) if outdated else block_of(self._group(group))
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
+        self._write_empty(group, template, chunk)
+        self._update(
+            blocks={**self.manifest["blocks"], group: []},
+            digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
+            **self._without_outdated(group),
+        )
+        return chunk
+
+    def _write_empty(self, group: str, template: xr.Dataset, chunk: int) -> None:
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
         empty = {name: xr.full_like(v, fill_of(v.dtype)) for name, v in template.data_vars.items()}
         chunks = {
@@ -184,10 +214,43 @@ class RunFolder:
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
         self._mend_coordinates(group, template)  # nor were coordinates that happen to be the fill value
+
+    def _require_layout(self, group: str, template: xr.Dataset) -> None:
+        """Raises StoreError unless a group is as the template has it, or begins so if it is outdated."""
+        stored, target = self._open(group), self._group(group)
+        if self.is_outdated(group) and stored.sizes["pair"] <= template.sizes["pair"]:
+            template = template.isel(pair=slice(stored.sizes["pair"]))
+            unreadable = [str(name) for name in template.coords if damaged(target, only=str(name))]
+            stored, template = (each.drop_vars(unreadable, errors="ignore") for each in (stored, template))
+        coords = stored.coords.to_dataset(), template.coords.to_dataset()
+        if layout_of(stored) != layout_of(template) or not coords[0].equals(coords[1]):
+            raise StoreError(f"{target} has another layout than this run needs; choose another --out")
+
+    def _enlarged(self, group: str, template: xr.Dataset, chunk: int) -> int:
+        """Makes a group larger and returns the pairs in its blocks. It is made beside the old one and then takes its
+        place. A kill leaves the one or the other whole, see `_undo_halves`."""
+        target, larger, previous = (self._group(name) for name in (group, f".{group}.partial", f".{group}.previous"))
+        size, block = pairs_in(target), block_of(target)
+        if block == size < chunk:  # a single block that was not full
+            block = chunk
+        full = [first for first in self.manifest["blocks"][group] if first + block <= size]
+        shutil.rmtree(larger, ignore_errors=True)
+        self._write_empty(larger.name, template, block)
+        for file in (file for first in full for file in files_of(target, first)):
+            place = larger / file.relative_to(target)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            link(file, place)
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(target, previous)
+        os.replace(larger, target)
+        kept = {name: value for name, value in self._digests.get(group, {}).items() if name in map(str, full)}
         self._update(
-            blocks={**self.manifest["blocks"], group: []},
-            digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
+            blocks={**self.manifest["blocks"], group: full},
+            digests={**self._digests, group: {LAYOUT: digest(target, LAYOUT), **kept}},
+            **self._without_outdated(group),
         )
+        shutil.rmtree(previous, ignore_errors=True)
+        return block
 
     def write(self, group: str, dataset: xr.Dataset, first: int) -> None:
         """Writes the block of pairs ``first, first + 1, ...`` of a declared group, then marks it finished.
@@ -238,7 +301,8 @@ class RunFolder:
         try:
             self._write_zarr(dataset, partial, mode="w", write_empty_chunks=True)
             # A kill before the move leaves the old group with the new digest: it counts as damaged and is made again.
-            self._update(digests={**self._digests, group: {WHOLE: digest(partial, WHOLE)}})
+            whole = {**self._digests, group: {WHOLE: digest(partial, WHOLE)}}
+            self._update(digests=whole, **self._without_outdated(group))
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(target, previous)
@@ -258,6 +322,19 @@ class RunFolder:
         """Whether a group of this name exists, finished or not."""
         return recover(self._group(group))
 
+    def is_outdated(self, group: str) -> bool:
+        """Whether a group was made before pairs were added to the run, and not brought up to date since."""
+        return group in self.manifest.get(OUTDATED, ())
+
+    def confirm(self, group: str) -> None:
+        """Says that a group is right for all pairs of the run, too."""
+        if self.is_outdated(group):
+            self._update(**self._without_outdated(group))
+
+    def _without_outdated(self, group: str) -> dict[str, list[str]]:
+        outdated = self.manifest.get(OUTDATED)
+        return {} if outdated is None else {OUTDATED: [name for name in outdated if name != group]}
+
     def load(self, group: str, *, partial: bool = False) -> xr.Dataset:
         """A group, in memory. Every chunk's checksum is verified.
 
@@ -270,6 +347,8 @@ class RunFolder:
         target = self._group(group)
         if not recover(target):
             raise StoreError(f"{self.path} holds no group {group!r}; {self._remedy()}")
+        if self.is_outdated(group):
+            raise StoreError(f"{self.path}: group {group!r} lacks the pairs that were added; continue with --resume")
         try:
             done = self.manifest["blocks"].get(group)
             altered = self._altered(group)
@@ -293,8 +372,8 @@ class RunFolder:
             raise StoreError(f"{self.path}: {pairs} of group {group!r} are not measured yet; continue with --resume")
         return found
 
-    def _mend_coordinates(self, group: str, template: xr.Dataset) -> None:
-        """Writes unreadable coordinates of a group again; they follow from the settings."""
+    def _mend_coordinates(self, group: str, template: xr.Dataset) -> bool:
+        """Writes unreadable coordinates of a group again, which follow from the settings; returns whether any were."""
         bad = [name for name in template.coords if damaged(self._group(group), only=str(name))]
         for name in bad:
             shutil.rmtree(self._group(group) / str(name), ignore_errors=True)
@@ -302,7 +381,7 @@ class RunFolder:
             mended = template.coords.to_dataset()
             mended = mended.drop_vars([name for name in mended.variables if name not in bad])
             self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a", write_empty_chunks=True)
-            self._update(digests=self._with_digest(group, LAYOUT))
+        return bool(bad)
 
     @property
     def _digests(self) -> dict[str, dict[str, str]]:
@@ -340,6 +419,17 @@ class RunFolder:
             lost = not readable(target) or damaged(target) or self._altered(target.name)
             if target.is_dir() and target.name not in blocks and lost:
                 shutil.rmtree(target)
+
+    def _undo_halves(self) -> None:
+        """Puts a group back whose larger form has taken its place, if the manifest does not know of that yet."""
+        for previous in self._group("").glob(".*.previous"):
+            group = previous.name.removeprefix(".").removesuffix(".previous")
+            expected = self._digests.get(group, {}).get(LAYOUT)
+            if recover(self._group(group)) and previous.exists():
+                if digest(self._group(group), LAYOUT) != expected == digest(previous, LAYOUT):
+                    shutil.rmtree(self._group(group))
+                    os.replace(previous, self._group(group))
+                shutil.rmtree(previous, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Removes half-written files that a killed process has left behind."""

@@ -4,6 +4,7 @@ Replica pairs of a DiT run over a grid of couplings; an untrained network and an
 instrument.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -129,9 +130,14 @@ def measure(bench: Bench[CompareConfig]) -> None:
     def on_network(pairs, labels):
         first = int(pairs[0])
         found = instrument.network(bench.network, grid, pairs, labels, with_more=first < config.gain_pairs)
+        for name in MORE if first < config.gain_pairs else ():  # of these pairs alone, however many run together
+            found[name] = np.array(found[name])
+            along_pairs = np.moveaxis(found[name], instrument.variables[name][0].index("pair"), 0)
+            along_pairs[config.gain_pairs - first :] = np.nan
         samples = found.pop("sample")
         if first == 0:
-            bench.whole("pictures", lambda: _pictures(bench, np.asarray(samples), grid, np.asarray(labels)))
+            pictures = partial(_pictures, bench, np.asarray(samples), grid, np.asarray(labels))
+            bench.whole("pictures", pictures, of_all=True)  # if pairs were added, the first block was not full
         return found
 
     def on_untrained(pairs, labels):
@@ -153,10 +159,11 @@ def measure(bench: Bench[CompareConfig]) -> None:
     if not bench.run.holds("pictures"):  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
         on_network(pairs, pair_labels(pairs, bench.classes))
+    bench.run.confirm("pictures")
     # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
     count = min(config.untrained_pairs, config.pairs)
     bench.measure("untrained", UNTRAINED, {"coupling": few, "parity": parity}, count, on_untrained, bands=bands)
-    bench.whole("wiener", lambda: _wiener(instrument, network))
+    bench.whole("wiener", lambda: _wiener(instrument, network), of_all=True)
     if (covariance := instrument.covariance) is not None:
         bench.whole("data", lambda: covariance_group(covariance, instrument.data_modes and instrument.data_modes.share))
 
