@@ -30,7 +30,7 @@ from dit_jax.lock import held
 from dit_jax.objective import add_noise, losses, network_input
 from dit_jax.training_config import TrainConfig, learning_rate
 from dit_jax.training_log import LossLog
-from dit_jax.training_run import RUN, extended, require_finite, require_finite_state, started
+from dit_jax.training_run import RUN, extended, require_finite, require_finite_state, require_there, started
 from ou_theory.clock import Clock
 from ou_theory.keys import GENERATOR, random_key
 
@@ -289,6 +289,7 @@ def _train(
             bar.set_postfix(loss=f"{line['loss']:.4f}", mse=f"{line['mse']:.4f}")
         if keeps:
             require_finite_state(done, state, out, kept, hints)
+            require_there(out)
             log.keep(done)
             save_arrays(out / "state", state)
             log.forget(done)

@@ -20,7 +20,7 @@ from typing import Any
 import xarray as xr
 import zarr
 
-from dit_jax.disk import link, recover, write_json
+from dit_jax.disk import link, recover, sync, sync_files, sync_folder, write_json
 from experiments.frame.chunks import (
     NOT_DAMAGE,
     block_of,
@@ -113,6 +113,7 @@ class RunFolder:
             DIGESTS: {},
         }
         path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)
         run = cls(path, {}, writable=True)
         run._update(**own, **asked)
         return run
@@ -214,6 +215,8 @@ class RunFolder:
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
         self._mend_coordinates(group, template)  # nor were coordinates that happen to be the fill value
+        sync_folder(self._group(group))
+        sync(self._group("").parent, self._group(""))
 
     def _require_layout(self, group: str, template: xr.Dataset) -> None:
         """Raises StoreError unless a group is as the template has it, or begins so if it is outdated."""
@@ -240,9 +243,11 @@ class RunFolder:
             place = larger / file.relative_to(target)
             place.parent.mkdir(parents=True, exist_ok=True)
             link(file, place)
+        sync_folder(larger)
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(target, previous)
         os.replace(larger, target)
+        sync(target.parent)
         kept = {name: value for name, value in self._digests.get(group, {}).items() if name in map(str, full)}
         self._update(
             blocks={**self.manifest["blocks"], group: full},
@@ -264,6 +269,7 @@ class RunFolder:
         """
         if group not in self.manifest["blocks"]:
             raise StoreError(f"group {group!r} is not declared; declare it before writing blocks")
+        self._require_writable()
         stored = self._open(group)
         last = first + dataset.sizes.get("pair", 0)
         if not 0 <= first < last <= stored.sizes["pair"]:
@@ -276,10 +282,10 @@ class RunFolder:
             chunk = variable.encoding["chunks"][variable.dims.index("pair")]
             if first % chunk or last != min(first + chunk, stored.sizes["pair"]):
                 raise StoreError(f"block [{first}, {last}) cuts through a chunk of {chunk} pairs of {group}/{name}")
-        self._require_writable()
         block = xr.Dataset({name: dataset.variables[name].astype(v.dtype) for name, v in stored.data_vars.items()})
         region = {"pair": slice(first, last)}
         self._write_zarr(block, self.path / "data.zarr", group=group, region=region, write_empty_chunks=True)
+        sync_files(files_of(self._group(group), first), self._group(group))
         done = sorted({*self.manifest["blocks"][group], first})
         self._update(blocks={**self.manifest["blocks"], group: done}, digests=self._with_digest(group, str(first)))
 
@@ -300,6 +306,7 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             self._write_zarr(dataset, partial, mode="w", write_empty_chunks=True)
+            sync_folder(partial)
             # A kill before the move leaves the old group with the new digest: it counts as damaged and is made again.
             whole = {**self._digests, group: {WHOLE: digest(partial, WHOLE)}}
             self._update(digests=whole, **self._without_outdated(group))
@@ -307,6 +314,7 @@ class RunFolder:
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(target, previous)
             os.replace(partial, target)
+            sync(self.path, target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if recover(target):
@@ -488,6 +496,8 @@ class RunFolder:
         self.manifest = manifest
 
     def _require_writable(self) -> None:
+        if self.manifest and not (self.path / "manifest.json").is_file():  # or else zarr would make a new one
+            raise StoreError(f"{self.path} was removed or moved while it was written; put it back, or run again")
         if not self.writable:
             raise StoreError(f"{self.path} was opened for reading; RunFolder.create(..., resume=True) writes")
 

@@ -115,7 +115,7 @@ print(alone)
 def test_of_two_processes_one_is_inside_however_often_they_try(tmp_path):
     """They make and remove the lock, and the parents of the folder, under each other's hands."""
     command = [sys.executable, "-c", TURNS, str(tmp_path / "a" / "b" / "run"), str(tmp_path / "inside")]
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     both = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
     for process in both:
         assert process.stdout is not None
