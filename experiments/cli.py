@@ -281,7 +281,7 @@ def _held_model(folder: Path) -> Iterator[None]:
 
 
 def _report(folder: Path) -> Path:
-    from experiments.frame.collection import OTHERS, TRAINING, runs_in, what_else
+    from experiments.frame.collection import OTHERS, TRAINING, what_else
     from experiments.frame.store import RunFolder, StoreError
     from experiments.frame.study import joint_page, report, study_of
 
@@ -291,10 +291,7 @@ def _report(folder: Path) -> Path:
         raise StoreError(f"{folder} holds {what}, of which there is no report; studies have one")
     with held(folder), writing(folder):
         if not (folder / "manifest.json").exists():
-            page, (_, others) = joint_page(folder, studies.find), runs_in(folder)
-            if others:
-                print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
-            return page
+            return joint_page(folder, studies.find)
         run = RunFolder.open(folder, writable=True)
         study = studies.find(study_of(run))
         if study is None:

@@ -153,9 +153,9 @@ def comparable(entries: Mapping) -> dict:
 
 
 def forbidden(path: Path, before: Mapping, asked: Mapping) -> list[str]:
-    """What forbids to go on with the run at `path`: entries in which it differs from those that are asked for, as lines.
-    Settings that are `FREE` may differ, those that are `GROWING` may be larger, and weights with one digest may have any
-    name.
+    """What forbids to go on with the run at `path`: entries that differ from those that are asked for, as lines.
+    Settings that are `FREE` may differ, those that are `GROWING` may be larger, and weights with one digest may have
+    any name.
 
     Raises:
       StoreError: the run has more pairs than are asked for.

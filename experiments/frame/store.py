@@ -13,6 +13,7 @@ of arrays. Damaged or missing data are an error for readers. Resuming the run me
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict, *, writable: bool):
         self.path, self.manifest, self.writable = path, manifest, writable
         self.moved: list[str] = []
+        self._counting: tuple[str, float, float] | None = None
 
     @classmethod
     def create(
@@ -463,9 +465,17 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} cannot be read ({error}); {self._remedy()}") from error
 
+    def count(self, timing: str, since: float) -> None:
+        """From now on every write of the manifest says how long this has taken: since `since` (of
+        `time.perf_counter`), and in earlier processes, also those that were killed. `note` ends it."""
+        self._counting = timing, self.manifest["timings"].get(timing, 0.0), since
+
     def note(self, **timings: float) -> None:
-        """Adds timings, in seconds, to the manifest."""
-        self._update(timings={**self.manifest["timings"], **timings})
+        """Adds seconds to timings of the manifest, and ends what `count` counts."""
+        self._update()
+        self._counting = None
+        known = self.manifest["timings"]
+        self._update(timings={**known, **{name: round(known.get(name, 0) + s, 1) for name, s in timings.items()}})
 
     def finish(self, write: Callable[[dict], Any] | None = None) -> None:
         """Marks the run complete.
@@ -492,6 +502,10 @@ class RunFolder:
     def _update(self, **entries: Any) -> None:
         self._require_writable()
         manifest = {**self.manifest, **entries}
+        if self._counting is not None:
+            timing, before, since = self._counting
+            spent = round(before + time.perf_counter() - since, 1)
+            manifest["timings"] = {**manifest["timings"], timing: spent}
         write_json(self.path / "manifest.json", manifest)
         self.manifest = manifest
 

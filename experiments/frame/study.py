@@ -21,7 +21,16 @@ from experiments.frame.collection import runs_in
 from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.numerics import own_numerics
-from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
+from experiments.frame.page import (
+    Page,
+    claims_of,
+    filled,
+    run_entry,
+    store_page,
+    stored_section,
+    summary_of,
+    write_page,
+)
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.subject import Subject, model_folder, model_name
 from experiments.frame.verdict import finite
@@ -91,8 +100,9 @@ def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, prog
     if bench.run.moved:
         changed = "; ".join(bench.run.moved)
         print(f"resumed with another device or version, so last digits may differ ({changed})", file=sys.stderr)
+    bench.run.count("measuring_s", started)
     study.measure(bench)
-    bench.run.note(measuring_s=round(time.perf_counter() - started, 1))
+    bench.run.note()
     return report(study, bench.run)
 
 
@@ -135,7 +145,7 @@ def report(study: Study[C], run: RunFolder) -> Path:
         run.put("analysis", analysis)
     store_page(run, study.page(measured, analysis))
     if run.manifest["status"] != "complete":
-        run.note(analysis_s=round(time.perf_counter() - started, 1))
+        run.note(analysis_s=time.perf_counter() - started)
     path = run.path / "report.html"
     run.finish(lambda manifest: write_page(path, [stored_section(run, manifest)]))
     return path
@@ -143,7 +153,8 @@ def report(study: Study[C], run: RunFolder) -> Path:
 
 def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then the
-    studies of several networks side by side, then every run in full. What is no finished run is listed and left out.
+    studies of several networks side by side, then every run in full. What is no finished run, or cannot be
+    shown, is listed with the reason and left out.
 
     Args:
       find: the study of a name, or None if there is none.
@@ -152,20 +163,34 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
       StoreError: the folder holds no finished runs.
     """
     runs, others = runs_in(folder)
+    sections: dict[str, Mapping[str, Any]] = {}
+    for name, run in list(runs.items()):
+        try:  # a run that cannot be shown must not cost the page of all others
+            sections[name] = stored_section(run, name=name)
+            claims_of(run)
+        except StoreError as error:
+            others[name] = str(error)
+            del runs[name]
     if not runs:
         there = f" ({'; '.join(f'{name}: {what}' for name, what in others.items())})" if others else ""
         raise StoreError(f"{folder} holds no finished run{there}; give an --out folder, or a folder of such folders")
     studies: dict[str, list[RunFolder]] = {}
     for run in runs.values():
         studies.setdefault(study_of(run), []).append(run)
-    joint = [
-        _together(folder, study, members)
-        for name, members in studies.items()
-        if len(members) > 1 and (study := find(name)) is not None and study.together is not None
-    ]
+    joint = []
+    for name, members in studies.items():
+        if len(members) > 1 and (study := find(name)) is not None and study.together is not None:
+            try:
+                joint.append(_together(folder, study, members))
+            except StoreError as error:
+                others[f"the runs of {name} side by side"] = str(error)
+    if others:
+        print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
+    shown = [*joint, *(sections[name] for name in runs)]
     title = "Where diffusion transformers decide: all experiments"
-    sections = [*joint, *(stored_section(run, name=name) for name, run in runs.items())]
-    return write_page(folder / "report.html", sections, title=title, summary=summary_of(runs), others=others)
+    entries = [run_entry(name, run) for name, run in runs.items()]
+    path = folder / "report.html"
+    return write_page(path, shown, title=title, summary=summary_of(runs), others=others, runs=entries)
 
 
 def study_of(run: RunFolder) -> str:

@@ -1,13 +1,16 @@
 """What is stored is what was measured: flipped bits, lost chunks, lost groups, leftovers, malformed manifests."""
 
+import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from experiments.frame.page import Page, Section
 from experiments.frame.reader import open_run
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder, StoreError
-from experiments.frame.study import Study, report, run_study
+from experiments.frame.study import Study, joint_page, report, run_study
 from experiments.frame.subject import untrained_model
 from experiments.studies.modalities.settings import ModalitiesConfig
 
@@ -445,6 +448,94 @@ def test_weights_are_told_apart_by_what_they_are_and_not_by_their_name(weights, 
     save_model(untrained_model(load_model(there).config, 6), there, overwrite=True)
     with pytest.raises(StoreError, match="weights_digest"):
         mended(str(there), copy, whole)
+
+
+def test_timings_are_those_of_all_processes(weights, tmp_path, monkeypatch):
+    """Of those that were killed, too: the clock of the test goes a second further with each block."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    class Ticking(Counting):
+        def __init__(self, last):
+            super().__init__()
+            measure = self.study.measure
+
+            def timed(bench):
+                write = bench.run.write
+
+                def slowly(*args):
+                    if len(self.measured) > last:
+                        raise KeyboardInterrupt
+                    clock[0] += 10
+                    write(*args)
+
+                bench.run.write = slowly
+                measure(bench)
+
+            self.study = replace(self.study, measure=timed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(Ticking(2).study, settings(weights), tmp_path / "run", progress=False)
+    assert RunFolder.open(tmp_path / "run").manifest["timings"] == {"measuring_s": 20}
+    run_study(Ticking(9).study, settings(weights), tmp_path / "run", resume=True, progress=False)
+    timings = RunFolder.open(tmp_path / "run").manifest["timings"]
+    assert timings == {"measuring_s": 60, "analysis_s": 0}  # one block more here, and three of the other group
+    run_study(Ticking(9).study, settings(weights), tmp_path / "run", resume=True, progress=False)
+    assert RunFolder.open(tmp_path / "run").manifest["timings"] == timings
+
+
+def spoiled(run, name):
+    """A run of which one thing cannot be shown."""
+    section = json.loads((run / "section.json").read_text())
+    if name == "claims":
+        (run / "claims.json").write_text("{")
+    elif name == "outside":
+        section["captions"] = {"../../secret": "A file of another folder."}
+    else:
+        (run / "figures" / "one.svg").unlink()
+        (run / "figures" / "one.svg").symlink_to(run.parent / "secret.svg")
+    (run / "section.json").write_text(json.dumps(section))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("claims", "claims.json cannot be read"),
+        ("outside", "names a figure outside of"),
+        ("link", "names a figure outside of"),
+    ],
+)
+def test_a_run_that_cannot_be_shown_is_left_out_with_the_reason(whole, tmp_path, capsys, name, said):
+    """It does not cost the page of all others, and nothing beside a run's figures gets into a page."""
+    (tmp_path / "secret.svg").write_text("<svg>SECRET</svg>")
+    for each in ("good", "bad"):
+        shutil.copytree(whole, tmp_path / each)
+    spoiled(tmp_path / "bad", name)
+    text = joint_page(tmp_path, lambda study: None).read_text()
+    assert said in text
+    assert f"left out: bad: {tmp_path / 'bad'}" in capsys.readouterr().err.replace("the section of ", "")
+    assert 'id="good"' in text
+    assert 'id="bad"' not in text
+    assert base64.b64encode(b"<svg>SECRET</svg>").decode() not in text
+
+
+def test_a_joint_page_says_with_what_each_run_was_made(whole, tmp_path):
+    """And leads to runs by paths, whatever they are called."""
+    names = ["javascript:alert(1)", "a b#c?d", "100%"]
+    for name in names:
+        shutil.copytree(whole, tmp_path / name)
+    text = joint_page(tmp_path, lambda study: None).read_text()
+    links = re.findall(r'href="([^"]*)"', text)
+    assert sorted(links) == [
+        "./100%25/report.html",
+        "./a%20b%23c%3Fd/report.html",
+        "./javascript%3Aalert%281%29/report.html",
+    ]
+    assert all((tmp_path / unquote(link)).is_file() for link in links)
+    table = re.search(r'id="runs-table".*?</table>', text, re.S)[0]
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", table)
+    assert cells[:8] == ["Run", "Study", "Of", "pairs", "steps", "sampler", "guidance", "seed"]
+    assert cells[8:15] == ["counting", "tiny", "5", "5", "ddim", "1.0", "0"]
 
 
 def test_other_settings_do_not_go_on_with_a_run(weights, copy):

@@ -187,8 +187,8 @@ def test_a_write_that_fails_midway_costs_one_block_and_resumes_to_the_same_bits(
 
 
 def test_what_the_manifest_calls_finished_is_on_the_disk_before(tmp_path, monkeypatch):
-    """What a loss of power leaves: at every move that makes a manifest, the files of all that it names, the folders that
-    lead there, and the manifest itself have been synced since they were written."""
+    """What a loss of power leaves. At every move that makes a manifest, the files of all that it names, the folders
+    that lead there, and the manifest itself have been synced."""
     synced, seen, fsync, replace = set(), [], os.fsync, os.replace
 
     def recording(descriptor):

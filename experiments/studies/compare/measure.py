@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
+from dit_jax.class_names import names as class_names
+from dit_jax.class_names import short_name
 from dit_jax.covariance import load_covariance
-from dit_jax.images import to_pixels
+from dit_jax.latents import to_pictures
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from experiments.frame.bench import Bench, Variables, one_of
@@ -195,19 +197,11 @@ def _wiener(instrument: Instrument, network: xr.Dataset) -> xr.Dataset:
 
 def _pictures(bench: Bench, samples: np.ndarray, grid: np.ndarray, labels: np.ndarray) -> xr.Dataset:
     """8-bit pictures (coupling, pair, replica, y, x, rgb) of the first pairs at the first and the last coupling."""
-    chosen = np.moveaxis(samples[:, [0, -1], :PICTURED_PAIRS, :, :, :3], 0, 2)
-    data = bench.subject.manifest.get("data") or {}
-    if "mean" in data:
-        pixels = to_pixels(chosen, data["mean"], data["std"])
-        preview = "pixels"
-    else:
-        spread = np.abs(chosen).max() or 1.0
-        pixels = np.round(np.clip(chosen / spread + 1, 0, 2) * 127.5).astype(np.uint8)
-        preview = "first three latent channels"
-    names = data.get("class_names")
-    shown = [names[label] if names else f"class {label}" for label in labels[: chosen.shape[1]]]
-    if pixels.shape[-1] < 3:
-        pixels = np.repeat(pixels[..., :1], 3, -1)
+    chosen = np.moveaxis(samples[:, [0, -1], :PICTURED_PAIRS], 0, 2)
+    flat, preview = to_pictures(chosen.reshape(-1, *chosen.shape[3:]), bench.subject.manifest)
+    pixels = flat.reshape(*chosen.shape[:3], *flat.shape[1:])
+    known = class_names(bench.subject.manifest)
+    shown = [short_name(int(label), known) for label in labels[: chosen.shape[1]]]
     about = {"long_name": "samples as pictures, 8 bits", "units": "1"}
     return xr.Dataset(
         {"image": (("coupling", "pair", "replica", "y", "x", "rgb"), pixels, about)},
