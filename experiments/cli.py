@@ -17,7 +17,8 @@ import tyro
 
 from dit_jax.conversion import convert_checkpoint
 from dit_jax.disk import from_home, writing
-from dit_jax.lock import held
+from dit_jax.job import several_tasks
+from dit_jax.lock import FolderInUse, held
 from experiments import studies
 from experiments.tools.settings import SampleConfig
 
@@ -174,9 +175,12 @@ def main(args: list[str] | None = None) -> int:
                 from dit_jax.platform import devices
 
                 devices()
+            if isinstance(command, StudyRun | Train) and (said := several_tasks()):
+                print(f"syncgap: {said}", file=sys.stderr)
             return command() if isinstance(command, functools.partial) else _run(command, line)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"syncgap: {_in_one_line(error)}", file=sys.stderr)
+        more = f"; {several_tasks()}" if isinstance(error, FolderInUse) and several_tasks() else ""
+        print(f"syncgap: {_in_one_line(error)}{more}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device without room

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import experiments.frame.study
+from dit_jax import job
 from dit_jax.disk import from_home
 from dit_jax.lock import held
 from experiments import cli
@@ -143,6 +144,33 @@ def test_a_folder_that_is_being_written_is_left_alone(tmp_path, capsys):
             assert cli.main([*command, str(out)]) == 2
             assert f"being written by process {os.getpid()}" in capsys.readouterr().err, command
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, "this is task 2 of 4"),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "0"}, "this is task 0 of 8"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "x:1"}, "this is task 1 of 2"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a script that runs before any srun
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_tasks_of_a_job_are_told_that_they_do_not_share_a_run(variables, said, tmp_path, monkeypatch, capsys):
+    for name in {name for pair in job._VARIABLES for name in pair} | {"SLURM_NTASKS"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with held(tmp_path / "out"):
+        assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 2
+    text = capsys.readouterr().err
+    assert "being written by process" in text
+    if said is None:
+        assert "task" not in text
+    else:
+        assert text.count(said) == 2  # when it starts, and in the error
+        assert "syncgap sweep" in text
 
 
 def test_reports_and_covariances_wait_for_no_one_either(weights, tmp_path, capsys):

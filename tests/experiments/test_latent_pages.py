@@ -65,7 +65,7 @@ def test_a_run_of_latents_has_a_page_that_says_so(tmp_path, channels, word):
 def test_pictures_of_an_official_model_are_previews_under_the_names_of_imagenet():
     manifest = {"config": {"num_classes": 1000, "in_channels": 4}}
     bench: Any = SimpleNamespace(subject=SimpleNamespace(manifest=manifest))
-    samples = np.random.default_rng(0).standard_normal((3, 2, 2, 4, 4, 4))  # (C, P, R, H, W, 4)
+    samples = np.random.default_rng(0).standard_normal((2, 3, 2, 4, 4, 4))  # (R, C, P, H, W, 4)
     found = _pictures(bench, samples, np.array([0.0, 0.5, 1.0]), np.array([207, 387]))
     assert found.label_name.values.tolist() == ["golden retriever", "lesser panda"]
     assert found.attrs["preview"] == "linear latent preview, not a decoding"
