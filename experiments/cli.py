@@ -17,7 +17,7 @@ import tyro
 
 from dit_jax.conversion import convert_checkpoint
 from dit_jax.disk import from_home, writing
-from dit_jax.job import several_tasks
+from dit_jax.job import several_tasks, task
 from dit_jax.lock import FolderInUse, held
 from experiments import studies
 from experiments.tools.settings import SampleConfig
@@ -95,6 +95,15 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Join parts of one run of compare, measured with --first-pair, to the run that one process would have made."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of the parts, in any order
+    out: Path  # folder of the joined run
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+
+
+@dataclass(frozen=True)
 class Sample:
     """Sample pictures of chosen classes; writes arrays, a grid of the pictures, and a manifest."""
 
@@ -160,6 +169,7 @@ def main(args: list[str] | None = None) -> int:
     commands: dict[str, Any] = {name: _command(name) for name in studies.NAMES}
     commands |= {
         "report": Report,
+        "merge": Merge,
         "theory": Theory,
         "train": Train,
         "sample": Sample,
@@ -175,8 +185,8 @@ def main(args: list[str] | None = None) -> int:
                 from dit_jax.platform import devices
 
                 devices()
-            if isinstance(command, StudyRun | Train) and (said := several_tasks()):
-                print(f"syncgap: {said}", file=sys.stderr)
+            if isinstance(command, StudyRun | Train) and (found := task()) and found[0] == 0:
+                print(f"syncgap: {several_tasks()}", file=sys.stderr)
             return command() if isinstance(command, functools.partial) else _run(command, line)
     except (ValueError, OSError, MemoryError) as error:
         more = f"; {several_tasks()}" if isinstance(error, FolderInUse) and several_tasks() else ""
@@ -222,7 +232,7 @@ def _ending_like_an_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covariance, line: str) -> int:
+def _run(command: StudyRun | Train | Report | Merge | Theory | Sample | Info | Covariance, line: str) -> int:
     if isinstance(command, StudyRun):
         from experiments.frame.study import run_each, run_study
 
@@ -232,6 +242,17 @@ def _run(command: StudyRun | Train | Report | Theory | Sample | Info | Covarianc
         options = {"resume": command.resume, "command": line, "progress": not command.quiet}
         with writing(out):
             page = run(studies.find(name), command.settings, out, **options)
+        print(f"report: {page}" if page.suffix else f"part: {page} (join all parts with `syncgap merge`)")
+    elif isinstance(command, Merge):
+        from experiments.frame.parts import merge
+        from experiments.frame.store import RunFolder
+        from experiments.frame.study import find_study
+
+        if len(command.runs) < 2:
+            raise ValueError("syncgap merge joins at least two parts of a run; give their folders")
+        with writing(command.out):
+            study = find_study(RunFolder.open(command.runs[0]), studies.find)
+            page = merge(study, command.runs, command.out, command=line, progress=not command.quiet)
         print(f"report: {page}")
     elif isinstance(command, Report):
         print(f"report: {_report(command.run)}")
@@ -287,7 +308,7 @@ def _held_model(folder: Path) -> Iterator[None]:
 def _report(folder: Path) -> Path:
     from experiments.frame.collection import OTHERS, TRAINING, what_else
     from experiments.frame.store import RunFolder, StoreError
-    from experiments.frame.study import joint_page, report, study_of
+    from experiments.frame.study import find_study, joint_page, report
 
     if not folder.is_dir():
         raise StoreError(f"there is no folder {folder}; give the --out folder of a study, or a folder of such folders")
@@ -297,10 +318,7 @@ def _report(folder: Path) -> Path:
         if not (folder / "manifest.json").exists():
             return joint_page(folder, studies.find)
         run = RunFolder.open(folder, writable=True)
-        study = studies.find(study_of(run))
-        if study is None:
-            raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
-        return report(study, run)
+        return report(find_study(run, studies.find), run)
 
 
 def _info(command: Info) -> int:

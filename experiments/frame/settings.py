@@ -20,7 +20,7 @@ PAPER_DEPTH, PAPER_LAST = 28, 5  # blocks of the paper's network, and how many o
 
 SAMPLER_NAMES: dict[str, str] = {"ddim": "DDIM", "ancestral": "the ancestral sampler"}
 RENAMED = {"gate": "gate_kind"}  # settings of older runs, and what they are called now
-ADDED = {"modes": "dct"}  # settings that older runs do not store, and what they ran with
+ADDED = {"modes": "dct", "first_pair": 0}  # settings that older runs do not store, and what they ran with
 
 
 @dataclass(frozen=True)

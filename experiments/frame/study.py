@@ -17,7 +17,7 @@ import xarray as xr
 from dit_jax.disk import write_json
 from dit_jax.lock import held
 from experiments.frame.bench import Bench
-from experiments.frame.collection import runs_in
+from experiments.frame.collection import PART, is_part, runs_in
 from experiments.frame.drawing import draw_figures
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.numerics import own_numerics
@@ -73,17 +73,18 @@ def run_study(
       command: how it was called, for the manifest.
 
     Returns:
-      the path of ``report.html``.
+      the path of ``report.html``; of the folder itself for a part of a run, which has no page.
 
     Raises:
       ValueError: settings that do not fit the weights; an output folder that holds another run, or that another process
         is writing.
     """
     with held(out):
-        return _run(study, config, Path(out), resume, command, progress)
+        return run_held(study, config, Path(out), resume, command, progress)
 
 
-def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, progress: bool) -> Path:
+def run_held(study: Study[C], config: C, out: Path, resume: bool, command: str, progress: bool) -> Path:
+    """`run_study` in a folder that this process holds."""
     started = time.perf_counter()
     bench = Bench(
         study.name,
@@ -103,6 +104,9 @@ def _run(study: Study[C], config: C, out: Path, resume: bool, command: str, prog
     bench.run.count("measuring_s", started)
     study.measure(bench)
     bench.run.note()
+    if is_part(bench.run):
+        bench.run.finish()
+        return bench.run.path
     return report(study, bench.run)
 
 
@@ -137,6 +141,8 @@ def report(study: Study[C], run: RunFolder) -> Path:
     Raises:
       StoreError: something that was measured is missing or damaged; the message says what to do.
     """
+    if is_part(run):
+        raise StoreError(f"{run.path} is {PART}, which has no page of its own; `syncgap merge` joins parts")
     started = time.perf_counter()
     measured = Measured.of(run, study.config)
     analysis = study.analyse(measured)
@@ -196,6 +202,18 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
 def study_of(run: RunFolder) -> str:
     """The name of a run's study. Older runs of compare do not store it."""
     return run.manifest.get("kind", "compare")
+
+
+def find_study(run: RunFolder, find: Callable[[str], Study[Any] | None]) -> Study[Any]:
+    """The study of a run.
+
+    Raises:
+      StoreError: it is not known.
+    """
+    study = find(study_of(run))
+    if study is None:
+        raise StoreError(f"{run.path} is a run of the study {study_of(run)!r}, which this version does not have")
+    return study
 
 
 def _together(folder: Path, study: Study[Any], runs: Sequence[RunFolder]) -> Mapping[str, Any]:

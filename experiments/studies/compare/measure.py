@@ -157,14 +157,19 @@ def measure(bench: Bench[CompareConfig]) -> None:
         "mode_count": ("mode", modes.count),
     }
     coords = {"coupling": grid, "parity": parity, **plane, **groups}
-    network = bench.measure("network", instrument.variables, coords, config.pairs, on_network, bands=bands)
-    if not bench.run.holds("pictures"):  # they were damaged
+    start = {"first_pair": config.first_pair}
+    network = bench.measure("network", instrument.variables, coords, config.pairs, on_network, bands=bands, **start)
+    if not bench.run.holds("pictures") and not config.first_pair:  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
         on_network(pairs, pair_labels(pairs, bench.classes))
     bench.run.confirm("pictures")
     # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
-    count = min(config.untrained_pairs, config.pairs)
-    bench.measure("untrained", UNTRAINED, {"coupling": few, "parity": parity}, count, on_untrained, bands=bands)
+    count = min(config.untrained_pairs, config.end) - config.first_pair
+    if count > 0:  # a part of a run measures the control on its own pairs, as far as the control goes
+        few_coords = {"coupling": few, "parity": parity}
+        bench.measure("untrained", UNTRAINED, few_coords, count, on_untrained, bands=bands, **start)
+    if config.first_pair:
+        return  # what depends on all pairs is made when the parts are joined
     bench.whole("wiener", lambda: _wiener(instrument, network), of_all=True)
     if (covariance := instrument.covariance) is not None:
         bench.whole("data", lambda: covariance_group(covariance, instrument.data_modes and instrument.data_modes.share))
