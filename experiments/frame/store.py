@@ -21,7 +21,7 @@ from typing import Any
 import xarray as xr
 import zarr
 
-from dit_jax.disk import link, recover, sync, sync_files, sync_folder, write_json
+from dit_jax.disk import recover, sync, sync_files, sync_folder, write_json
 from experiments.frame.chunks import (
     NOT_DAMAGE,
     block_of,
@@ -32,12 +32,12 @@ from experiments.frame.chunks import (
     layout_of,
     missing_chunks,
     opened,
-    pairs_in,
     pairs_of,
     readable,
     write_group,
 )  # fmt: skip
 from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
+from experiments.frame.growth import enlarge, require_layout, undo_halves
 from experiments.frame.manifest import (
     DIGESTS,
     FORMAT,
@@ -143,7 +143,7 @@ class RunFolder:
         told = {name: differences({name: had[name]}, {name: value})[0] for name, value in other.items()}
         run.moved = [*moved, *(line for name, line in told.items() if name in FREE)]
         run._sweep()
-        run._undo_halves()
+        undo_halves(run)
         larger = bool(set(other) & set(GROWING))  # what there is must be brought up to date before it is read
         run._update(
             status="running",
@@ -197,8 +197,8 @@ class RunFolder:
             if not outdated and self._mend_coordinates(group, template):
                 self._update(digests=self._with_digest(group, LAYOUT))
             if not (outdated and of_all):
-                self._require_layout(group, template)
-                return self._enlarged(group, template, chunk) if outdated else block_of(self._group(group))
+                require_layout(self, group, template)
+                return enlarge(self, group, template, chunk) if outdated else block_of(self._group(group))
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
         self._write_empty(group, template, chunk)
         self._update(
@@ -219,45 +219,6 @@ class RunFolder:
         self._mend_coordinates(group, template)  # nor were coordinates that happen to be the fill value
         sync_folder(self._group(group))
         sync(self._group("").parent, self._group(""))
-
-    def _require_layout(self, group: str, template: xr.Dataset) -> None:
-        """Raises StoreError unless a group is as the template has it, or begins so if it is outdated."""
-        stored, target = self._open(group), self._group(group)
-        if self.is_outdated(group) and stored.sizes["pair"] <= template.sizes["pair"]:
-            template = template.isel(pair=slice(stored.sizes["pair"]))
-            unreadable = [str(name) for name in template.coords if damaged(target, only=str(name))]
-            stored, template = (each.drop_vars(unreadable, errors="ignore") for each in (stored, template))
-        coords = stored.coords.to_dataset(), template.coords.to_dataset()
-        if layout_of(stored) != layout_of(template) or not coords[0].equals(coords[1]):
-            raise StoreError(f"{target} has another layout than this run needs; choose another --out")
-
-    def _enlarged(self, group: str, template: xr.Dataset, chunk: int) -> int:
-        """Makes a group larger and returns the pairs in its blocks. It is made beside the old one and then takes its
-        place. A kill leaves the one or the other whole, see `_undo_halves`."""
-        target, larger, previous = (self._group(name) for name in (group, f".{group}.partial", f".{group}.previous"))
-        size, block = pairs_in(target), block_of(target)
-        if block == size < chunk:  # a single block that was not full
-            block = chunk
-        full = [first for first in self.manifest["blocks"][group] if first + block <= size]
-        shutil.rmtree(larger, ignore_errors=True)
-        self._write_empty(larger.name, template, block)
-        for file in (file for first in full for file in files_of(target, first)):
-            place = larger / file.relative_to(target)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            link(file, place)
-        sync_folder(larger)
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(target, previous)
-        os.replace(larger, target)
-        sync(target.parent)
-        kept = {name: value for name, value in self._digests.get(group, {}).items() if name in map(str, full)}
-        self._update(
-            blocks={**self.manifest["blocks"], group: full},
-            digests={**self._digests, group: {LAYOUT: digest(target, LAYOUT), **kept}},
-            **self._without_outdated(group),
-        )
-        shutil.rmtree(previous, ignore_errors=True)
-        return block
 
     def write(self, group: str, dataset: xr.Dataset, first: int) -> None:
         """Writes the block of pairs ``first, first + 1, ...`` of a declared group, then marks it finished.
@@ -429,17 +390,6 @@ class RunFolder:
             lost = not readable(target) or damaged(target) or self._altered(target.name)
             if target.is_dir() and target.name not in blocks and lost:
                 shutil.rmtree(target)
-
-    def _undo_halves(self) -> None:
-        """Puts a group back whose larger form has taken its place, if the manifest does not know of that yet."""
-        for previous in self._group("").glob(".*.previous"):
-            group = previous.name.removeprefix(".").removesuffix(".previous")
-            expected = self._digests.get(group, {}).get(LAYOUT)
-            if recover(self._group(group)) and previous.exists():
-                if digest(self._group(group), LAYOUT) != expected == digest(previous, LAYOUT):
-                    shutil.rmtree(self._group(group))
-                    os.replace(previous, self._group(group))
-                shutil.rmtree(previous, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Removes half-written files that a killed process has left behind."""
