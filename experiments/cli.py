@@ -244,18 +244,13 @@ def _run(command: StudyRun | Train | Report | Merge | Theory | Sample | Info | C
             page = run(studies.find(name), command.settings, out, **options)
         print(f"report: {page}" if page.suffix else f"part: {page} (join all parts with `syncgap merge`)")
     elif isinstance(command, Merge):
-        from experiments.frame.parts import merge
-        from experiments.frame.store import RunFolder
-        from experiments.frame.study import find_study
+        from experiments.tools.reports import merged
 
-        if len(command.runs) < 2:
-            raise ValueError("syncgap merge joins at least two parts of a run; give their folders")
-        with writing(command.out):
-            study = find_study(RunFolder.open(command.runs[0]), studies.find)
-            page = merge(study, command.runs, command.out, command=line, progress=not command.quiet)
-        print(f"report: {page}")
+        print(f"report: {merged(command.runs, command.out, command=line, progress=not command.quiet)}")
     elif isinstance(command, Report):
-        print(f"report: {_report(command.run)}")
+        from experiments.tools.reports import report_again
+
+        print(f"report: {report_again(command.run)}")
     elif isinstance(command, Theory):
         from experiments.tools.teaching import theory
 
@@ -303,22 +298,6 @@ def _held_model(folder: Path) -> Iterator[None]:
         for place in [*([folder.parent] if (folder.parent / RUN).is_file() else []), folder]:
             stack.enter_context(held(place))
         yield
-
-
-def _report(folder: Path) -> Path:
-    from experiments.frame.collection import OTHERS, TRAINING, what_else
-    from experiments.frame.store import RunFolder, StoreError
-    from experiments.frame.study import find_study, joint_page, report
-
-    if not folder.is_dir():
-        raise StoreError(f"there is no folder {folder}; give the --out folder of a study, or a folder of such folders")
-    if (what := what_else(folder)) in (*OTHERS.values(), TRAINING):
-        raise StoreError(f"{folder} holds {what}, of which there is no report; studies have one")
-    with held(folder), writing(folder):
-        if not (folder / "manifest.json").exists():
-            return joint_page(folder, studies.find)
-        run = RunFolder.open(folder, writable=True)
-        return report(find_study(run, studies.find), run)
 
 
 def _info(command: Info) -> int:

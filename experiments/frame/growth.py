@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from typing import TYPE_CHECKING
+from typing import Any
 
 import xarray as xr
 
@@ -11,11 +11,10 @@ from experiments.frame.chunks import block_of, damaged, files_of, layout_of, pai
 from experiments.frame.digests import LAYOUT, digest
 from experiments.frame.manifest import StoreError
 
-if TYPE_CHECKING:
-    from experiments.frame.store import RunFolder
+Run = Any  # a `RunFolder`, whose module imports this one
 
 
-def require_layout(run: "RunFolder", group: str, template: xr.Dataset) -> None:
+def require_layout(run: Run, group: str, template: xr.Dataset) -> None:
     """Raises StoreError unless a group is as the template has it, or as its first pairs have it if it is outdated."""
     stored, target = run._open(group), run._group(group)
     if run.is_outdated(group) and stored.sizes["pair"] <= template.sizes["pair"]:
@@ -27,7 +26,7 @@ def require_layout(run: "RunFolder", group: str, template: xr.Dataset) -> None:
         raise StoreError(f"{target} has another layout than this run needs; choose another --out")
 
 
-def enlarge(run: "RunFolder", group: str, template: xr.Dataset, chunk: int) -> int:
+def enlarge(run: Run, group: str, template: xr.Dataset, chunk: int) -> int:
     """Makes a group as large as the template, and returns the pairs in its blocks.
 
     It is made beside the old one and then takes its place. A kill leaves the one or the other whole, see `undo_halves`.
@@ -61,7 +60,7 @@ def enlarge(run: "RunFolder", group: str, template: xr.Dataset, chunk: int) -> i
     return block
 
 
-def undo_halves(run: "RunFolder") -> None:
+def undo_halves(run: Run) -> None:
     """Puts a group back whose larger form has taken its place, if the manifest does not know of that yet."""
     for previous in run._group("").glob(".*.previous"):
         group = previous.name.removeprefix(".").removesuffix(".previous")

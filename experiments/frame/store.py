@@ -10,18 +10,16 @@ on each read. The manifest has a digest of every block, of every group that was 
 of arrays. Damaged or missing data are an error for readers. Resuming the run measures them again, and only them.
 """
 
-import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 import zarr
 
-from dit_jax.disk import recover, sync, sync_files, sync_folder, write_json
+from dit_jax.disk import recover, sync, sync_files, sync_folder
 from experiments.frame.chunks import (
     NOT_DAMAGE,
     block_of,
@@ -37,6 +35,7 @@ from experiments.frame.chunks import (
     write_group,
 )  # fmt: skip
 from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
+from experiments.frame.folder import Folder
 from experiments.frame.growth import enlarge, require_layout, undo_halves
 from experiments.frame.manifest import (
     DIGESTS,
@@ -54,11 +53,10 @@ from experiments.frame.manifest import (
     json_form,
     now,
     read_manifest,
-    without_nan,
 )  # fmt: skip
 
 
-class RunFolder:
+class RunFolder(Folder):
     """The folder of one run; made by `create`, read by `open`.
 
     Attributes:
@@ -66,11 +64,6 @@ class RunFolder:
       manifest: the entries of ``manifest.json``; replaced, never changed in place.
       moved: for a resumed run, which device, versions or size of blocks differ from those before.
     """
-
-    def __init__(self, path: Path, manifest: dict, *, writable: bool):
-        self.path, self.manifest, self.writable = path, manifest, writable
-        self.moved: list[str] = []
-        self._counting: tuple[str, float, float] | None = None
 
     @classmethod
     def create(
@@ -293,19 +286,6 @@ class RunFolder:
         """Whether a group of this name exists, finished or not."""
         return recover(self._group(group))
 
-    def is_outdated(self, group: str) -> bool:
-        """Whether a group was made before pairs were added to the run, and not brought up to date since."""
-        return group in self.manifest.get(OUTDATED, ())
-
-    def confirm(self, group: str) -> None:
-        """Says that a group is right for all pairs of the run, too."""
-        if self.is_outdated(group):
-            self._update(**self._without_outdated(group))
-
-    def _without_outdated(self, group: str) -> dict[str, list[str]]:
-        outdated = self.manifest.get(OUTDATED)
-        return {} if outdated is None else {OUTDATED: [name for name in outdated if name != group]}
-
     def load(self, group: str, *, partial: bool = False) -> xr.Dataset:
         """A group, in memory. Every chunk's checksum is verified.
 
@@ -391,54 +371,6 @@ class RunFolder:
             if target.is_dir() and target.name not in blocks and lost:
                 shutil.rmtree(target)
 
-    def _sweep(self) -> None:
-        """Removes half-written files that a killed process has left behind."""
-        for left in self.path.rglob("*.partial"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-
-    def write_json(self, name: str, entries: Any) -> None:
-        """Writes a JSON file of the run in one move; NaN and infinities become null."""
-        self._require_writable()
-        write_json(self.path / name, without_nan(entries))
-
-    def read_json(self, name: str) -> Any:
-        """Reads what `write_json` wrote.
-
-        Raises:
-          StoreError: it is missing or damaged.
-        """
-        path = self.path / name
-        try:
-            return json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.path} holds no {name}; {self._remedy()}") from error
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read ({error}); {self._remedy()}") from error
-
-    def count(self, timing: str, since: float) -> None:
-        """From now on every write of the manifest says how long this has taken: since `since` (of
-        `time.perf_counter`), and in earlier processes, also those that were killed. `note` ends it."""
-        self._counting = timing, self.manifest["timings"].get(timing, 0.0), since
-
-    def note(self, **timings: float) -> None:
-        """Adds seconds to timings of the manifest, and ends what `count` counts."""
-        self._update()
-        self._counting = None
-        known = self.manifest["timings"]
-        self._update(timings={**known, **{name: round(known.get(name, 0) + s, 1) for name, s in timings.items()}})
-
-    def finish(self, write: Callable[[dict], Any] | None = None) -> None:
-        """Marks the run complete.
-
-        Args:
-          write: called just before, with the manifest as it will be, to write a page that shows it.
-        """
-        self._sweep()  # of an earlier process that was killed
-        last = {} if self.manifest["status"] == "complete" else {"status": "complete", "finished": now()}
-        if write is not None:
-            write({**self.manifest, **last})
-        self._update(**last)
-
     def _group(self, group: str) -> Path:
         return self.path / "data.zarr" / group
 
@@ -448,24 +380,3 @@ class RunFolder:
     def _write_zarr(self, dataset: xr.Dataset, path: Path, *args: Any, **options: Any) -> None:
         self._require_writable()
         write_group(dataset, path, *args, **options)
-
-    def _update(self, **entries: Any) -> None:
-        self._require_writable()
-        manifest = {**self.manifest, **entries}
-        if self._counting is not None:
-            timing, before, since = self._counting
-            spent = round(before + time.perf_counter() - since, 1)
-            manifest["timings"] = {**manifest["timings"], timing: spent}
-        write_json(self.path / "manifest.json", manifest)
-        self.manifest = manifest
-
-    def _require_writable(self) -> None:
-        if self.manifest and not (self.path / "manifest.json").is_file():  # or else zarr would make a new one
-            raise StoreError(f"{self.path} was removed or moved while it was written; put it back, or run again")
-        if not self.writable:
-            raise StoreError(f"{self.path} was opened for reading; RunFolder.create(..., resume=True) writes")
-
-    def _remedy(self) -> str:
-        unfinished = self.manifest["status"] != "complete"
-        again = "the same command with --resume makes it again"
-        return "its run is not finished, continue it with --resume" if unfinished else again

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from dit_jax.checkpoint import load_model, save_model
 from experiments import cli
-from experiments.frame import store
+from experiments.frame import folder
 from experiments.frame.bench import _together
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section
@@ -401,8 +401,8 @@ def test_a_run_that_is_killed_while_it_grows_loses_nothing(weights, whole, tmp_p
         return call
 
     with monkeypatch.context() as patched:
-        for name in ("shutil.rmtree", "os.replace", "write_json"):
-            patched.setattr(f"experiments.frame.store.{name}", stopping(eval(name, vars(store))))
+        for home, name in ((shutil, "rmtree"), (os, "replace"), (folder, "write_json")):
+            patched.setattr(home, name, stopping(getattr(home, name)))
         with pytest.raises(KeyboardInterrupt):
             run_study(Counting().study, settings(weights), out, resume=True, progress=False)
     assert RunFolder.open(out).finished("network") == {0, 2}

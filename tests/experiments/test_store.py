@@ -15,7 +15,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.frame import manifest, store
+from experiments.frame import folder, manifest, store
 from experiments.frame.chunks import files_of
 from experiments.frame.store import RunFolder, StoreError
 
@@ -157,7 +157,7 @@ def fail_between_variables(monkeypatch):
 
 
 def fail_at_the_manifest(monkeypatch):
-    monkeypatch.setattr(store, "write_json", raise_disk_full)
+    monkeypatch.setattr(folder, "write_json", raise_disk_full)
 
 
 def raise_disk_full(*_, **__):

@@ -157,7 +157,7 @@ def measure(bench: Bench[CompareConfig]) -> None:
         "mode_count": ("mode", modes.count),
     }
     coords = {"coupling": grid, "parity": parity, **plane, **groups}
-    start = {"first_pair": config.first_pair}
+    start: dict[str, Any] = {"first_pair": config.first_pair}
     network = bench.measure("network", instrument.variables, coords, config.pairs, on_network, bands=bands, **start)
     if not bench.run.holds("pictures") and not config.first_pair:  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
