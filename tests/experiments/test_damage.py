@@ -532,7 +532,7 @@ def test_a_joint_page_says_with_what_each_run_was_made(whole, tmp_path):
         "./javascript%3Aalert%281%29/report.html",
     ]
     assert all((tmp_path / unquote(link)).is_file() for link in links)
-    table = re.search(r'id="runs-table".*?</table>', text, re.S)[0]
+    (table,) = re.findall(r'id="runs-table".*?</table>', text, re.S)
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", table)
     assert cells[:8] == ["Run", "Study", "Of", "pairs", "steps", "sampler", "guidance", "seed"]
     assert cells[8:15] == ["counting", "tiny", "5", "5", "ddim", "1.0", "0"]
