@@ -6,7 +6,6 @@ is denoised by a linear map whose principal components are those of the data; do
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.fft import dctn
 
-from dit_jax.disk import CheckpointError
+from dit_jax.disk import CheckpointError, replace_synced
 from dit_jax.images import ImageSet
 from dit_jax.training import Photographs
 from dit_jax.transforms import TransformedImages, doubled, training_data
@@ -153,7 +152,7 @@ def save_covariance(folder: str | Path, found: DataCovariance) -> None:
     partial = folder / f".{FILE}.partial"
     try:
         partial.write_bytes(content.getvalue())
-        os.replace(partial, folder / FILE)
+        replace_synced(partial, folder / FILE)
     finally:
         partial.unlink(missing_ok=True)
 

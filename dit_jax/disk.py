@@ -1,6 +1,7 @@
 """Whole writes: a reader finds the old file or folder, or the new one, never a part.
 
-A folder is written under another name beside its place and renamed when it is complete.
+A folder is written under another name beside its place and renamed when it is complete. What is renamed is on the disk
+before (`sync`), so that a loss of power leaves whole things, too.
 """
 
 import errno
@@ -9,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,45 @@ def write_json(path: str | Path, entries: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(json.dumps(entries, indent=2, allow_nan=False) + "\n")
-        os.replace(partial, path)
+        replace_synced(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(*paths: Path) -> None:
+    """Returns when files, and the entries of folders, are on the disk itself.
+
+    Raises:
+      OSError: the disk refuses. File systems that cannot sync a folder need not.
+    """
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def sync_files(files: Iterable[Path], top: Path) -> None:
+    """Syncs files, and the folders that lead to them from `top` on, which may be new."""
+    files = list(files)
+    folders = {parent for file in files for parent in file.parents if parent.is_relative_to(top)}
+    sync(*files, *sorted(folders, reverse=True))
+
+
+def sync_folder(folder: Path) -> None:
+    """Syncs all that is in a folder."""
+    sync(*(path for path in folder.rglob("*") if path.is_file() or path.is_dir()), folder)
+
+
+def replace_synced(made: Path, place: Path) -> None:
+    """Gives a new file or folder its place, and returns when both are on the disk."""
+    sync_folder(made) if made.is_dir() else sync(made)
+    os.replace(made, place)
+    sync(place.parent)
 
 
 def recover(directory: str | Path) -> bool:
@@ -56,9 +93,11 @@ def replacing(directory: Path) -> Iterator[Path]:
         with writing(directory):
             partial.mkdir(parents=True)
             yield partial
+            sync_folder(partial)  # before the old one is moved away
             if directory.exists():
                 os.replace(directory, previous)
             os.replace(partial, directory)
+            sync(directory.parent)
     finally:
         _remove(partial)
         if recover(directory):
@@ -94,6 +133,8 @@ def _reason(directory: str | Path, error: OSError) -> str:
     if above:
         return f"{above[0]} is a file; choose another folder"
     reason = error.strerror or str(error)
+    if error.errno == errno.ENOENT:
+        return f"it was removed or moved meanwhile ({reason}); run again, or choose another folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({reason}); make room, or choose a folder on another disk"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -115,6 +156,14 @@ def _remove(directory: Path, tries: int = 20) -> None:
         if not directory.exists():
             return
         time.sleep(0.05)
+
+
+def link(file: Path, place: Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def occupied(directory: Path) -> bool:

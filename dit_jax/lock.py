@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -85,8 +86,7 @@ def _locked(directory: Path, path: Path) -> IO[str] | None:
     while fcntl is not None:
         try:
             with writing(directory):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = path.open("a+", encoding="utf-8")
+                file = _opened(path)
         except CheckpointError:
             if directory.is_dir() and os.access(directory, os.W_OK) and not os.access(path.parent, os.W_OK):
                 return None
@@ -115,6 +115,18 @@ def _locked(directory: Path, path: Path) -> IO[str] | None:
     return None
 
 
+def _opened(path: Path, tries: int = 100) -> IO[str]:
+    """The lock's file and its parents, which another process that made them may just be removing."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+", encoding="utf-8")
+        except (FileNotFoundError, FileExistsError):  # the second where it went while mkdir was looking
+            tries -= 1
+            if not tries:
+                raise
+
+
 def _is_still(path: Path, file: IO[str]) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
@@ -122,10 +134,13 @@ def _is_still(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def _owner(file: IO[str]) -> str:
-    try:
-        file.seek(0)
-        owner = json.loads(file.read())
-        return f"process {owner['process']} on {owner['host']} since {owner['since'][:19]} UTC"
-    except (OSError, ValueError, TypeError, KeyError):  # it has not said yet
-        return "another process"
+def _owner(file: IO[str], tries: int = 40) -> str:
+    """Who holds the lock. It says so just after it has taken it, which is waited for, two seconds at most."""
+    for _ in range(tries):
+        try:
+            file.seek(0)
+            owner = json.loads(file.read())
+            return f"process {owner['process']} on {owner['host']} since {owner['since'][:19]} UTC"
+        except (OSError, ValueError, TypeError, KeyError):
+            time.sleep(0.05)
+    return "another process"

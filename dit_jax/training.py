@@ -5,6 +5,7 @@ stops and resumes ends with the same bits as one that does not, and with the sam
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from dit_jax.lock import held
 from dit_jax.objective import add_noise, losses, network_input
 from dit_jax.training_config import TrainConfig, learning_rate
 from dit_jax.training_log import LossLog
-from dit_jax.training_run import RUN, extended, require_finite, require_finite_state, started
+from dit_jax.training_run import RUN, extended, require_finite, require_finite_state, require_there, started
 from ou_theory.clock import Clock
 from ou_theory.keys import GENERATOR, random_key
 
@@ -210,6 +211,7 @@ def train(
     log_every: int = 50,
     command: str = "",
     progress: bool = True,
+    then: Callable[[Path], None] | None = None,
 ) -> Path:
     """Trains a model; leaves ``model/`` (the EMA weights, with manifest), ``log.jsonl`` and ``samples.png`` in `out`.
 
@@ -220,6 +222,7 @@ def train(
         longer, which the manifest records; see `learning_rate`.
       checkpoint_every: steps from one checkpoint to the next.
       log_every: steps that a line of the log stands for.
+      then: adds to the folder of the trained model, while no other process may write the run.
 
     Returns:
       the folder of the trained model, which `load_model` reads.
@@ -237,7 +240,10 @@ def train(
             raise ValueError(f"{name} must be at least 1, got {every}")
     require_x64(model_config.dtype)
     with held(out), writing(out):
-        return _train(data, model_config, config, out, resume, checkpoint_every, log_every, command, progress)
+        trained = _train(data, model_config, config, out, resume, checkpoint_every, log_every, command, progress)
+        if then is not None:
+            then(trained)
+        return trained
 
 
 def _train(
@@ -283,6 +289,7 @@ def _train(
             bar.set_postfix(loss=f"{line['loss']:.4f}", mse=f"{line['mse']:.4f}")
         if keeps:
             require_finite_state(done, state, out, kept, hints)
+            require_there(out)
             log.keep(done)
             save_arrays(out / "state", state)
             log.forget(done)

@@ -6,7 +6,6 @@ state, so that a run that goes on from there writes the lines of one that was ne
 
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import optax
 
+from dit_jax.disk import CheckpointError, replace_synced, sync
 from ou_theory.clock import Clock
 
 LEVEL_EDGES = np.array([-12.0, -8, -6, -4, -2, 0, 2, 4, 12])  # log-SNR bins of the logged loss
@@ -66,7 +66,9 @@ class LossLog:
         partial = self._kept(step).with_suffix(".partial")
         with partial.open("wb") as file:
             np.savez(file, seconds=seconds, **columns)
-        os.replace(partial, self._kept(step))
+        replace_synced(partial, self._kept(step))
+        if self.path.exists():
+            sync(self.path)  # the lines before the checkpoint are not written again
 
     def forget(self, step: int) -> None:
         """Removes what was kept for other checkpoints than that of `step`, which has replaced them."""
@@ -76,11 +78,14 @@ class LossLog:
 
     def rewind(self, step: int) -> None:
         """Goes back to the checkpoint of `step`: lines of later steps, torn ones and repeated ones are removed, and the
-        steps that had no line yet are taken up again. Runs of older versions did not keep these."""
+        steps that had no line yet are taken up again. Runs of older versions did not keep these.
+
+        Raises:
+          CheckpointError: what was kept of these steps cannot be read.
+        """
         self.rows, seconds = [], 0.0
         if self._kept(step).exists():
-            with np.load(self._kept(step)) as kept:
-                columns = {name: kept[name] for name in kept.files}
+            columns = self._columns(step)
             seconds = float(columns.pop("seconds"))
             count = len(next(iter(columns.values()))) if columns else 0
             self.rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
@@ -88,14 +93,26 @@ class LossLog:
         if self.path.exists():
             partial = self.path.with_name(f".{self.path.name}.partial")
             partial.write_text("".join(json.dumps(lines[at]) + "\n" for at in sorted(lines)))
-            os.replace(partial, self.path)
+            replace_synced(partial, self.path)
         self.forget(step)
         self.since = time.perf_counter() - seconds
+
+    def _columns(self, step: int) -> dict[str, np.ndarray]:
+        path = self._kept(step)
+        try:
+            with np.load(path) as kept:
+                columns = {name: kept[name] for name in kept.files}
+            columns["seconds"]
+        except Exception as error:  # a damaged archive raises many kinds
+            raise CheckpointError(
+                f"{path} is damaged ({error}); remove it to go on without a line of the log for its steps"
+            ) from error
+        return columns
 
     def lines(self) -> list[dict]:
         """The lines of the file; one that was torn by a kill is left out."""
         found = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else ():
+        for text in self.path.read_text(errors="replace").splitlines() if self.path.exists() else ():
             try:
                 line = json.loads(text)
             except ValueError:

@@ -64,6 +64,12 @@ def started(out: Path, record: Mapping[str, Any], resume: bool) -> dict | None:
     return before
 
 
+def require_there(out: Path) -> None:
+    """Raises TrainingError if the folder of a run is no longer there, before a checkpoint makes a new one."""
+    if not (out / RUN).is_file():
+        raise TrainingError(f"{out} was removed or moved while it was trained in; put it back, or train again")
+
+
 def extensions_of(record: Mapping[str, Any]) -> Extensions:
     """How a stored run was made longer."""
     return tuple((entry["at_step"], entry["steps_before"]) for entry in record["training"].get(EXTENSIONS, ()))

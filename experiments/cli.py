@@ -17,7 +17,8 @@ import tyro
 
 from dit_jax.conversion import convert_checkpoint
 from dit_jax.disk import from_home, writing
-from dit_jax.lock import held
+from dit_jax.job import several_tasks, task
+from dit_jax.lock import FolderInUse, held
 from experiments import studies
 from experiments.sweeps.settings import Sweep
 from experiments.tools.settings import MakeClassifier, SampleConfig
@@ -97,6 +98,15 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Join parts of one run of compare, measured with --first-pair, to the run that one process would have made."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of the parts, in any order
+    out: Path  # folder of the joined run
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+
+
+@dataclass(frozen=True)
 class Sample:
     """Sample pictures of chosen classes; writes arrays, a grid of the pictures, and a manifest."""
 
@@ -163,6 +173,7 @@ def main(args: list[str] | None = None) -> int:
     commands |= {
         "sweep": Sweep,
         "report": Report,
+        "merge": Merge,
         "theory": Theory,
         "train": Train,
         "sample": Sample,
@@ -179,9 +190,12 @@ def main(args: list[str] | None = None) -> int:
                 from dit_jax.platform import devices
 
                 devices()
+            if isinstance(command, StudyRun | Train) and (found := task()) and found[0] == 0:
+                print(f"syncgap: {several_tasks()}", file=sys.stderr)
             return command() if isinstance(command, functools.partial) else _run(command, line)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"syncgap: {_in_one_line(error)}", file=sys.stderr)
+        more = f"; {several_tasks()}" if isinstance(error, FolderInUse) and several_tasks() else ""
+        print(f"syncgap: {_in_one_line(error)}{more}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # JAX's word for a device without room
@@ -223,9 +237,7 @@ def _ending_like_an_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(
-    command: StudyRun | Sweep | Train | Report | Theory | Sample | Info | Covariance | MakeClassifier, line: str
-) -> int:
+def _run(command: Any, line: str) -> int:
     if isinstance(command, StudyRun):
         from experiments.frame.study import run_each, run_study
 
@@ -235,11 +247,15 @@ def _run(
         options = {"resume": command.resume, "command": line, "progress": not command.quiet}
         with writing(out):
             page = run(studies.find(name), command.settings, out, **options)
-        print(f"report: {page}")
+        print(f"report: {page}" if page.suffix else f"part: {page} (join all parts with `syncgap merge`)")
     elif isinstance(command, Sweep):
         from experiments.sweeps.command import sweep
 
         return sweep(command, line)
+    elif isinstance(command, Merge):
+        from experiments.tools.reports import merged
+
+        print(f"report: {merged(command.runs, command.out, command=line, progress=not command.quiet)}")
     elif isinstance(command, Report):
         print(f"report: {_report(command)}")
     elif isinstance(command, Theory):
@@ -269,10 +285,11 @@ def _run(
         from experiments.frame.subject import model_folder
 
         folder = model_folder(command.weights)
-        manifest = load_manifest(folder)
-        trained_on = names(manifest) if manifest.get("data") else None
-        images = _images(command, command.images, manifest["config"]["input_size"], trained_on)
-        save_covariance(folder, covariance_for(manifest, images))
+        with _held_model(folder), writing(folder):
+            manifest = load_manifest(folder)
+            trained_on = names(manifest) if manifest.get("data") else None
+            images = _images(command, command.images, manifest["config"]["input_size"], trained_on)
+            save_covariance(folder, covariance_for(manifest, images))
         print(f"covariance: {folder / 'covariance.npz'}")
     elif isinstance(command, MakeClassifier):
         from experiments.tools.classifier import make_classifier
@@ -284,32 +301,26 @@ def _run(
 
 
 def _report(command: Report) -> Path:
-    from experiments.frame.collection import OTHERS, SWEEP, TRAINING, runs_in, what_else
-    from experiments.frame.store import RunFolder, StoreError
-    from experiments.frame.study import joint_page, report, study_of
+    from experiments.frame.collection import SWEEP, what_else
     from experiments.sweeps.page import report_sweep
+    from experiments.tools.reports import report_again
 
-    folder = command.run
-    if not folder.is_dir():
-        raise StoreError(f"there is no folder {folder}; give the --out folder of a study, or a folder of such folders")
-    what = what_else(folder)
-    if what == SWEEP:
-        return report_sweep(folder, csv=command.csv, parquet=command.parquet)
+    if command.run.is_dir() and what_else(command.run) == SWEEP:
+        return report_sweep(command.run, csv=command.csv, parquet=command.parquet)
     if command.csv or command.parquet:
-        raise StoreError(f"{folder} is no sweep, and --csv and --parquet export sweeps; leave them out")
-    if what in (*OTHERS.values(), TRAINING):
-        raise StoreError(f"{folder} holds {what}, of which there is no report; studies have one")
-    if not (folder / "manifest.json").exists():
-        page, (_, others) = joint_page(folder, studies.find), runs_in(folder)
-        if others:
-            print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
-        return page
-    run = RunFolder.open(folder, writable=True)
-    study = studies.find(study_of(run))
-    if study is None:
-        raise StoreError(f"{folder} is a run of the study {study_of(run)!r}; known are {', '.join(studies.NAMES)}")
-    with held(folder), writing(folder):
-        return report(study, run)
+        raise ValueError(f"{command.run} is no sweep, and --csv and --parquet export sweeps; leave them out")
+    return report_again(command.run)
+
+
+@contextlib.contextmanager
+def _held_model(folder: Path) -> Iterator[None]:
+    """Holds a model's folder, and that of the training run around it, which would replace the model at its end."""
+    from dit_jax.training_run import RUN
+
+    with contextlib.ExitStack() as stack:
+        for place in [*([folder.parent] if (folder.parent / RUN).is_file() else []), folder]:
+            stack.enter_context(held(place))
+        yield
 
 
 def _info(command: Info) -> int:
@@ -365,7 +376,16 @@ def _train(command: Train, line: str) -> Path:
     else:
         data = training_data(_images(command, command.data, command.size), transform)
     model = config_from_dict(entries | {"in_channels": data.shape[-1], "num_classes": len(data.class_names)})
-    trained = train(
+
+    def with_covariance(trained: Path) -> None:
+        if isinstance(data, SolvableData):  # whose law is known
+            return
+        if math.prod(data.shape) <= MOST:
+            save_covariance(trained, data_covariance(data))
+        else:
+            print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
+
+    return train(
         data,
         model,
         replace(settings, flip=data.may_mirror),
@@ -374,13 +394,8 @@ def _train(command: Train, line: str) -> Path:
         checkpoint_every=command.checkpoint_every,
         command=line,
         progress=not command.quiet,
+        then=with_covariance,
     )
-    if not isinstance(data, SolvableData):  # whose law is known
-        if math.prod(data.shape) <= MOST:
-            save_covariance(trained, data_covariance(data))
-        else:
-            print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
-    return trained
 
 
 def _images(command: Train | Covariance, source: Path, size: int, labels: Sequence[str] | None = None) -> "ImageSet":

@@ -1,7 +1,7 @@
 """What a study measures with: the network and its control, the devices, and the folder of the run."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -253,8 +253,12 @@ class Bench(Measured[C]):
         *,
         first_pair: int = 0,
         bands: Mapping[str, Any] | None = None,
+        of_all: bool = False,
     ) -> xr.Dataset:
         """Fills a group of the run block by block, skips blocks that are finished, and returns the whole group.
+
+        Blocks are stored as the group was begun. Where the settings now have another size of blocks, pairs are measured
+        in blocks of that size, or of as many stored blocks as it holds.
 
         Args:
           variables: float32, see `Variables`.
@@ -263,6 +267,8 @@ class Bench(Measured[C]):
           measure: see `Measure`.
           first_pair: index of the first pair, for pairs that must differ from those of another group.
           bands: coordinates of the dimension ``band``; by default those of the bands of the DCT.
+          of_all: every value depends on all pairs, for example by a variance that they have: when pairs are added to
+            the run, the group is measured again.
         """
         if group not in self.run.manifest["blocks"] and self.run.holds(group):  # of a version that wrote it whole
             return self.run.load(group)
@@ -284,35 +290,45 @@ class Bench(Measured[C]):
                 }
             ),
             self.definitions,
-        )
+        ).assign_attrs({"of_all": True} if of_all else {})
         block = cast(StudyConfig, self.config).block
-        self.run.declare(group, template, chunk=block)
-        done = self.run.finished(group)
-        blocks = [first for first in range(0, pairs, block) if first not in done]
-        forecast = self.forecast if (self.progress or self.heard) and blocks else None
+        chunk = self.run.declare(group, template, chunk=block, of_all=of_all)
+        firsts, done = range(0, pairs, chunk), self.run.finished(group)
+        together = list(_together([first for first in firsts if first not in done], chunk, block, pairs))
+        forecast = self.forecast if (self.progress or self.heard) and together else None
         forecast = forecast if forecast is not None and forecast.wants(group) else None
         if forecast is not None:
             forecast.tell_before(group, template.nbytes, self.run)
-        bar = tqdm(range(0, pairs, block), desc=f"{self.study}: {group}", disable=not self.progress)
-        for first in bar:
-            if first in done:
-                continue
-            chosen = slice(first, min(first + block, pairs))
-            with ExitStack() as watched:
-                if forecast is not None and first == blocks[0]:
-                    watched.enter_context(forecast.telling(group, blocks, pairs, self.run))
-                if self.progress and self.forecast is not None and group in self.forecast.total:
-                    images = self.forecast.of_block(group, first, chosen.stop, pairs)
-                    watched.enter_context(progress_of_block(bar, images))
-                found = jax.device_get(dict(measure(*self._split(index[chosen], labels[chosen]))))
-                values = {name: (dims[name], np.asarray(value, np.float32)) for name, value in found.items()}
-                self.run.write(group, xr.Dataset(values, coords={"pair": index[chosen]}), first)
+        shown = {"total": len(firsts), "initial": len(done & set(firsts)), "disable": not self.progress}
+        with tqdm(desc=f"{self.study}: {group}", **shown) as bar:
+            for chosen in together:
+                with ExitStack() as watched:
+                    if forecast is not None and chosen is together[0]:
+                        watched.enter_context(forecast.telling(group, together, pairs, self.run))
+                    if self.progress and self.forecast is not None and group in self.forecast.total:
+                        images = self.forecast.of_block(group, chosen.start, chosen.stop, pairs)
+                        watched.enter_context(progress_of_block(bar, images))
+                    pieces = [slice(at, min(at + block, chosen.stop)) for at in range(chosen.start, chosen.stop, block)]
+                    found = [jax.device_get(dict(measure(*self._split(index[at], labels[at])))) for at in pieces]
+                    each = [
+                        xr.Dataset({name: (dims[name], np.asarray(v, np.float32)) for name, v in x.items()})
+                        for x in found
+                    ]
+                    joined = (each[0] if len(each) == 1 else xr.concat(each, "pair")).assign_coords(pair=index[chosen])
+                    for at in range(0, len(index[chosen]), chunk):
+                        self.run.write(group, joined.isel(pair=slice(at, at + chunk)), chosen.start + at)
+                        bar.update()
         return self.run.load(group)
 
-    def whole(self, group: str, make: Callable[[], xr.Dataset]) -> None:
-        """Fills a group of the run at once, unless it is there."""
-        if not self.run.holds(group):
+    def whole(self, group: str, make: Callable[[], xr.Dataset], *, of_all: bool = False) -> None:
+        """Fills a group of the run at once, unless it is there.
+
+        Args:
+          of_all: it depends on all pairs, see `measure`.
+        """
+        if not self.run.holds(group) or (of_all and self.run.is_outdated(group)):
             self.run.put(group, described(make(), self.definitions))
+        self.run.confirm(group)
 
     def _coords(self, used: set[str], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
         clock = self.clock
@@ -339,6 +355,16 @@ def _parameters(config: NetworkConfig) -> int:
 def _passes(passes: Callable[[Any, Any], Mapping[str, int]], config: Any, model: Any, pairs: int) -> Mapping[str, int]:
     """The passes of a run of so many pairs."""
     return passes(replace(config, pairs=pairs), model)
+
+
+def _together(firsts: Sequence[int], chunk: int, block: int, pairs: int) -> Iterator[slice]:
+    """Neighbours among the stored blocks of `chunk` pairs that begin at `firsts`, as many together as `block` pairs
+    hold, but at least one."""
+    most = max(1, block // chunk)
+    while firsts:
+        count = next((n for n in range(1, most) if firsts[n : n + 1] != [firsts[0] + n * chunk]), most)
+        yield slice(firsts[0], min(firsts[0] + count * chunk, pairs))
+        firsts = firsts[count:]
 
 
 def _of_frequency(bands: Bands) -> dict[str, Any]:

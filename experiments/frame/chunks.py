@@ -64,6 +64,16 @@ def blocks_of(group: Path) -> list[int]:
     return []
 
 
+def pairs_in(group: Path) -> int:
+    """Pairs of a group that is written in blocks, finished or not."""
+    return next(array.shape[axis] for _, array, axis in _arrays(group) if axis is not None)
+
+
+def block_of(group: Path) -> int:
+    """Pairs in a block of such a group; the last block may have fewer."""
+    return next(array.chunks[axis] for _, array, axis in _arrays(group) if axis is not None)
+
+
 def _chunks(group: Path, done: Sequence[int] | None) -> Iterator[tuple[int | None, Path, zarr.Array, tuple]]:
     """Every chunk that should be on disk: block, file, array and region. The block is None where there are none.
 

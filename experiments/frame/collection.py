@@ -9,6 +9,13 @@ from experiments.frame.store import RunFolder
 OTHERS = {"syncgap-dit": "a model", "syncgap-pictures": "pictures"}  # what else has a manifest, by its format
 TRAINING = "a training run"
 SWEEP = "a sweep"
+RESULTLESS = "a run without results yet"
+PART = "a part of a run"
+
+
+def is_part(run: RunFolder) -> bool:
+    """Whether a run measures pairs from a later one than the first on, to be joined with others."""
+    return run.manifest["settings"].get("first_pair", 0) > 0
 
 
 def runs_in(folder: Path) -> tuple[dict[str, RunFolder], dict[str, str]]:
@@ -23,6 +30,8 @@ def runs_in(folder: Path) -> tuple[dict[str, RunFolder], dict[str, str]]:
                 other = what_else(each)
                 if other is None:
                     runs[name] = RunFolder.open(each)
+                elif RESULTLESS in other and is_part(RunFolder.open(each)):
+                    other = f"{PART}; join it with the others by `syncgap merge`"
             except StoreError as error:
                 other = str(error)
             if other is not None:
@@ -42,7 +51,7 @@ def what_else(path: Path) -> str | None:
     if found in OTHERS:
         return OTHERS[found]
     if found == FORMAT and not (path / "section.json").exists():
-        return "a run without results yet; continue it with --resume"
+        return f"{RESULTLESS}; continue it with --resume"
     return None
 
 

@@ -63,14 +63,14 @@ class Forecast:
         _tell(self.study, f"{told}; the group {group} takes up to {in_bytes(size)} of disk, {free} are free")
 
     @contextmanager
-    def telling(self, group: str, blocks: Sequence[int], pairs: int, run: RunFolder) -> Iterator[None]:
+    def telling(self, group: str, blocks: Sequence[slice], pairs: int, run: RunFolder) -> Iterator[None]:
         """Times the first of these blocks of a group of so many pairs, inside, and says how long the run will take."""
         started = time.perf_counter()
         with compilation() as compiling:
             yield
             compiled = compiling()
         seconds = time.perf_counter() - started - compiled
-        images = [self.of_block(group, first, min(first + self.block, pairs), pairs) for first in blocks]
+        images = [self.of_block(group, block.start, block.stop, pairs) for block in blocks]
         if self.heard is not None:
             self.heard(seconds / images[0])
             return

@@ -27,7 +27,10 @@ OWN_ENTRIES = (
 )
 DIGESTS = "digests"  # of what is stored; older runs have none
 NUMERICS = "numerics"  # what JAX is set to that changes numbers; older runs have none
-NEWER = (DIGESTS, NUMERICS)  # entries of the store's own that older runs lack
+OUTDATED = "outdated"  # groups that were made before pairs were added to the run; most runs have none
+NEWER = (DIGESTS, NUMERICS, OUTDATED)  # entries of the store's own that older runs lack
+FREE = ("block", "parameters")  # settings that say how pairs are measured, not what: a resumed run may have others
+GROWING = ("pairs", "untrained_pairs")  # settings that may be larger when a run is resumed
 ENTRY_TYPES: dict[str, type] = {  # of what the code reads from a manifest
     "settings": dict, "timings": dict, "versions": dict, "blocks": dict, "resumed": list,
     "status": str, "command": str, "started": str, "device": str, "platform": str,
@@ -154,6 +157,31 @@ def comparable(entries: Mapping) -> dict:
     kept = {name: value for name, value in entries.items() if name not in ("kind", "subject")}
     settings = ADDED | {RENAMED.get(name, name): value for name, value in entries["settings"].items()}
     return {**kept, "settings": rounded(settings)}
+
+
+def forbidden(path: Path, before: Mapping, asked: Mapping) -> list[str]:
+    """What forbids to go on with the run at `path`: entries that differ from those that are asked for, as lines.
+    Settings that are `FREE` may differ, those that are `GROWING` may be larger, and weights with one digest may have
+    any name.
+
+    Raises:
+      StoreError: the run has more pairs than are asked for.
+    """
+    old, new = comparable(before), comparable(asked)
+    had, wanted = old["settings"], new["settings"]
+    for name in GROWING:
+        if isinstance(had.get(name), int) and isinstance(wanted.get(name), int):
+            if wanted[name] < had[name]:
+                raise StoreError(
+                    f"{path} holds a run with {name} {had[name]}, of which none are taken away: resume it with "
+                    f"--{name.replace('_', '-')} {had[name]} or more, or choose another --out"
+                )
+            had[name] = wanted[name]
+    by_digest = "weights_digest" in old and "weights_digest" in new
+    for settings in (had, wanted):
+        for name in (*FREE, *(["weights"] if by_digest else [])):
+            settings.pop(name, None)
+    return differences(old, new)
 
 
 def json_form(entries: Any, what: str) -> Any:

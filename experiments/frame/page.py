@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from experiments.frame import latents
 from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
 from experiments.frame.forecast import duration
@@ -24,6 +26,7 @@ from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.verdict import Claim, finite
 
 NOTHING = "–"
+RUN_SETTINGS = ("pairs", "steps", "sampler", "guidance", "seed")  # that a joint page gives of every run
 PAPER = {
     1: "The synchronization gap is there without coupling",
     2: "It collapses under strong coupling",
@@ -127,10 +130,14 @@ def store_page(run: RunFolder, page: Page, *, figures: bool = True) -> None:
     missing = set(page.figures) ^ set(page.section.captions)
     if missing:
         raise ValueError(f"figures and captions differ in {', '.join(sorted(missing))}")
+    section, drawings = finite(asdict(page.section)), page.figures
+    if latents.of_latents(run.manifest):
+        section, drawings = latents.spoken(section), latents.drawn(drawings)
+        section["definitions"] = {"latent": latents.MEANING, **section["definitions"]}
     if figures:
-        draw_figures(run.path / "figures", page.figures)
-    run.write_json("section.json", finite(asdict(page.section)) | ({} if figures else {"drawn": False}))
-    run.write_json("claims.json", {"claims": [finite(asdict(claim)) for claim in page.section.claims]})
+        draw_figures(run.path / "figures", drawings)
+    run.write_json("section.json", section | ({} if figures else {"drawn": False}))
+    run.write_json("claims.json", {"claims": section["claims"]})
 
 
 def write_page(
@@ -141,6 +148,7 @@ def write_page(
     summary: Sequence[Mapping[str, Any]] = (),
     kinds: Sequence[Table] = (),
     others: Mapping[str, str] | None = None,
+    runs: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes a page of sections and returns its path. The title is that of the first section by default.
 
@@ -149,12 +157,24 @@ def write_page(
       summary: claims over several runs, shown in front, as `summary_of` gives them.
       kinds: what depends on the kind of prediction, shown behind the summary, as `kinds.by_kind` gives it.
       others: what lies beside the runs and is left out: name, and what it is.
+      runs: with what each was run, as `run_entry` gives it.
     """
     page = templates(Path(__file__).parent / "templates").get_template("sections.html")
-    title = title or sections[0]["title"]
-    return write_text(
-        path, page.render(title=title, sections=sections, summary=summary, kinds=kinds, others=others or {})
-    )
+    about = {"summary": summary, "kinds": kinds, "others": others or {}, "runs": runs}
+    return write_text(path, page.render(title=title or sections[0]["title"], sections=sections, **about))
+
+
+def run_entry(name: str, run: RunFolder) -> dict[str, Any]:
+    """What a joint page says of a run in front: study, subject, and the settings by which runs differ most."""
+    settings = run.manifest["settings"]
+    shown = {each: _plain(settings[each]) if each in settings else NOTHING for each in RUN_SETTINGS}
+    study = run.manifest.get("kind", "compare")  # older runs of compare do not store it
+    return {"name": name, "page": page_of(name), "study": study, "subject": subject_of(run), "settings": shown}
+
+
+def page_of(name: str) -> str:
+    """The address of a run's page, from that of the folder around it: a path, whatever the run is called."""
+    return f"./{quote(name)}/report.html"
 
 
 def templates(folder: Path) -> Environment:
@@ -195,7 +215,7 @@ def filled(section: Mapping[str, Any], figures: Path) -> dict[str, Any]:
     try:
         drawn = section.get("drawn", True)  # the section says only if they are not
         shown = [
-            {"name": name, "caption": caption, "source": embedded(figures / f"{name}.svg")}
+            {"name": name, "caption": caption, "source": embedded(_inside(figures, f"{name}.svg"))}
             for name, caption in section["captions"].items()
             if drawn
         ]
@@ -230,7 +250,7 @@ def summary_of(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
                 continue
             title = PAPER.get(claim["id"], "Claims that are not the paper's")
             group = groups.setdefault(claim["id"] or 99, {"id": claim["id"] or "", "title": title, "entries": []})
-            where = {"section": name, "subject": subject_of(run), "page": f"{name}/report.html"}
+            where = {"section": name, "subject": subject_of(run), "page": page_of(name)}
             group["entries"].append({**claim_entry(claim), **where})
     return [groups[number] for number in sorted(groups)]
 
@@ -283,6 +303,17 @@ def facts(manifest: Mapping) -> list[tuple[str, str]]:
     for again in manifest["resumed"]:
         lines.append(("resumed", "; ".join([str(again.get("at", "")), *map(str, again.get("changed", ()))])))
     return lines
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of a folder. A stored name, or a link, that leads out of it is an error: runs come from elsewhere, too."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise StoreError(
+            f"the section of {folder.parent} names a figure outside of {folder} ({name}); `syncgap report` on that "
+            "folder writes it again"
+        )
+    return path
 
 
 def embedded(path: Path) -> str:

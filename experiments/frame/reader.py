@@ -4,7 +4,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from experiments.frame.manifest import DIGESTS
+from experiments.frame.manifest import DIGESTS, OUTDATED
 from experiments.frame.store import RunFolder
 
 
@@ -19,5 +19,7 @@ def open_run(path: str | Path) -> xr.DataTree:
     """
     run = RunFolder.open(path)
     tree = xr.DataTree.from_dict({group: run.load(group) for group in run.groups})
-    tree.attrs.update({name: value for name, value in run.manifest.items() if name not in ("blocks", DIGESTS)})
+    tree.attrs.update(
+        {name: value for name, value in run.manifest.items() if name not in ("blocks", DIGESTS, OUTDATED)}
+    )
     return tree

@@ -29,7 +29,8 @@ UNKNOWN_OF_PAPER = (  # what a run under its protocol takes from these settings
 
 SAMPLER_NAMES: dict[str, str] = {"ddim": "DDIM", "ancestral": "the ancestral sampler"}
 RENAMED = {"gate": "gate_kind"}  # settings of older runs, and what they are called now
-ADDED = {"modes": "dct", "protocol": "own"}  # settings that older runs do not store, and what they ran with
+# settings that older runs do not store, and what they ran with
+ADDED = {"modes": "dct", "protocol": "own", "first_pair": 0}
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,22 @@ on each read. The manifest has a digest of every block, of every group that was 
 of arrays. Damaged or missing data are an error for readers. Resuming the run measures them again, and only them.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 import zarr
 
-from dit_jax.disk import recover, write_json
+from dit_jax.disk import recover, sync, sync_files, sync_folder
 from experiments.frame.chunks import (
     NOT_DAMAGE,
+    block_of,
     blocks_of,
     damaged,
+    files_of,
     filled,
     layout_of,
     missing_chunks,
@@ -35,36 +36,39 @@ from experiments.frame.chunks import (
     write_region,
 )  # fmt: skip
 from experiments.frame.digests import LAYOUT, WHOLE, altered, bad_blocks, digest
+from experiments.frame.folder import Folder
+from experiments.frame.growth import enlarge, require_layout, undo_halves
 from experiments.frame.manifest import (
     DIGESTS,
     FORMAT,
     FORMAT_VERSION,
+    FREE,
+    GROWING,
     NEWER,
+    OUTDATED,
     OWN_ENTRIES,
     StoreError,
-    comparable,
     differences,
     environment,
+    forbidden,
     json_form,
     now,
     read_manifest,
-    without_nan,
 )  # fmt: skip
 
 
-class RunFolder:
+class RunFolder(Folder):
     """The folder of one run; made by `create`, read by `open`.
 
     Attributes:
       path: the folder.
       manifest: the entries of ``manifest.json``; replaced, never changed in place.
-      moved: for a resumed run, which device or versions differ from those it was started with.
+      moved: for a resumed run, which device, versions or size of blocks differ from those before.
     """
 
     def __init__(self, path: Path, manifest: dict, *, writable: bool):
-        self.path, self.manifest, self.writable = path, manifest, writable
+        super().__init__(path, manifest, writable=writable)
         self._declared: dict[str, xr.Dataset] = {}  # groups that are being written, without their values
-        self.moved: list[str] = []
 
     @classmethod
     def create(
@@ -109,6 +113,7 @@ class RunFolder:
             DIGESTS: {},
         }
         path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)
         run = cls(path, {}, writable=True)
         run._update(**own, **asked)
         return run
@@ -121,7 +126,7 @@ class RunFolder:
         if not resume:
             raise StoreError(f"{path} holds another run; continue it with --resume, or choose another --out")
         before = {name: manifest[name] for name in manifest if name == "settings" or name not in (*OWN_ENTRIES, *NEWER)}
-        changed = differences(comparable(before), comparable(asked))
+        changed = forbidden(path, before, asked)
         if changed:
             raise StoreError(
                 f"{path} holds a run with other settings ({'; '.join(changed)}); "
@@ -130,10 +135,21 @@ class RunFolder:
         here = {name: value for name, value in environment().items() if name in manifest}  # older runs lack some
         moved = differences({name: manifest[name] for name in here}, here)
         run = cls(path, manifest, writable=True)
-        run.moved = moved
+        had = manifest["settings"]
+        given = {name: asked["settings"][name] for name in (*FREE, *GROWING, "weights") if name in asked["settings"]}
+        other = {name: value for name, value in given.items() if name in had and had[name] != value}
+        told = {name: differences({name: had[name]}, {name: value})[0] for name, value in other.items()}
+        run.moved = [*moved, *(line for name, line in told.items() if name in FREE)]
         run._sweep()
-        entry = {"at": now(), "command": command, "changed": moved}
-        run._update(status="running", finished=None, resumed=[*manifest["resumed"], entry])
+        undo_halves(run)
+        larger = bool(set(other) & set(GROWING))  # what there is must be brought up to date before it is read
+        run._update(
+            status="running",
+            finished=None,
+            resumed=[*manifest["resumed"], {"at": now(), "command": command, "changed": [*moved, *told.values()]}],
+            settings={**had, **other},
+            **({OUTDATED: run.groups} if larger else {}),
+        )
         run._drop_damaged()
         return run
 
@@ -152,14 +168,19 @@ class RunFolder:
             run._sweep()
         return run
 
-    def declare(self, group: str, template: xr.Dataset, chunk: int = 1) -> None:
-        """Makes a group that `write` fills block by block. A group that exists already is kept with its blocks.
+    def declare(self, group: str, template: xr.Dataset, chunk: int = 1, *, of_all: bool = False) -> int:
+        """Makes a group that `write` fills block by block. A group that exists already is kept with its blocks. After
+        pairs were added to the run it is made larger, and keeps its full blocks.
 
         Args:
           group: its name.
           template: attributes, coordinates, and variables of full shape, whose values are ignored: the group starts
             out as NaN (or 0, for integers). Every variable has the dimension ``pair``.
           chunk: pairs in a block, which is stored as one chunk of every variable; the last block may have fewer.
+          of_all: every value depends on all pairs, so that none is kept when pairs are added.
+
+        Returns:
+          the pairs in a block: `chunk`, or what a group that exists already has.
 
         Raises:
           StoreError: the group exists with another layout.
@@ -169,16 +190,24 @@ class RunFolder:
             raise StoreError(f"group {group!r}: all variables need the dimension pair; without: {', '.join(without)}")
         if chunk < 1:
             raise StoreError(f"chunk must be at least 1, got {chunk}")
-        if group in self.manifest["blocks"] and recover(self._group(group)):
-            self._mend_coordinates(group, template)
-            stored = self._open(group)
-            if layout_of(stored) != layout_of(template) or not stored.coords.to_dataset().equals(
-                template.coords.to_dataset()
-            ):
-                raise StoreError(f"{self._group(group)} has another layout than this run needs; choose another --out")
-            return
         self._declared.pop(group, None)
+        if group in self.manifest["blocks"] and recover(self._group(group)):
+            outdated = self.is_outdated(group)
+            if not outdated and self._mend_coordinates(group, template):
+                self._update(digests=self._with_digest(group, LAYOUT))
+            if not (outdated and of_all):
+                require_layout(self, group, template)
+                return enlarge(self, group, template, chunk) if outdated else block_of(self._group(group))
         self._update(blocks={name: done for name, done in self.manifest["blocks"].items() if name != group})
+        self._write_empty(group, template, chunk)
+        self._update(
+            blocks={**self.manifest["blocks"], group: []},
+            digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
+            **self._without_outdated(group),
+        )
+        return chunk
+
+    def _write_empty(self, group: str, template: xr.Dataset, chunk: int) -> None:
         # Chunks that hold nothing but the fill value are not written, so this costs no space.
         empty = {name: v.copy(data=filled(v.dtype, v.shape)) for name, v in template.data_vars.items()}
         chunks = {
@@ -187,10 +216,8 @@ class RunFolder:
         }
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
         self._mend_coordinates(group, template)  # nor were coordinates that happen to be the fill value
-        self._update(
-            blocks={**self.manifest["blocks"], group: []},
-            digests={**self._digests, group: {LAYOUT: digest(self._group(group), LAYOUT)}},
-        )
+        sync_folder(self._group(group))
+        sync(self._group("").parent, self._group(""))
 
     def write(self, group: str, dataset: xr.Dataset, first: int) -> None:
         """Writes the block of pairs ``first, first + 1, ...`` of a declared group, then marks it finished.
@@ -204,6 +231,7 @@ class RunFolder:
         """
         if group not in self.manifest["blocks"]:
             raise StoreError(f"group {group!r} is not declared; declare it before writing blocks")
+        self._require_writable()
         if group not in self._declared:
             self._declared[group] = self._open(group)
         stored = self._declared[group]
@@ -218,13 +246,13 @@ class RunFolder:
             chunk = variable.encoding["chunks"][variable.dims.index("pair")]
             if first % chunk or last != min(first + chunk, stored.sizes["pair"]):
                 raise StoreError(f"block [{first}, {last}) cuts through a chunk of {chunk} pairs of {group}/{name}")
-        self._require_writable()
         values = {str(name): dataset.variables[name].values.astype(v.dtype) for name, v in stored.data_vars.items()}
         region = {
             str(name): tuple(slice(first, last) if dim == "pair" else slice(None) for dim in v.dims)
             for name, v in stored.data_vars.items()
         }
         write_region(self._group(group), values, region)
+        sync_files(files_of(self._group(group), first), self._group(group))
         done = sorted({*self.manifest["blocks"][group], first})
         self._update(blocks={**self.manifest["blocks"], group: done}, digests=self._with_digest(group, str(first)))
 
@@ -245,12 +273,15 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             self._write_zarr(dataset, partial, mode="w", write_empty_chunks=True)
+            sync_folder(partial)
             # A kill before the move leaves the old group with the new digest: it counts as damaged and is made again.
-            self._update(digests={**self._digests, group: {WHOLE: digest(partial, WHOLE)}})
+            whole = {**self._digests, group: {WHOLE: digest(partial, WHOLE)}}
+            self._update(digests=whole, **self._without_outdated(group))
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(target, previous)
             os.replace(partial, target)
+            sync(self.path, target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if recover(target):
@@ -278,6 +309,8 @@ class RunFolder:
         target = self._group(group)
         if not recover(target):
             raise StoreError(f"{self.path} holds no group {group!r}; {self._remedy()}")
+        if self.is_outdated(group):
+            raise StoreError(f"{self.path}: group {group!r} lacks the pairs that were added; continue with --resume")
         try:
             done = self.manifest["blocks"].get(group)
             altered = self._altered(group)
@@ -301,8 +334,8 @@ class RunFolder:
             raise StoreError(f"{self.path}: {pairs} of group {group!r} are not measured yet; continue with --resume")
         return found
 
-    def _mend_coordinates(self, group: str, template: xr.Dataset) -> None:
-        """Writes unreadable coordinates of a group again; they follow from the settings."""
+    def _mend_coordinates(self, group: str, template: xr.Dataset) -> bool:
+        """Writes unreadable coordinates of a group again, which follow from the settings; returns whether any were."""
         bad = [name for name in template.coords if damaged(self._group(group), only=str(name))]
         for name in bad:
             shutil.rmtree(self._group(group) / str(name), ignore_errors=True)
@@ -310,7 +343,7 @@ class RunFolder:
             mended = template.coords.to_dataset()
             mended = mended.drop_vars([name for name in mended.variables if name not in bad])
             self._write_zarr(mended, self.path / "data.zarr", group=group, mode="a", write_empty_chunks=True)
-            self._update(digests=self._with_digest(group, LAYOUT))
+        return bool(bad)
 
     @property
     def _digests(self) -> dict[str, dict[str, str]]:
@@ -349,46 +382,6 @@ class RunFolder:
             if target.is_dir() and target.name not in blocks and lost:
                 shutil.rmtree(target)
 
-    def _sweep(self) -> None:
-        """Removes half-written files that a killed process has left behind."""
-        for left in self.path.rglob("*.partial"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-
-    def write_json(self, name: str, entries: Any) -> None:
-        """Writes a JSON file of the run in one move; NaN and infinities become null."""
-        self._require_writable()
-        write_json(self.path / name, without_nan(entries))
-
-    def read_json(self, name: str) -> Any:
-        """Reads what `write_json` wrote.
-
-        Raises:
-          StoreError: it is missing or damaged.
-        """
-        path = self.path / name
-        try:
-            return json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.path} holds no {name}; {self._remedy()}") from error
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read ({error}); {self._remedy()}") from error
-
-    def note(self, **timings: float) -> None:
-        """Adds timings, in seconds, to the manifest."""
-        self._update(timings={**self.manifest["timings"], **timings})
-
-    def finish(self, write: Callable[[dict], Any] | None = None) -> None:
-        """Marks the run complete.
-
-        Args:
-          write: called just before, with the manifest as it will be, to write a page that shows it.
-        """
-        self._sweep()  # of an earlier process that was killed
-        last = {} if self.manifest["status"] == "complete" else {"status": "complete", "finished": now()}
-        if write is not None:
-            write({**self.manifest, **last})
-        self._update(**last)
-
     def _group(self, group: str) -> Path:
         return self.path / "data.zarr" / group
 
@@ -398,18 +391,3 @@ class RunFolder:
     def _write_zarr(self, dataset: xr.Dataset, path: Path, *args: Any, **options: Any) -> None:
         self._require_writable()
         write_group(dataset, path, *args, **options)
-
-    def _update(self, **entries: Any) -> None:
-        self._require_writable()
-        manifest = {**self.manifest, **entries}
-        write_json(self.path / "manifest.json", manifest)
-        self.manifest = manifest
-
-    def _require_writable(self) -> None:
-        if not self.writable:
-            raise StoreError(f"{self.path} was opened for reading; RunFolder.create(..., resume=True) writes")
-
-    def _remedy(self) -> str:
-        unfinished = self.manifest["status"] != "complete"
-        again = "the same command with --resume makes it again"
-        return "its run is not finished, continue it with --resume" if unfinished else again

@@ -18,12 +18,21 @@ from dit_jax.config import NetworkConfig
 from dit_jax.disk import write_json
 from dit_jax.lock import held
 from experiments.frame.bench import Bench
-from experiments.frame.collection import runs_in
+from experiments.frame.collection import PART, is_part, runs_in
 from experiments.frame.drawing import draw_figures
 from experiments.frame.kinds import by_kind
 from experiments.frame.measured import Definitions, Measured, described
 from experiments.frame.numerics import own_numerics
-from experiments.frame.page import Page, filled, store_page, stored_section, summary_of, write_page
+from experiments.frame.page import (
+    Page,
+    claims_of,
+    filled,
+    run_entry,
+    store_page,
+    stored_section,
+    summary_of,
+    write_page,
+)
 from experiments.frame.programs import compilations, kept
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.subject import Subject, model_folder, model_name
@@ -72,26 +81,27 @@ def run_study(
       heard: is told, after the first block, how many seconds an image takes to go through the network.
 
     Returns:
-      the path of ``report.html``.
+      the path of ``report.html``; of the folder itself for a part of a run, which has no page.
 
     Raises:
       ValueError: settings that do not fit the weights; an output folder that holds another run, or that another process
         is writing.
     """
     with held(out):
-        return _run(study, config, Path(out), resume, command, progress, figures, heard)
+        return run_held(study, config, Path(out), resume, command, progress, figures, heard)
 
 
-def _run(
+def run_held(
     study: Study[C],
     config: C,
     out: Path,
     resume: bool,
     command: str,
     progress: bool,
-    figures: bool,
-    heard: Callable[[float], None] | None,
+    figures: bool = True,
+    heard: Callable[[float], None] | None = None,
 ) -> Path:
+    """`run_study` in a folder that this process holds."""
     started, compiled = time.perf_counter(), compilations()
     bench = Bench(
         study.name,
@@ -112,8 +122,12 @@ def _run(
         print(f"resumed with another device or version, so last digits may differ ({changed})", file=sys.stderr)
     if unknown := bench.manifest.get("unknown_of_protocol"):
         print(f"not known of the paper's protocol, and as the settings have it: {'; '.join(unknown)}", file=sys.stderr)
+    bench.run.count("measuring_s", started)
     study.measure(bench)
-    bench.run.note(measuring_s=round(time.perf_counter() - started, 1), compilations=compilations() - compiled)
+    bench.run.note(compilations=compilations() - compiled)
+    if is_part(bench.run):
+        bench.run.finish()
+        return bench.run.path
     return report(study, bench.run, figures=figures)
 
 
@@ -128,16 +142,16 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
       the path of the joint ``report.html``.
 
     Raises:
-      ValueError: two networks have the same name; see `run_study`.
+      ValueError: two networks have the same name; see `run_study`; another process writes `out`.
     """
     out, weights = Path(out), cast(Any, config).weights
     folders = {model_name(model_folder(each)): each for each in weights}
     if len(folders) < len(weights):
         raise ValueError(f"two of the networks have the same name: {', '.join(weights)}; rename a folder")
-    with kept():
+    with held(out), kept():  # whose page is everyone's; each network's folder is held by `run_study` beside it
         for name, each in folders.items():
             run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
-    return joint_page(out, {study.name: study}.get)
+        return joint_page(out, {study.name: study}.get)
 
 
 @own_numerics()
@@ -151,6 +165,8 @@ def report(study: Study[C], run: RunFolder, *, figures: bool = True) -> Path:
     Raises:
       StoreError: something that was measured is missing or damaged; the message says what to do.
     """
+    if is_part(run):
+        raise StoreError(f"{run.path} is {PART}, which has no page of its own; `syncgap merge` joins parts")
     started = time.perf_counter()
     measured = Measured.of(run, study.config)
     analysis = study.analyse(measured)
@@ -159,7 +175,7 @@ def report(study: Study[C], run: RunFolder, *, figures: bool = True) -> Path:
         run.put("analysis", analysis)
     store_page(run, study.page(measured, analysis), figures=figures)
     if run.manifest["status"] != "complete":
-        run.note(analysis_s=round(time.perf_counter() - started, 1))
+        run.note(analysis_s=time.perf_counter() - started)
     path = run.path / "report.html"
     run.finish(lambda manifest: write_page(path, [stored_section(run, manifest)]))
     return path
@@ -168,7 +184,7 @@ def report(study: Study[C], run: RunFolder, *, figures: bool = True) -> Path:
 def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then which
     verdicts depend on what networks predict, then the studies of several networks side by side, then every run in full.
-    What is no finished run is listed and left out.
+    What is no finished run, or cannot be shown, is listed with the reason and left out.
 
     Args:
       find: the study of a name, or None if there is none.
@@ -177,32 +193,58 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
       StoreError: the folder holds no finished runs.
     """
     runs, others = runs_in(folder)
+    sections: dict[str, Mapping[str, Any]] = {}
+    for name, run in list(runs.items()):
+        try:  # a run that cannot be shown must not cost the page of all others
+            sections[name] = stored_section(run, name=name)
+            claims_of(run)
+        except StoreError as error:
+            others[name] = str(error)
+            del runs[name]
     if not runs:
         there = f" ({'; '.join(f'{name}: {what}' for name, what in others.items())})" if others else ""
         raise StoreError(f"{folder} holds no finished run{there}; give an --out folder, or a folder of such folders")
     studies: dict[str, list[RunFolder]] = {}
     for run in runs.values():
         studies.setdefault(study_of(run), []).append(run)
-    joint = [
-        _together(folder, study, members)
-        for name, members in studies.items()
-        if len(members) > 1 and (study := find(name)) is not None and study.together is not None
-    ]
+    joint = []
+    for name, members in studies.items():
+        if len(members) > 1 and (study := find(name)) is not None and study.together is not None:
+            try:
+                joint.append(_together(folder, study, members))
+            except StoreError as error:
+                others[f"the runs of {name} side by side"] = str(error)
+    if others:
+        print(f"left out: {'; '.join(f'{name}: {what}' for name, what in others.items())}", file=sys.stderr)
+    shown = [*joint, *(sections[name] for name in runs)]
     title = "Where diffusion transformers decide: all experiments"
-    sections = [*joint, *(stored_section(run, name=name) for name, run in runs.items())]
+    entries = [run_entry(name, run) for name, run in runs.items()]
     return write_page(
         folder / "report.html",
-        sections,
+        shown,
         title=title,
         summary=summary_of(runs),
         kinds=[table for name, members in studies.items() if (table := by_kind(name, members)) is not None],
         others=others,
+        runs=entries,
     )
 
 
 def study_of(run: RunFolder) -> str:
     """The name of a run's study. Older runs of compare do not store it."""
     return run.manifest.get("kind", "compare")
+
+
+def find_study(run: RunFolder, find: Callable[[str], Study[Any] | None]) -> Study[Any]:
+    """The study of a run.
+
+    Raises:
+      StoreError: it is not known.
+    """
+    study = find(study_of(run))
+    if study is None:
+        raise StoreError(f"{run.path} is a run of the study {study_of(run)!r}, which this version does not have")
+    return study
 
 
 def _together(folder: Path, study: Study[Any], runs: Sequence[RunFolder]) -> Mapping[str, Any]:

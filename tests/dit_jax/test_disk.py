@@ -16,6 +16,7 @@ from dit_jax.disk import CheckpointError, replacing, writing
         (errno.EROFS, "its place is read-only .*choose another folder"),
         (errno.EACCES, "its place is read-only"),
         (errno.EIO, "Input/output error; choose another folder"),
+        (errno.ENOENT, "it was removed or moved meanwhile .*run again"),
     ],
 )
 def test_the_reason_and_the_remedy(tmp_path, number, said):

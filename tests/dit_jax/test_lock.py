@@ -92,6 +92,47 @@ def test_a_place_that_can_be_no_folder_s_is_named(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
+TURNS = """
+import sys
+from pathlib import Path
+from dit_jax.lock import FolderInUse, held
+place, inside = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+alone = 0
+for _ in range(300):
+    try:
+        with held(place):
+            inside.open("x").close()  # fails where someone else is inside
+            inside.unlink()
+            alone += 1
+    except FolderInUse as refusal:
+        assert "by process" in str(refusal), refusal
+print(alone)
+"""
+
+
+def test_of_two_processes_one_is_inside_however_often_they_try(tmp_path):
+    """They make and remove the lock, and the parents of the folder, under each other's hands."""
+    command = [sys.executable, "-c", TURNS, str(tmp_path / "a" / "b" / "run"), str(tmp_path / "inside")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    both = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    found = []
+    for process in both:  # they start when their line comes
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in both:
+        said, failed = process.communicate()
+        assert failed == ""
+        found.append(int(said))
+    assert min(found) > 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("number", lock._NO_LOCKS)
 def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch, number):
     def flock(*_):

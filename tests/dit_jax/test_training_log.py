@@ -335,6 +335,38 @@ def test_a_disk_that_fills_up_costs_no_more_than_a_checkpoint(images, stub, tmp_
     assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
+def test_a_folder_that_goes_away_is_one_line_and_is_not_made_again(images, stub, tmp_path, monkeypatch):
+    batch = training.Photographs.batch
+
+    def moving(data, config, step):
+        if step == CHECKPOINT + 3:  # after a line, just before the next checkpoint
+            shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+        return batch(data, config, step)
+
+    monkeypatch.setattr(training.Photographs, "batch", moving)
+    with pytest.raises(ValueError, match="run was removed or moved while it was trained in"):
+        run(images, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_may_end_in_anything_and_its_kept_steps_may_be_damaged(images, stub, tmp_path, monkeypatch):
+    run(images, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        die(patched, "update", 6)
+        with pytest.raises(Killed):
+            run(images, tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("ab") as log:
+        log.write(b'{"step": 6, "loss": 0.\x00\xff')
+    (kept,) = (tmp_path / "run").glob(".rows-*")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:-9])
+    with pytest.raises(CheckpointError, match=r"rows-4\.npz is damaged .*remove it"):
+        run(images, tmp_path / "run", resume=True)
+    kept.write_bytes(content)
+    run(images, tmp_path / "run", resume=True)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
 def test_two_trainings_do_not_share_a_folder(images, stub, tmp_path):
     with held(tmp_path / "run"), pytest.raises(FolderInUse, match=f"process {os.getpid()} on"):
         run(images, tmp_path / "run")

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import experiments.frame.study
+from dit_jax import job
 from dit_jax.disk import from_home
 from dit_jax.lock import held
 from experiments import cli
@@ -133,10 +135,56 @@ def test_a_lack_of_memory_is_one_line(error, tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_that_is_being_written_is_left_alone(tmp_path, capsys):
+    """By every command that writes: it is told who holds the folder, and touches nothing."""
     out = tmp_path / "out"
+    commands = [["compare", "--out"], ["spectrum", "--out"], ["modalities", "--out"], ["theory", "--out"]]
+    commands += [["sample", "photos8-natural"], ["convert", str(tmp_path / "x.pt")], ["train", "solvable", "--size=8"]]
     with held(out):
-        for command in (["compare", "--out", str(out)], ["sample", "photos8-natural", str(out)],
-                        ["theory", "--out", str(out)], ["convert", str(tmp_path / "x.pt"), str(out)]):  # fmt: skip
-            assert cli.main(command) == 2
-            assert f"being written by process {os.getpid()}" in capsys.readouterr().err
+        for command in commands:
+            assert cli.main([*command, str(out)]) == 2
+            assert f"being written by process {os.getpid()}" in capsys.readouterr().err, command
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, "this is task 2 of 4"),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "0"}, "this is task 0 of 8"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "x:1"}, "this is task 1 of 2"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a script that runs before any srun
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_tasks_of_a_job_are_told_that_they_do_not_share_a_run(variables, said, tmp_path, monkeypatch, capsys):
+    for name in {name for pair in job._VARIABLES for name in pair} | {"SLURM_NTASKS"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with held(tmp_path / "out"):
+        assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 2
+    text = capsys.readouterr().err
+    assert "being written by process" in text
+    if said is None:
+        assert "this is task" not in text
+    else:
+        assert text.count(said) == (2 if "task 0" in said else 1)  # in the error; the first is told when it starts
+        assert "syncgap sweep" in text
+
+
+def test_reports_and_covariances_wait_for_no_one_either(weights, tmp_path, capsys):
+    """They change what is there: of a run, of a folder of runs, of a model, of a model whose training goes on."""
+    model, training = Path(weights), tmp_path / "training"
+    (tmp_path / "runs").mkdir()
+    (training / "model").mkdir(parents=True)
+    (training / "run.json").write_text("{}")
+    (training / "model" / "manifest.json").write_text("{}")
+    for place, command in (
+        (tmp_path / "runs", ["report", str(tmp_path / "runs")]),
+        (model, ["covariance", str(model), str(tmp_path / "images")]),
+        (training, ["covariance", str(training / "model"), str(tmp_path / "images")]),
+    ):
+        with held(place):
+            assert cli.main(command) == 2
+            assert f"being written by process {os.getpid()}" in capsys.readouterr().err, command

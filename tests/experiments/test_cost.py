@@ -219,7 +219,7 @@ def told(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(forecast, "covered", lambda spans: compiling)
         assert found.wants("network")
         found.tell_before("network", 3_000_000, folder)
-        with found.telling("network", [0, 2, 4], 6, folder):
+        with found.telling("network", [slice(0, 2), slice(2, 4), slice(4, 6)], 6, folder):
             pass
         assert not found.wants("network")
         assert not found.wants("untrained")

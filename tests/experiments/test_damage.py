@@ -1,26 +1,33 @@
 """What is stored is what was measured: flipped bits, lost chunks, lost groups, leftovers, malformed manifests."""
 
+import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
+from dit_jax.checkpoint import load_model, save_model
 from experiments import cli
+from experiments.frame import folder
+from experiments.frame.bench import _together
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section
 from experiments.frame.reader import open_run
 from experiments.frame.settings import StudyConfig
 from experiments.frame.store import RunFolder, StoreError
-from experiments.frame.study import Study, report, run_study
+from experiments.frame.study import Study, joint_page, report, run_study
+from experiments.frame.subject import untrained_model
 from experiments.studies.modalities.settings import ModalitiesConfig
 
 GROUP = "data.zarr/network"
@@ -31,6 +38,7 @@ class Counting:
 
     def __init__(self):
         self.measured: list[list[int]] = []
+        self.of_all: list[float] = []
         meaning = {
             "mean": ("mean over pairs", "nat"),
             "name": ("a name", "1"),
@@ -45,7 +53,14 @@ class Counting:
             return {"level": np.add.outer(pairs, np.arange(5.0)), "blank": np.full((len(pairs), 5), np.nan)}
 
         variables = {"level": (("step",), "a number", "nat"), "blank": (("step",), "nothing")}
-        bench.measure("network", variables, {}, bench.config.pairs, block)
+        found = bench.measure("network", variables, {}, bench.config.pairs, block)
+        mean = float(found.level.isel(step=0).mean())
+
+        def beside(pairs, labels):
+            self.of_all.extend(map(float, pairs))
+            return {"level": np.full((len(pairs), 5), mean)}
+
+        bench.measure("beside", {"level": variables["level"]}, {}, bench.config.pairs, beside, of_all=True)
         bench.whole("more", lambda: xr.Dataset({"name": ("k", ["one", "two"]), "value": ("k", [1.5, 2.5])}))
 
     @staticmethod
@@ -79,7 +94,7 @@ def mended(weights, out, whole) -> list[list[int]]:
     """Resumes a run, checks that it is as good as new, and says which pairs were measured for that."""
     counting = Counting()
     run_study(counting.study, settings(weights), out, resume=True, progress=False)
-    for group in ("network", "more", "analysis"):
+    for group in ("network", "beside", "more", "analysis"):
         xr.testing.assert_identical(RunFolder.open(out).load(group), RunFolder.open(whole).load(group))
     assert RunFolder.open(out).manifest["status"] == "complete"
     return counting.measured
@@ -350,6 +365,179 @@ def test_a_run_that_was_interrupted_anywhere_ends_with_the_same_bits(weights, wh
     assert mended(weights, out, whole) == [[0, 1], [2, 3], [4]][writes:]
 
 
+@pytest.mark.parametrize("before", [2, 3, 4])
+def test_more_pairs_extend_a_run(weights, whole, tmp_path, before):
+    """Full blocks stay, and the end has the bits of a run that had all pairs from the start. What depends on all pairs
+    is measured again."""
+    out, first, more = tmp_path / "run", Counting(), Counting()
+    run_study(first.study, replace(settings(weights), pairs=before), out, progress=False)
+    run_study(more.study, settings(weights), out, resume=True, progress=False)
+    assert more.measured == [[0, 1], [2, 3], [4]][before // 2 :]
+    assert more.of_all == [0.0, 1.0, 2.0, 3.0, 4.0]
+    run, fresh = RunFolder.open(out), RunFolder.open(whole)
+    for group in fresh.groups:
+        xr.testing.assert_identical(run.load(group), fresh.load(group))
+    assert run.manifest["digests"] == fresh.manifest["digests"]
+    assert run.manifest["settings"] == fresh.manifest["settings"]
+    assert run.manifest["resumed"][0]["changed"] == [f"pairs: {before} -> 5"]
+    assert not list(out.rglob(".*.previous"))
+    with pytest.raises(StoreError, match=r"run with pairs 5, of which none are taken away: resume it with --pairs 5"):
+        run_study(first.study, replace(settings(weights), pairs=before), out, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("stop", range(12))
+def test_a_run_that_is_killed_while_it_grows_loses_nothing(weights, whole, tmp_path, monkeypatch, stop):
+    """Killed before each of its first moves and removals of folders and writes of the manifest."""
+    out, made = tmp_path / "run", []
+    run_study(Counting().study, replace(settings(weights), pairs=4), out, progress=False)
+
+    def stopping(original):
+        def call(*args, **kwargs):
+            if len(made) == stop:
+                raise KeyboardInterrupt
+            made.append(args)
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for home, name in ((shutil, "rmtree"), (os, "replace"), (folder, "write_json")):
+            patched.setattr(home, name, stopping(getattr(home, name)))
+        with pytest.raises(KeyboardInterrupt):
+            run_study(Counting().study, settings(weights), out, resume=True, progress=False)
+    assert RunFolder.open(out).finished("network") == {0, 2}
+    if RunFolder.open(out).manifest["settings"]["pairs"] == 5:
+        with pytest.raises(StoreError, match="continue with --resume"):
+            report(Counting().study, RunFolder.open(out, writable=True))
+    assert mended(weights, out, whole) == [[4]]
+    assert RunFolder.open(out).manifest["digests"] == RunFolder.open(whole).manifest["digests"]
+
+
+@pytest.mark.parametrize(
+    ("block", "again"), [(1, [[2], [3], [6]]), (3, [[2, 3], [6]]), (4, [[2, 3], [6]]), (9, [[2, 3], [6]])]
+)
+def test_blocks_may_have_another_size_when_a_run_goes_on(weights, tmp_path, block, again):
+    """They are stored as before, and measured in the size that is asked for, as far as neighbours are missing."""
+    out, config = tmp_path / "run", replace(settings(weights), pairs=7)
+    run_study(Counting().study, config, out, progress=False)
+    expected = RunFolder.open(out).load("network")
+    for first in (2, 6):
+        shutil.rmtree(out / GROUP / f"level/c/{first // 2}")
+    counting = Counting()
+    run_study(counting.study, replace(config, block=block), out, resume=True, progress=False)
+    assert counting.measured == again
+    run = RunFolder.open(out)
+    xr.testing.assert_identical(run.load("network"), expected)
+    assert run.manifest["resumed"][0]["changed"] == [f"block: 2 -> {block}"]
+    assert run.manifest["settings"]["block"] == block
+
+
+def test_neighbouring_blocks_are_measured_together_as_far_as_they_fit():
+    slices = [(s.start, s.stop) for s in _together([0, 2, 4, 8, 10, 12, 14], 2, 5, 15)]
+    assert slices == [(0, 4), (4, 6), (8, 12), (12, 15)]
+    assert [(s.start, s.stop) for s in _together([0, 4], 4, 1, 6)] == [(0, 4), (4, 6)]
+
+
+def test_weights_are_told_apart_by_what_they_are_and_not_by_their_name(weights, whole, copy, tmp_path, monkeypatch):
+    """Another spelling of the path, and a copy in another place; but not other weights under the same name."""
+    there = shutil.copytree(weights, tmp_path / "elsewhere" / "tiny")
+    for path, start in (("tiny", there.parent), (str(there), tmp_path), ("elsewhere/../elsewhere/tiny", tmp_path)):
+        monkeypatch.chdir(start)
+        assert mended(path, copy, whole) == []
+        assert RunFolder.open(copy).manifest["settings"]["weights"] == path
+    save_model(untrained_model(load_model(there).config, 6), there, overwrite=True)
+    with pytest.raises(StoreError, match="weights_digest"):
+        mended(str(there), copy, whole)
+
+
+def test_timings_are_those_of_all_processes(weights, tmp_path, monkeypatch):
+    """Of those that were killed, too: the clock of the test goes a second further with each block."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    class Ticking(Counting):
+        def __init__(self, last):
+            super().__init__()
+            measure = self.study.measure
+
+            def timed(bench):
+                write = bench.run.write
+
+                def slowly(*args):
+                    if len(self.measured) > last:
+                        raise KeyboardInterrupt
+                    clock[0] += 10
+                    write(*args)
+
+                bench.run.write = slowly
+                measure(bench)
+
+            self.study = replace(self.study, measure=timed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(Ticking(2).study, settings(weights), tmp_path / "run", progress=False)
+    assert RunFolder.open(tmp_path / "run").manifest["timings"] == {"measuring_s": 20}
+    run_study(Ticking(9).study, settings(weights), tmp_path / "run", resume=True, progress=False)
+    timings = RunFolder.open(tmp_path / "run").manifest["timings"]
+    assert timings == {"measuring_s": 60, "analysis_s": 0}  # one block more here, and three of the other group
+    run_study(Ticking(9).study, settings(weights), tmp_path / "run", resume=True, progress=False)
+    assert RunFolder.open(tmp_path / "run").manifest["timings"] == timings
+
+
+def spoiled(run, name):
+    """A run of which one thing cannot be shown."""
+    section = json.loads((run / "section.json").read_text())
+    if name == "claims":
+        (run / "claims.json").write_text("{")
+    elif name == "outside":
+        section["captions"] = {"../../secret": "A file of another folder."}
+    else:
+        (run / "figures" / "one.svg").unlink()
+        (run / "figures" / "one.svg").symlink_to(run.parent / "secret.svg")
+    (run / "section.json").write_text(json.dumps(section))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("claims", "claims.json cannot be read"),
+        ("outside", "names a figure outside of"),
+        ("link", "names a figure outside of"),
+    ],
+)
+def test_a_run_that_cannot_be_shown_is_left_out_with_the_reason(whole, tmp_path, capsys, name, said):
+    """It does not cost the page of all others, and nothing beside a run's figures gets into a page."""
+    (tmp_path / "secret.svg").write_text("<svg>SECRET</svg>")
+    for each in ("good", "bad"):
+        shutil.copytree(whole, tmp_path / each)
+    spoiled(tmp_path / "bad", name)
+    text = joint_page(tmp_path, lambda study: None).read_text()
+    assert said in text
+    assert f"left out: bad: {tmp_path / 'bad'}" in capsys.readouterr().err.replace("the section of ", "")
+    assert 'id="good"' in text
+    assert 'id="bad"' not in text
+    assert base64.b64encode(b"<svg>SECRET</svg>").decode() not in text
+
+
+def test_a_joint_page_says_with_what_each_run_was_made(whole, tmp_path):
+    """And leads to runs by paths, whatever they are called."""
+    names = ["javascript:alert(1)", "a b#c?d", "100%"]
+    for name in names:
+        shutil.copytree(whole, tmp_path / name)
+    text = joint_page(tmp_path, lambda study: None).read_text()
+    links = re.findall(r'href="([^"]*)"', text)
+    assert sorted(links) == [
+        "./100%25/report.html",
+        "./a%20b%23c%3Fd/report.html",
+        "./javascript%3Aalert%281%29/report.html",
+    ]
+    assert all((tmp_path / unquote(link)).is_file() for link in links)
+    (table,) = re.findall(r'id="runs-table".*?</table>', text, re.S)
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", table)
+    assert cells[:8] == ["Run", "Study", "Of", "pairs", "steps", "sampler", "guidance", "seed"]
+    assert cells[8:15] == ["counting", "tiny", "5", "5", "ddim", "1.0", "0"]
+
+
 def test_other_settings_do_not_go_on_with_a_run(weights, copy):
     with pytest.raises(StoreError, match="seed: 0 -> 1"):
         run_study(Counting().study, replace(settings(weights), seed=1), copy, resume=True, progress=False)
@@ -365,7 +553,7 @@ def test_report_recomputes_the_analysis_from_what_was_measured(copy):
 
 def test_all_of_a_run_is_read_by_name(whole):
     tree = open_run(whole)
-    assert set(tree.children) == {"network", "more", "analysis"}
+    assert set(tree.children) == {"network", "beside", "more", "analysis"}
     assert tree.attrs["kind"] == "counting"
     assert float(tree["network"]["level"].sel(pair=3, step=2)) == 5
     for group in tree.children.values():

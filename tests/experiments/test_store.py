@@ -15,7 +15,8 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.frame import manifest, store
+from experiments.frame import folder, manifest, store
+from experiments.frame.chunks import files_of
 from experiments.frame.store import RunFolder, StoreError
 
 PAIRS, BLOCK = 7, 2
@@ -157,7 +158,7 @@ def fail_between_variables(monkeypatch):
 
 
 def fail_at_the_manifest(monkeypatch):
-    monkeypatch.setattr(store, "write_json", raise_disk_full)
+    monkeypatch.setattr(folder, "write_json", raise_disk_full)
 
 
 def raise_disk_full(*_, **__):
@@ -184,6 +185,57 @@ def test_a_write_that_fails_midway_costs_one_block_and_resumes_to_the_same_bits(
         write_block(again, first)
     assert files(run.path / "data.zarr") == whole
     assert not list(run.path.rglob("*partial*"))
+
+
+def test_what_the_manifest_calls_finished_is_on_the_disk_before(tmp_path, monkeypatch):
+    """What a loss of power leaves. At every move that makes a manifest, the files of all that it names, the folders
+    that lead there, and the manifest itself have been synced."""
+    synced, seen, fsync, replace = set(), [], os.fsync, os.replace
+
+    def recording(descriptor):
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.add((path, path.stat().st_ino))
+
+    def moving(source, target):
+        if Path(target).name == "manifest.json":
+            named = json.loads(Path(source).read_text())
+            groups = {name: tmp_path / "run" / "data.zarr" / name for name in named["blocks"]}
+            needed = {Path(source), *(path for group in groups.values() for path in group.rglob("zarr.json"))}
+            for name, done in named["blocks"].items():
+                for first in done:
+                    files = files_of(groups[name], first)
+                    folders = {p for file in files for p in file.parents if p.is_relative_to(groups[name])}
+                    needed |= {*files, *folders}
+            for name in set(named["digests"]) - set(named["blocks"]):
+                partial = tmp_path / "run" / f".{name}.partial"
+                needed |= set(partial.rglob("*")) if partial.exists() else set()
+            assert all((path, path.stat().st_ino) in synced for path in needed)
+            seen.append(len(needed))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(os, "replace", moving)
+    run = started(tmp_path / "run")
+    write_block(run, 0)
+    write_block(run, 2)
+    run.put("more", measured())
+    assert {(path, path.stat().st_ino) for path in (tmp_path, run.path)} <= synced  # where run and manifest have names
+    assert len(seen) == 6
+    assert seen[4] > seen[3] > seen[2] > 5
+    assert seen[5] > 10
+
+
+@pytest.mark.parametrize(
+    "action", [lambda run: write_block(run, 2), lambda run: run.put("more", measured()), lambda run: run.note(a_s=1)]
+)
+def test_a_run_whose_folder_goes_away_says_so_and_makes_no_new_one(tmp_path, action):
+    run = started(tmp_path / "run")
+    write_block(run, 0)
+    shutil.move(run.path, tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="run was removed or moved while it was written"):
+        action(run)
+    assert not run.path.exists()
 
 
 def test_a_group_that_was_half_declared_or_lost_starts_afresh(tmp_path):
@@ -257,13 +309,18 @@ def test_labels_select_after_loading(tmp_path):
 def test_resuming_needs_the_same_settings(tmp_path):
     run = RunFolder.create(tmp_path / "run", SETTINGS, extra={"weights_digest": "ab"})
     before = (run.path / "manifest.json").read_bytes()
-    other = {"couplings": (0.0, 0.5), "pairs": 8, "model": {"depth": 3, "name": "tiny"}, "seed": 1}
+    other = {"couplings": (0.0, 0.6), "pairs": 8, "model": {"depth": 3, "name": "tiny"}, "seed": 1}
     with pytest.raises(StoreError) as error:
         RunFolder.create(run.path, other, resume=True, extra={"weights_digest": "cd"})
-    for line in ("settings.pairs: 7 -> 8", "settings.model.depth: 2 -> 3", "settings.seed: nothing -> 1"):
+    for line in (
+        "settings.couplings: [0.0, 0.5] -> [0.0, 0.6]",
+        "settings.model.depth: 2 -> 3",
+        "settings.seed: nothing -> 1",
+    ):
         assert line in str(error.value)
     assert "weights_digest: ab -> cd" in str(error.value)
-    assert "name" not in str(error.value)  # what agrees is not listed
+    assert "name" not in str(error.value)  # what agrees is not listed, nor what may differ
+    assert "pairs" not in str(error.value)
     assert (run.path / "manifest.json").read_bytes() == before
     as_lists = {**SETTINGS, "couplings": [0.0, 0.5]}
     again = RunFolder.create(run.path, as_lists, resume=True, command="again", extra={"weights_digest": "ab"})

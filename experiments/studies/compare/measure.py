@@ -5,6 +5,7 @@ instrument.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
+from dit_jax.class_names import names as class_names
+from dit_jax.class_names import short_name
 from dit_jax.covariance import load_covariance
-from dit_jax.images import to_pixels
+from dit_jax.latents import to_pictures
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
 from experiments.frame.bench import Bench, Variables, one_of
@@ -152,9 +155,14 @@ def measure(bench: Bench[CompareConfig]) -> None:
     def on_network(pairs, labels):
         first = int(pairs[0])
         found = instrument.network(bench.network, grid, pairs, labels, with_more=first < config.gain_pairs)
+        for name in MORE if first < config.gain_pairs else ():  # of these pairs alone, however many run together
+            found[name] = np.array(found[name])
+            along_pairs = np.moveaxis(found[name], instrument.variables[name][0].index("pair"), 0)
+            along_pairs[config.gain_pairs - first :] = np.nan
         samples = found.pop("sample")
         if first == 0:
-            bench.whole("pictures", lambda: _pictures(bench, np.asarray(samples), grid, np.asarray(labels)))
+            pictures = partial(_pictures, bench, np.asarray(samples), grid, np.asarray(labels))
+            bench.whole("pictures", pictures, of_all=True)  # if pairs were added, the first block was not full
         return found
 
     def on_untrained(pairs, labels):
@@ -171,13 +179,19 @@ def measure(bench: Bench[CompareConfig]) -> None:
         "mode_count": ("mode", modes.count),
     }
     coords = {"coupling": grid, "parity": parity, **plane, **groups}
-    network = bench.measure("network", instrument.variables, coords, config.pairs, on_network, bands=bands)
-    if not bench.run.holds("pictures"):  # they were damaged
+    start: dict[str, Any] = {"first_pair": config.first_pair}
+    network = bench.measure("network", instrument.variables, coords, config.pairs, on_network, bands=bands, **start)
+    if not bench.run.holds("pictures") and not config.first_pair:  # they were damaged
         pairs = np.arange(min(config.block, config.pairs))
         on_network(pairs, pair_labels(pairs, bench.classes))
+    bench.run.confirm("pictures")
     # unlike in other studies, never more than of the network; without it, runs of few pairs would have other numbers
-    count = min(config.untrained_pairs, config.pairs)
-    bench.measure("untrained", UNTRAINED, {"coupling": some, "parity": parity}, count, on_untrained, bands=bands)
+    count = min(config.untrained_pairs, config.end) - config.first_pair
+    if count > 0:  # a part of a run measures the control on its own pairs, as far as the control goes
+        some_coords = {"coupling": some, "parity": parity}
+        bench.measure("untrained", UNTRAINED, some_coords, count, on_untrained, bands=bands, **start)
+    if config.first_pair:
+        return  # what depends on all pairs is made when the parts are joined
     of, variance = _variance(instrument, network)
     about = {"long_name": f"variance of each {of} that the denoiser is made for", "units": "1"}
     coords = {"coupling": grid, "parity": parity, "variance": (of, variance, about)}
@@ -186,7 +200,8 @@ def measure(bench: Bench[CompareConfig]) -> None:
     def on_wiener(pairs, labels):
         return instrument.wiener(variance, grid, pairs, labels)
 
-    bench.measure("wiener", TRAJECTORIES, {**coords, **directions}, config.pairs, on_wiener, bands=bands)
+    coords |= directions
+    bench.measure("wiener", TRAJECTORIES, coords, config.pairs, on_wiener, bands=bands, of_all=True)
     if (covariance := instrument.covariance) is not None:
         bench.whole("data", lambda: covariance_group(covariance, instrument.data_modes and instrument.data_modes.share))
 
@@ -217,19 +232,11 @@ def _named(variables: Variables, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pictures(bench: Bench, samples: np.ndarray, grid: np.ndarray, labels: np.ndarray) -> xr.Dataset:
     """8-bit pictures (coupling, pair, replica, y, x, rgb) of the first pairs at the first and the last coupling."""
-    chosen = np.moveaxis(samples[:, [0, -1], :PICTURED_PAIRS, :, :, :3], 0, 2)
-    data = bench.subject.manifest.get("data") or {}
-    if "mean" in data:
-        pixels = to_pixels(chosen, data["mean"], data["std"])
-        preview = "pixels"
-    else:
-        spread = np.abs(chosen).max() or 1.0
-        pixels = np.round(np.clip(chosen / spread + 1, 0, 2) * 127.5).astype(np.uint8)
-        preview = "first three latent channels"
-    names = data.get("class_names")
-    shown = [names[label] if names else f"class {label}" for label in labels[: chosen.shape[1]]]
-    if pixels.shape[-1] < 3:
-        pixels = np.repeat(pixels[..., :1], 3, -1)
+    chosen = np.moveaxis(samples[:, [0, -1], :PICTURED_PAIRS], 0, 2)
+    flat, preview = to_pictures(chosen.reshape(-1, *chosen.shape[3:]), bench.subject.manifest)
+    pixels = flat.reshape(*chosen.shape[:3], *flat.shape[1:])
+    known = class_names(bench.subject.manifest)
+    shown = [short_name(int(label), known) for label in labels[: chosen.shape[1]]]
     about = {"long_name": "samples as pictures, 8 bits", "units": "1"}
     return xr.Dataset(
         {"image": (("coupling", "pair", "replica", "y", "x", "rgb"), pixels, about)},

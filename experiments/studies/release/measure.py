@@ -185,6 +185,6 @@ def measure(bench: Bench[ReleaseConfig]) -> None:
     network = bench.measure("network", NETWORK, {**coords, **groups}, config.pairs, on_network)
     bench.measure("untrained", ENDS, coords, config.untrained_pairs, ends(instrument.network, bench.untrained))
     variance = network.uncoupled_energy.isel(step=-1).mean("pair").values.astype(np.float64)
-    bench.measure("exact", ENDS, coords, config.pairs, ends(instrument.exact, variance))
+    bench.measure("exact", ENDS, coords, config.pairs, ends(instrument.exact, variance), of_all=True)
     if (covariance := instrument.covariance) is not None:
         bench.whole("data", lambda: covariance_group(covariance))
