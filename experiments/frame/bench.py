@@ -142,6 +142,7 @@ class Bench(Measured[C]):
         self.forecast: Forecast | None = None
         self.heard = heard
         self._model: tuple[Hashable, Any] = (None, None)  # the one that is in memory, and what tells it from others
+        self.config = config  # which the network asks for
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
             self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
@@ -149,7 +150,6 @@ class Bench(Measured[C]):
             self.subject = load_subject(weights, config.dtype)
             self.subject_key = subject_key(weights, config.dtype, on_host=self.mesh is not None)
             self.classes = checked_settings(study, config, self.subject, check, any_network, devices)
-            self.config = config  # which the network asks for
             self.network  # noqa: B018  # what is wrong with the weights is said before there is a folder
             if passes is not None:
                 of_pairs = partial(_passes, passes, config, self.subject.config)
