@@ -106,10 +106,10 @@ def compilation() -> Iterator[Callable[[], float]]:
     """A function that says how many seconds went into compiling inside this context so far."""
     spans: list[Span] = []
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith(COMPILING):
             now = time.perf_counter()
-            spans.append((now - seconds, now))
+            spans.append((now - duration_secs, now))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
