@@ -6,24 +6,28 @@ along which a derivative is carried through the network counts as an image, for 
 products.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from dit_jax.config import ControlConfig, DiTConfig, NetworkConfig
 from dit_jax.controls import CONDITIONING
 from dit_jax.model import FREQUENCY_FEATURES
 
-if TYPE_CHECKING:
-    from experiments.frame.study import Study
+
+class Costed(Protocol):
+    """A study that may say what goes through its network, an `experiments.frame.study.Study`."""
+
+    @property
+    def passes(self) -> Callable[[Any, NetworkConfig], Mapping[str, int]] | None: ...
 
 
-def passes_of(study: "Study[Any]", config: Any, network: NetworkConfig) -> Mapping[str, int]:
+def passes_of(study: Costed, config: Any, network: NetworkConfig) -> Mapping[str, int]:
     """Images that go through a network by group, in the order in which groups are measured; none of a study that does
     not say."""
     return {} if study.passes is None else study.passes(config, network)
 
 
-def run_flops(study: "Study[Any]", config: Any, network: NetworkConfig) -> float:
+def run_flops(study: Costed, config: Any, network: NetworkConfig) -> float:
     """Floating point operations of the network's matrix products in a whole run of pairs of replicas. Runs of a sweep
     can share devices by it; analysis and exact denoisers are not counted, which cost little beside a large network."""
     return sum(passes_of(study, config, network).values()) * flops(network, 0.5, 2)

@@ -314,7 +314,7 @@ def test_one_model_is_in_memory(weights, tmp_path):
     bench = Bench("spread", StudyConfig(weights=weights), tmp_path / "run")
 
     def kernels(model):
-        return np.asarray(model.blocks.mlp.fc1.kernel[...]), weakref.ref(model.blocks.mlp.fc1.kernel[...])
+        return np.array(model.blocks.mlp.fc1.kernel[...]), weakref.ref(model.blocks.mlp.fc1.kernel[...])
 
     values, network = kernels(bench.network)
     assert kernels(bench.network)[1]() is network()
