@@ -3,15 +3,14 @@
 import contextlib
 import functools
 import io
-import math
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, make_dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 import tyro
 
@@ -21,41 +20,13 @@ from dit_jax.job import several_tasks, task
 from dit_jax.lock import FolderInUse, held
 from experiments import studies
 from experiments.sweeps.settings import Sweep
-from experiments.tools.settings import MakeClassifier, SampleConfig
+from experiments.tools.settings import Covariance, MakeClassifier, SampleConfig, Train
 
 if TYPE_CHECKING:
-    from dit_jax.images import ImageSet
+    pass
 
 _BORDER = re.compile(r"(.*?)((?:\x1b\[[\d;]*m|│| )*)")  # a line in a box, and the box's right border
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the signal
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a small network on class folders of images or on data whose law is known."""
-
-    data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable with --size 8
-    out: tyro.conf.Positional[Path]  # folder of the training run
-    labels: Path | None = None  # text file of class folders, one a line, in label order; by default all, sorted
-    transform: str = "natural"  # of the images: natural (none), whitened, reversed, power:A, permuted or gaussian
-    size: int = 16  # images are cropped and resized to size x size
-    prediction: Literal["epsilon", "v", "x0", "velocity", "score"] = "v"  # what the network predicts
-    path: Literal["ddpm", "linear", "gvp", "vp"] = "ddpm"  # schedule of the noise: DDPM's, or a path of flow matching
-    architecture: Literal["dit", "unet", "mlp"] = "dit"  # a DiT, or a control without attention
-    depth: int | None = None  # by default 12 for a dit, 1 for a unet, 2 for an mlp
-    hidden_size: int | None = None  # by default 96 for a dit, 48 for a unet, 256 for an mlp
-    num_heads: int | None = None  # only for a dit, by default 6
-    patch_size: int | None = None  # only for a dit, by default 2
-    steps: int = 6000  # training steps
-    batch_size: int = 64  # images in a step
-    learning_rate: float = 1.5e-3  # peak learning rate
-    decay_fraction: float = 0.25  # share of the steps at the end over which the learning rate falls to zero
-    weight_cap: float = 1.0  # epsilon only: loss weight min(1 + 1/SNR, cap); 1 is the official loss
-    seed: int = 0  # of initial weights, batches and noise
-    dtype: str = "float32"  # of activations and matrix products
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue an interrupted run in that folder
-    checkpoint_every: int = 500  # training steps between checkpoints
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
 @dataclass(frozen=True)
@@ -124,17 +95,6 @@ class Info:
     weights: tyro.conf.Positional[str]  # folder of a converted or trained network, or the name of a shipped one
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # read the arrays and check their digest
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the manifest as JSON instead
-
-
-@dataclass(frozen=True)
-class Covariance:
-    """Add covariance and principal directions of the training data to a model folder that lacks them; `syncgap
-    spectrum` and `syncgap compare --modes` need them."""
-
-    weights: tyro.conf.Positional[str]  # folder of the model
-    images: tyro.conf.Positional[Path]  # the images it was trained on: a folder or zip file of <class>/<image>
-    labels: Path | None = None  # text file of class folders, one a line, in label order; by default as in training
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -279,24 +239,17 @@ def _run(command: Any, line: str) -> int:
     elif isinstance(command, Info):
         return _info(command)
     elif isinstance(command, Covariance):
-        from dit_jax.checkpoint import load_manifest
-        from dit_jax.class_names import names
-        from dit_jax.covariance import covariance_for, save_covariance
-        from experiments.frame.subject import model_folder
+        from experiments.tools.training import add_covariance
 
-        folder = model_folder(command.weights)
-        with _held_model(folder), writing(folder):
-            manifest = load_manifest(folder)
-            trained_on = names(manifest) if manifest.get("data") else None
-            images = _images(command, command.images, manifest["config"]["input_size"], trained_on)
-            save_covariance(folder, covariance_for(manifest, images))
-        print(f"covariance: {folder / 'covariance.npz'}")
+        print(f"covariance: {add_covariance(command)}")
     elif isinstance(command, MakeClassifier):
         from experiments.tools.classifier import make_classifier
 
         print(make_classifier(command))
     else:
-        print(f"model: {_train(command, line)}")
+        from experiments.tools.training import train_model
+
+        print(f"model: {train_model(command, line)}")
     return 0
 
 
@@ -312,17 +265,6 @@ def _report(command: Report) -> Path:
     return report_again(command.run)
 
 
-@contextlib.contextmanager
-def _held_model(folder: Path) -> Iterator[None]:
-    """Holds a model's folder, and that of the training run around it, which would replace the model at its end."""
-    from dit_jax.training_run import RUN
-
-    with contextlib.ExitStack() as stack:
-        for place in [*([folder.parent] if (folder.parent / RUN).is_file() else []), folder]:
-            stack.enter_context(held(place))
-        yield
-
-
 def _info(command: Info) -> int:
     from experiments.frame.subject import model_folder
     from experiments.tools.info import describe, manifest_json, verify
@@ -334,98 +276,6 @@ def _info(command: Info) -> int:
     matches, line = verify(folder)
     print(line, file=sys.stderr if command.json or not matches else sys.stdout)
     return 0 if matches else 2
-
-
-def _train(command: Train, line: str) -> Path:
-    from dit_jax.checkpoint import require_x64
-    from dit_jax.config import config_from_dict
-    from dit_jax.covariance import MOST, data_covariance, save_covariance
-    from dit_jax.training import TrainConfig, train
-    from dit_jax.transforms import training_data, transformation_name
-    from experiments.studies.solvable.data import SolvableData
-
-    for name in ("size", "checkpoint_every"):  # what is wrong is said before the images are read, which takes a while
-        if getattr(command, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(command, name)}")
-    solvable = command.data == Path("solvable")
-    settings = TrainConfig(
-        steps=command.steps,
-        batch_size=command.batch_size,
-        learning_rate=command.learning_rate,
-        decay_fraction=command.decay_fraction,
-        weight_cap=command.weight_cap,
-        label_dropout=0.0 if solvable else 0.1,
-        seed=command.seed,
-    )
-    transform = transformation_name(command.transform)
-    entries = _size(command) | {
-        "input_size": command.size,
-        # the theory of solvable data is that of the posterior variance, and flow matching learns no variance
-        "learn_sigma": not solvable and command.path == "ddpm",
-        "prediction": command.prediction,
-        "path": command.path,
-        "dtype": command.dtype,
-    }
-    config_from_dict(entries | {"in_channels": 1, "num_classes": 1})
-    require_x64(command.dtype)
-    for option, given in (("--transform", transform != "natural"), ("--labels", command.labels is not None)):
-        if solvable and given:
-            raise ValueError(f"{option} applies to folders and zip files of images, not to solvable data; leave it out")
-    if solvable:
-        data = SolvableData()
-    else:
-        data = training_data(_images(command, command.data, command.size), transform)
-    model = config_from_dict(entries | {"in_channels": data.shape[-1], "num_classes": len(data.class_names)})
-
-    def with_covariance(trained: Path) -> None:
-        if isinstance(data, SolvableData):  # whose law is known
-            return
-        if math.prod(data.shape) <= MOST:
-            save_covariance(trained, data_covariance(data))
-        else:
-            print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
-
-    return train(
-        data,
-        model,
-        replace(settings, flip=data.may_mirror),
-        command.out,
-        resume=command.resume,
-        checkpoint_every=command.checkpoint_every,
-        command=line,
-        progress=not command.quiet,
-        then=with_covariance,
-    )
-
-
-def _images(command: Train | Covariance, source: Path, size: int, labels: Sequence[str] | None = None) -> "ImageSet":
-    """The images of a command, after saying what they are; in classes as --labels has them, or else as `labels`."""
-    from dit_jax.image_files import read_labels
-    from dit_jax.images import load_images
-
-    if command.labels is not None:
-        labels = read_labels(command.labels)
-    say = functools.partial(print, flush=True)
-    return load_images(source, size, not command.quiet, labels=labels, tell=say)
-
-
-def _size(command: Train) -> dict[str, Any]:
-    """The entries of the config that give the architecture and its size.
-
-    Raises:
-      ValueError: an option of a DiT is given for another architecture.
-    """
-    from dit_jax.config import CONTROL_SIZES
-
-    given = {name: getattr(command, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if command.architecture == "dit":
-        return {"depth": 12, "hidden_size": 96, "num_heads": 6, "patch_size": 2} | given
-    foreign = [f"--{name.replace('_', '-')}" for name in ("num_heads", "patch_size") if name in given]
-    if foreign:
-        raise ValueError(f"only a dit has {' and '.join(foreign)}, and this is a {command.architecture}; leave it out")
-    depth, width = CONTROL_SIZES[command.architecture]
-    return {"architecture": command.architecture, "depth": depth, "hidden_size": width} | given
 
 
 if __name__ == "__main__":

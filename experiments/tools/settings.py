@@ -63,3 +63,42 @@ class MakeClassifier:
     batch_size: int = 128  # images in a step
     seed: int = 0  # of initial weights, order, mirrors and shifts
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a small network on class folders of images or on data whose law is known."""
+
+    data: tyro.conf.Positional[Path]  # a folder or zip file of <class>/<image>, or the word solvable with --size 8
+    out: tyro.conf.Positional[Path]  # folder of the training run
+    labels: Path | None = None  # text file of class folders, one a line, in label order; by default all, sorted
+    transform: str = "natural"  # of the images: natural (none), whitened, reversed, power:A, permuted or gaussian
+    size: int = 16  # images are cropped and resized to size x size
+    prediction: Literal["epsilon", "v", "x0", "velocity", "score"] = "v"  # what the network predicts
+    path: Literal["ddpm", "linear", "gvp", "vp"] = "ddpm"  # schedule of the noise: DDPM's, or a path of flow matching
+    architecture: Literal["dit", "unet", "mlp"] = "dit"  # a DiT, or a control without attention
+    depth: int | None = None  # by default 12 for a dit, 1 for a unet, 2 for an mlp
+    hidden_size: int | None = None  # by default 96 for a dit, 48 for a unet, 256 for an mlp
+    num_heads: int | None = None  # only for a dit, by default 6
+    patch_size: int | None = None  # only for a dit, by default 2
+    steps: int = 6000  # training steps
+    batch_size: int = 64  # images in a step
+    learning_rate: float = 1.5e-3  # peak learning rate
+    decay_fraction: float = 0.25  # share of the steps at the end over which the learning rate falls to zero
+    weight_cap: float = 1.0  # epsilon only: loss weight min(1 + 1/SNR, cap); 1 is the official loss
+    seed: int = 0  # of initial weights, batches and noise
+    dtype: str = "float32"  # of activations and matrix products
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue an interrupted run in that folder
+    checkpoint_every: int = 500  # training steps between checkpoints
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Add covariance and principal directions of the training data to a model folder that lacks them; `syncgap
+    spectrum` and `syncgap compare --modes` need them."""
+
+    weights: tyro.conf.Positional[str]  # folder of the model
+    images: tyro.conf.Positional[Path]  # the images it was trained on: a folder or zip file of <class>/<image>
+    labels: Path | None = None  # text file of class folders, one a line, in label order; by default as in training
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # no progress bar
