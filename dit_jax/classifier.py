@@ -1,4 +1,4 @@
-"""A small convolutional classifier of images. It says in which class a trajectory has ended (docs/theory.md, 13.6).
+"""A small convolutional classifier of images. It says in which class a trajectory has ended (docs/theory.md, 11.3).
 
 It reads images as a network of diffusion does, and undoes that network's scaling of the pixels, so that one classifier
 serves all networks of its classes and size. It is kept in one file without pickles, with what it was trained on and how
