@@ -15,10 +15,11 @@ def passes(config: CompareConfig, network: NetworkConfig) -> dict[str, int]:
     """Images through the network: trajectories of both replicas at every coupling, and on whole blocks as many again
     for the gain of one pass."""
     image_steps = 2 * len(network.clock(config.steps)) * config.halves
-    gained = min(config.pairs, -(-config.gain_pairs // config.block) * config.block)
+    gained = min(config.end, -(-config.gain_pairs // config.block) * config.block)
+    control = max(0, min(config.end, config.untrained_pairs) - config.first_pair)
     return {
-        "network": image_steps * len(config.couplings) * (config.pairs + gained),
-        "untrained": image_steps * len(few(config.couplings)) * min(config.pairs, config.untrained_pairs),
+        "network": image_steps * len(config.couplings) * (config.pairs + max(0, gained - config.first_pair)),
+        "untrained": image_steps * len(few(config.couplings)) * control,
     }
 
 
