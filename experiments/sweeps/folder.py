@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -162,7 +163,8 @@ class SweepFolder:
 
     def log(self, outcome: str, cell: Cell, seconds: float, worker: str) -> None:
         """Adds a line to ``sweep.log``, in one write, so that lines of several processes do not mix."""
-        line = f"{now()} {outcome} {cell.name} {seconds:.2f} s {worker}\n"
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = f"{at} {outcome} {cell.name} {seconds:.2f} s {worker}\n"
         file = os.open(self.path / "sweep.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(file, line.encode())

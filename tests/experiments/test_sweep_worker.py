@@ -1,15 +1,21 @@
 """One worker of a sweep: what it runs, leaves, takes over and writes down. A study without a network stands in."""
 
 import json
-from dataclasses import dataclass
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import square_study
 import xarray as xr
+from square_study import STUDY
 
 from dit_jax.lock import held
 from experiments import studies
 from experiments.frame.manifest import StoreError
-from experiments.frame.page import Page, Section
 from experiments.frame.store import RunFolder
 from experiments.frame.study import Study
 from experiments.sweeps import worker
@@ -18,37 +24,9 @@ from experiments.sweeps.plan import Plan, PlanError
 from experiments.sweeps.worker import work
 
 
-@dataclass(frozen=True)
-class SquareConfig:
-    value: float = 0.0
-    seed: int = 0
-
-
-def measure(bench):
-    if bench.config.value < 0:
-        raise ValueError("no\nroot")
-    if bench.config.value > 100:
-        raise ZeroDivisionError("too much")
-    bench.whole("square", lambda: xr.Dataset({"square": bench.config.value**2}))
-
-
-def analyse(measured):
-    return xr.Dataset({"root": measured.load("square").square ** 0.5})
-
-
-def page(measured, analysis):
-    return Page(Section("Squares", "Is a square positive?", "Yes."), {})
-
-
-DEFINITIONS = {"square": ("a square", "1"), "root": ("its root", "1")}
-STUDY = Study("square", SquareConfig, measure, page, analyse, DEFINITIONS, subject="numbers")
-
-
 @pytest.fixture(autouse=True)
 def _one_study(monkeypatch):
-    monkeypatch.setattr(studies, "NAMES", ("square",))
-    monkeypatch.setattr(studies, "find", lambda name: STUDY)
-    monkeypatch.setattr(studies, "settings_of", lambda name: SquareConfig)
+    square_study.only_study(monkeypatch.setattr)
     monkeypatch.setattr(worker, "POLL_S", 0.01)
 
 
@@ -80,9 +58,9 @@ def test_what_is_complete_is_left_as_it_is(tmp_path):
 
 
 def test_a_failed_cell_is_written_down_and_the_others_run(tmp_path):
-    folder = sweep(tmp_path / "sweep", -1, 101, 3)
+    folder = sweep(tmp_path / "sweep", -1, 1001, 3)
     outcome = work(folder, folder.cells)
-    assert (outcome.failed, outcome.done) == (["value=-1", "value=101"], ["value=3"])
+    assert (outcome.failed, outcome.done) == (["value=-1", "value=1001"], ["value=3"])
     assert folder.states() == {"failed": 2, "complete": 1}
     refused, broken = (folder.failure(cell) for cell in folder.cells[:2])
     assert refused is not None
@@ -94,12 +72,12 @@ def test_a_failed_cell_is_written_down_and_the_others_run(tmp_path):
 
 
 def test_a_failure_that_is_forgotten_is_tried_again(tmp_path, monkeypatch):
-    folder = sweep(tmp_path / "sweep", 101)
+    folder = sweep(tmp_path / "sweep", 1001)
     work(folder, folder.cells)
     monkeypatch.setattr(studies, "find", lambda name: Study(**{**vars(STUDY), "measure": lambda bench: bench.whole(
         "square", lambda: xr.Dataset({"square": 4.0}))}))  # fmt: skip
     folder.forget_failure(folder.cells[0])
-    assert work(folder, folder.cells).done == ["value=101"]
+    assert work(folder, folder.cells).done == ["value=1001"]
     assert folder.failure(folder.cells[0]) is None
 
 
@@ -123,7 +101,9 @@ def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path, monkeypatch):
 def test_a_begun_cell_is_continued(tmp_path):
     folder = sweep(tmp_path / "sweep", 5)
     (cell,) = folder.cells
-    run = RunFolder.create(folder.run(cell), {"value": 5.0, "seed": 0}, extra={"kind": "square", "subject": "numbers"})
+    run = RunFolder.create(
+        folder.run(cell), {"value": 5.0, "seed": 0, "pause_s": 0.0}, extra={"kind": "square", "subject": "numbers"}
+    )
     run.put("square", xr.Dataset({"square": ((), 36.0, {"long_name": "s", "units": "1"})}))
     assert folder.state(cell) == "begun"
     work(folder, folder.cells)
@@ -160,3 +140,39 @@ def test_folders_that_hold_something_else_are_refused(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"format": "syncgap-sweep", "format_version": 99}))
     with pytest.raises(StoreError, match="format version 99"):
         SweepFolder.open(tmp_path)
+
+
+@pytest.mark.long
+def test_workers_that_are_killed_at_random_lose_nothing_and_never_share_a_cell(tmp_path):
+    """Two processes work on all cells of one sweep; one of them is killed twenty times, at random moments."""
+    plan = Plan("square", settings={"pause_s": 0.4}, axes={"value": list(range(1, 81))})
+    folder = SweepFolder.create(tmp_path / "sweep", plan)
+    moments = random.Random(0)
+
+    def start():
+        line = [sys.executable, square_study.__file__, str(folder.path)]
+        return subprocess.Popen(line, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+    workers = [start(), start()]
+    while not (folder.path / "diary").exists():
+        time.sleep(0.1)
+    for _ in range(20):
+        time.sleep(moments.uniform(0.2, 2.0))
+        victim = moments.randrange(2)
+        workers[victim].send_signal(signal.SIGKILL)
+        workers[victim].wait()
+        workers[victim] = start()
+    assert [worker.wait(300) for worker in workers] == [0, 0]
+
+    assert folder.states() == {"complete": 80}
+    for cell in folder.cells:
+        assert RunFolder.open(folder.run(cell)).load("analysis").root == cell.settings.value
+    at_work: dict[str, str] = {}
+    for word, cell, process in (line.split() for line in (folder.path / "diary").read_text().splitlines()):
+        if word == "end":
+            assert at_work.pop(cell) == process  # who ends a cell is the last who began it: nobody came between
+        else:
+            at_work[cell] = process
+    assert not at_work
+    ended = [line.split()[2] for line in (folder.path / "sweep.log").read_text().splitlines()]
+    assert len(ended) == len(set(ended))  # what is complete is not run again
