@@ -71,8 +71,9 @@ def level_of(result: xr.Dataset, claim: int) -> float:
 
 
 def measure_of(result: xr.Dataset, claim: int) -> str:
-    """What a claim measures; of cells that differ, the first."""
-    return next((str(word) for word in result.claim_measure.isel(claim=claim).values.ravel() if word), "")
+    """What a claim measures. Cells may differ in it, for example in the coupling at which they look."""
+    words = list(dict.fromkeys(str(word) for word in result.claim_measure.isel(claim=claim).values.ravel() if word))
+    return " or ".join(words[:2]) + (" and so on" if len(words) > 2 else "")
 
 
 def named(dim: str) -> str:
