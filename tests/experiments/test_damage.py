@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from urllib.parse import unquote
@@ -385,17 +386,18 @@ def test_more_pairs_extend_a_run(weights, whole, tmp_path, before):
         run_study(first.study, replace(settings(weights), pairs=before), out, resume=True, progress=False)
 
 
-@pytest.mark.parametrize("stop", range(12))
+@pytest.mark.parametrize("stop", range(11))
 def test_a_run_that_is_killed_while_it_grows_loses_nothing(weights, whole, tmp_path, monkeypatch, stop):
     """Killed before each of its first moves and removals of folders and writes of the manifest."""
-    out, made = tmp_path / "run", []
+    out, made, here = tmp_path / "run", [], threading.get_ident()
     run_study(Counting().study, replace(settings(weights), pairs=4), out, progress=False)
 
     def stopping(original):
         def call(*args, **kwargs):
-            if len(made) == stop:
-                raise KeyboardInterrupt
-            made.append(args)
+            if threading.get_ident() == here:  # not in the threads in which zarr writes, which would not survive it
+                if len(made) == stop:
+                    raise KeyboardInterrupt
+                made.append(args)
             return original(*args, **kwargs)
 
         return call
