@@ -58,3 +58,13 @@ def x64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """Lets go of what a file has compiled, of which a worker would otherwise gather gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        import jax
+
+        jax.clear_caches()
