@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.disk import write_json
-from experiments.frame.manifest import OUTDATED, StoreError, now, without_nan
+from experiments.frame.manifest import COMPILATIONS, OUTDATED, StoreError, now, without_nan
 
 
 class Folder:
@@ -73,6 +73,10 @@ class Folder:
         self._counting = None
         known = self.manifest["timings"]
         self._update(timings={**known, **{name: round(known.get(name, 0) + s, 1) for name, s in timings.items()}})
+
+    def note_compilations(self, count: int) -> None:
+        """Adds to how many programs were compiled while the run was measured."""
+        self._update(**{COMPILATIONS: self.manifest.get(COMPILATIONS, 0) + count})
 
     def finish(self, write: Callable[[dict], Any] | None = None) -> None:
         """Marks the run complete.

@@ -124,7 +124,8 @@ def run_held(
         print(f"not known of the paper's protocol, and as the settings have it: {'; '.join(unknown)}", file=sys.stderr)
     bench.run.count("measuring_s", started)
     study.measure(bench)
-    bench.run.note(compilations=compilations() - compiled)
+    bench.run.note()
+    bench.run.note_compilations(compilations() - compiled)
     if is_part(bench.run):
         bench.run.finish()
         return bench.run.path

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 
@@ -33,6 +34,14 @@ def sweep(command: Sweep, line: str) -> int:
       PlanError: a plan that cannot be run.
       StoreError: a folder that holds something else, or in which another process runs the sweep.
     """
+    before = cast(Any, jax.config).jax_platforms  # whose names JAX adds as it runs
+    try:
+        return _sweep(command, line)
+    finally:
+        jax.config.update("jax_platforms", before)  # which a process changes that leaves devices to others
+
+
+def _sweep(command: Sweep, line: str) -> int:
     words = list(command.plan)
     if len(words) == 2 and words[0] == "status":
         folder = SweepFolder.open(words[1])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dit_jax import training
 from dit_jax.checkpoint import load_manifest, require_x64
 from dit_jax.class_names import names
 from dit_jax.config import CONTROL_SIZES, config_from_dict
@@ -17,7 +18,7 @@ from dit_jax.disk import writing
 from dit_jax.image_files import read_labels
 from dit_jax.images import ImageSet, load_images
 from dit_jax.lock import held
-from dit_jax.training import TrainConfig, train
+from dit_jax.training import TrainConfig
 from dit_jax.training_run import RUN
 from dit_jax.transforms import training_data, transformation_name
 from experiments.frame.subject import model_folder
@@ -68,7 +69,7 @@ def train_model(command: Train, line: str) -> Path:
         else:
             print("syncgap: the images are too large to store their covariance with the model", file=sys.stderr)
 
-    return train(
+    return training.train(
         data,
         model,
         replace(settings, flip=data.may_mirror),

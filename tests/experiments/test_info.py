@@ -84,11 +84,15 @@ def test_nothing_is_loaded_or_compiled(monkeypatch):
     monkeypatch.setattr(checkpoint, "read_arrays", refused)
     monkeypatch.setattr(checkpoint, "abstract_model", refused)
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         assert cli.main(["info", "photos16-v"]) == 0
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert not [event for event in compiled if "compile" in event or "trace" in event]
 
 

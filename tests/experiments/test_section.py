@@ -136,7 +136,7 @@ def test_what_is_no_run_is_listed_and_left_out(tmp_path, capsys, monkeypatch):
     for name, what in others.items():
         assert f"{name}: {what}" in told.err
         assert f"{name} ({what.split()[0]}" in text
-    assert all(f'id="{name}"' in text and f'href="{name}/report.html"' in text for name in runs)
+    assert all(f'id="{name}"' in text and f'href="./{name}/report.html"' in text for name in runs)
 
 
 def test_a_folder_without_runs_has_no_page(tmp_path):

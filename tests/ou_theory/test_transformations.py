@@ -66,6 +66,7 @@ EXAMPLES = {
     "attention.first_order_response": at(*COMMON, *MOVED, GATE),
     "attention.exact_difference": at(*TOKENS, 0.3, kind="joint"),
     "cloning.same_cluster_probability": at(1.3),
+    "cloning.same_side_probability": at(0.6, 2.0, 0.3, points=1201),
     "cloning.clone_correlation": at(CLUSTERS, np.array([0.3, 2.0])),
     "cloning.kappa_level": at(0.4),
     "cloning.cluster_cloning_time": at(2.0, 0.3, 0.5, 0.6, 0.7),
