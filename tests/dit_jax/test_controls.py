@@ -233,6 +233,7 @@ def test_a_study_refuses_it_unless_it_takes_any_network(name, folders, tmp_path,
     assert np.abs(bench.untrained.head.linear.kernel[...]).max() > 0  # zero at initialisation, drawn here
 
 
+@pytest.mark.long
 def test_training_resumes_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_sample_grid", lambda *_: Image.new("L", (1, 1)))  # a command draws it below
     config = CONFIGS["mlp"]
@@ -256,6 +257,7 @@ def test_training_resumes_with_the_same_bits(tmp_path, monkeypatch):
         train(images, replace(config, depth=3), FAST, tmp_path / "parts", resume=True, **options)
 
 
+@pytest.mark.long
 def test_the_command_trains_and_describes_it(tmp_path, capsys):
     flags = ["--architecture", "unet", "--hidden-size", "8", "--size", "8", "--steps", "1", "--batch-size", "2"]
     assert main(["train", "solvable", str(tmp_path / "run"), *flags, "--quiet"]) == 0

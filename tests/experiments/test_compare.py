@@ -148,6 +148,7 @@ def test_the_wiener_denoiser_agrees_with_its_recursion(finished):
         np.testing.assert_allclose(found, exact, atol=1e-3)
 
 
+@pytest.mark.long
 def test_the_wiener_denoiser_runs_in_blocks_as_it_does_at_once(finished, weights, tmp_path):
     """And a block of it that is lost is made again, alone."""
     run = RunFolder.open(finished)
@@ -169,6 +170,7 @@ def test_the_wiener_denoiser_runs_in_blocks_as_it_does_at_once(finished, weights
     assert [path.stat().st_mtime_ns for path in others] == times
 
 
+@pytest.mark.long
 def test_runs_whose_wiener_denoiser_was_written_whole_are_kept(finished, weights, tmp_path):
     older = tmp_path / "older"
     shutil.copytree(finished, older)

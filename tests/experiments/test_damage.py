@@ -591,7 +591,7 @@ run("15")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_scheduler_s_signal_ends_like_an_interrupt(weights, tmp_path):
     """Two runs as of `python -m experiments.cli`, in one process, which takes seconds to start. The first is stopped by
     Ctrl-C. The second is stopped by SIGTERM and ends the process, whose exit status is what a shell sees: 128 and the

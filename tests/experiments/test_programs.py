@@ -97,7 +97,7 @@ def swept(weights, others, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_of_other_seeds_scales_couplings_classes_and_weights_compile_nothing(swept):
     """Not even a small operation."""
     counts = [RunFolder.open(swept / str(i)).manifest["compilations"] for i in range(3)]
@@ -105,7 +105,7 @@ def test_runs_of_other_seeds_scales_couplings_classes_and_weights_compile_nothin
     assert counts[1:] == [0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_that_share_programs_measure_what_they_do_alone(swept, others, tmp_path):
     """The first cell has left nothing in the second."""
     run = RunFolder.open(swept / "1")
@@ -113,7 +113,7 @@ def test_runs_that_share_programs_measure_what_they_do_alone(swept, others, tmp_
         xr.testing.assert_identical(run.load(group), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_without_figures_has_all_else_and_gets_them_by_its_report(swept):
     run = RunFolder.open(swept / "1", writable=True)
     page = (run.path / "report.html").read_text()
@@ -222,6 +222,7 @@ def array_of(model) -> weakref.ref:
     return weakref.ref(jax.tree.leaves(nnx.state(model))[0])
 
 
+@pytest.mark.long
 def test_a_network_is_loaded_once_and_let_go_before_the_next(weights, others, tmp_path, monkeypatch):
     loaded, original = [], frame_bench.load_network
 

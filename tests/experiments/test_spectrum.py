@@ -208,6 +208,7 @@ def finished(folders, tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_every_network_is_a_run_and_all_are_one_page(finished):
     runs = {name: RunFolder.open(finished / name) for name in ("natural", "turned")}
     assert runs["natural"].load("network").sizes["coupling"] == 2
@@ -245,6 +246,7 @@ def test_trainings_are_compared_within_one_form_and_one_kind_of_data():
     assert trained_again(trainings(runs[3:], found)) == []
 
 
+@pytest.mark.long
 def test_networks_are_added_and_finished_ones_left(finished, folders, capsys):
     before = (finished / "natural" / "manifest.json").read_text()
     assert cli.main(["spectrum", "--weights", *folders, "--out", str(finished), "--resume", *FLAGS]) == 0
