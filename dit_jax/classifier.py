@@ -43,15 +43,10 @@ class ClassifierError(ValueError):
 
 
 class Classifier(NamedTuple):
-    """A trained classifier.
+    """A trained classifier."""
 
-    Attributes:
-      layers: its arrays, float32.
-      about: class names, size, images, settings, accuracy on the test images with its 95 % interval.
-    """
-
-    layers: Layers
-    about: dict[str, Any]
+    layers: Layers  # its arrays, float32
+    about: dict[str, Any]  # class names, size, images, settings, accuracy on the test images with its 95 % interval
 
     @property
     def class_names(self) -> tuple[str, ...]:

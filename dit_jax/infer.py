@@ -41,7 +41,7 @@ def infer_config(
         needed.
 
     Returns:
-      config: to check shapes with, with anything for what is not told; None if the shapes do not tell a size.
+      the config to check shapes with, with anything for what is not told; None if the shapes do not tell a size.
       problems: one line for everything that cannot be inferred, or does not fit.
     """
     problems = []
