@@ -276,6 +276,6 @@ def test_settings_out_of_their_domain_are_refused(changes, message):
 
 
 def test_too_few_steps_are_refused(weights, tmp_path):
-    with pytest.raises(ValueError, match="steps '2'"):
+    with pytest.raises(ValueError, match="only 1 of 2 have"):
         run_study(STUDY, CloningConfig(weights=weights, steps="2"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

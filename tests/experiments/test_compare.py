@@ -378,7 +378,7 @@ import jax
 from experiments import cli
 from experiments.frame import study
 assert jax.device_count() == 2
-study.report = lambda of, run: run.path
+study.report = lambda of, run, **_: run.path
 assert [cli.main(command) for command in {commands}] == [0, 0]
 """
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, check=True)

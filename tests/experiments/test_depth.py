@@ -303,13 +303,13 @@ def test_guidance_sampler_and_two_devices_are_those_of_the_frame(weights, tmp_pa
     """Guided runs on one device, and on two with sharded parameters, in a process of their own: the number of host
     devices is fixed at its start. The last readout is the guided network's own output."""
     command = ["depth", "--weights", weights, *FLAGS, *GUIDED, "--probe-pairs", "0"]
-    monkeypatch.setattr(study, "report", lambda of, run: run.path)  # nothing reads their figures
+    monkeypatch.setattr(study, "report", lambda of, run, **_: run.path)  # nothing reads their figures
     assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
     split = [*command, "--parameters", "sharded", "--out", str(tmp_path / "two")]
     script = f"""
 from experiments import cli
 from experiments.frame import study
-study.report = lambda of, run: run.path
+study.report = lambda of, run, **_: run.path
 assert cli.main({split}) == 0
 """
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}

@@ -191,7 +191,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
     monkeypatch.setitem(mo.MEASURES, "scheduling", stored("scheduling"))
     for name in mo.PARTS[: mo.PARTS.index("filtering")]:  # done before
         monkeypatch.setitem(mo.MEASURES, name, lambda config: pytest.fail("measured twice"))
-    monkeypatch.setattr(study, "report", lambda of, run: run.path)  # test_a_stored_run_is_drawn_again has this law
+    monkeypatch.setattr(study, "report", lambda of, run, **_: run.path)  # test_a_stored_run_is_drawn_again has this law
     assert cli.main(["modalities", "--out", str(out), "--resume", *FLAGS]) == 0
     assert calls == ["dies"]
     for name in mo.PARTS:

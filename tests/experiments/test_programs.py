@@ -31,7 +31,7 @@ STUDIES = {  # what is fast in each study, and what else may differ between runs
     "release": ({"releases": 2}, {"couplings": (0.4,)}),
     "interventions": ({"singles": 1}, {"strength": 0.5, "schedule_strength": 0.1}),
     "cloning": ({}, {}),
-    "response": ({"vectors": 1, "levels": 2}, {}),
+    "response": ({"vectors": 1, "levels": 3}, {}),
     "mechanism": ({"couplings": (0.0, 1.0), "levels": 2}, {"couplings": (0.0, 0.5)}),
     "depth": ({"couplings": (0.0, 1.0), "probe_pairs": 12}, {"couplings": (0.0, 0.5)}),
 }
