@@ -405,3 +405,23 @@ def test_blocks_that_devices_cannot_share_are_refused(weights, tmp_path):
     assert done.returncode == 2
     assert not (tmp_path / "run").exists()
     assert "blocks of 3 pairs cannot be split over 2 devices: give --block 2" in done.stderr
+
+
+@pytest.mark.long
+def test_a_run_moves_from_one_device_to_eight(weights, finished, tmp_path):
+    """What it had measured stays as it is; the rest, of all controls too, is measured on all devices."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "data.zarr" / "network" / "energy" / "c" / "0" / "2")  # the last block of two pairs
+    command = arguments(weights, out, "--block", "8", "--resume")
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+    subprocess.run([sys.executable, "-m", "experiments", *command], env=environment, check=True)
+    before, after = RunFolder.open(finished), RunFolder.open(out)
+    assert after.manifest["status"] == "complete"
+    assert any("device" in line or "block" in line for line in after.manifest["resumed"][0]["changed"])
+    for group in ("network", "untrained", "wiener"):
+        one, eight = before.load(group), after.load(group)
+        xr.testing.assert_identical(one.isel(pair=slice(0, 2)), eight.isel(pair=slice(0, 2)))
+        for name in one.data_vars:
+            scale = np.abs(np.nan_to_num(one[name].values)).max()
+            np.testing.assert_allclose(eight[name].values, one[name].values, atol=1e-5 * scale, err_msg=name)
