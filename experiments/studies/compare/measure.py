@@ -218,8 +218,8 @@ def _coords(of: DataModes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _begun(bench: Bench, variance: np.ndarray) -> np.ndarray:
-    """The variance of an exact denoiser that is measured in part already: all blocks must be of one denoiser, and on other
-    devices that of the network differs in the last digits."""
+    """The variance of an exact denoiser that is measured in part already: all blocks must be of one denoiser, and
+    on other devices that of the network differs in the last digits."""
     if bench.run.is_outdated("wiener") or not bench.run.finished("wiener"):
         return variance
     known = bench.run.load("wiener", partial=True).get("variance")
