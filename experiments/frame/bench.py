@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dit_jax.checkpoint import abstract_model
 from dit_jax.config import NetworkConfig
-from dit_jax.diffusion import Denoiser, doubles
+from dit_jax.diffusion import Denoiser
 from dit_jax.model import DiT
 from dit_jax.platform import host_device
 from dit_jax.replicas import CoupledDenoiser, pair_labels
@@ -102,8 +102,7 @@ class Bench(Measured[C]):
     Attributes:
       study: the name of the study.
       run: the folder that is filled.
-      subject: the network as loaded, with shapes in place of its arrays as soon as `network` or `untrained` is asked
-        for, which are on the devices.
+      subject: name, architecture and manifest of the network, without its weights.
       classes: labels that the pairs take in turn.
       mesh: the devices over which the pairs of a block are split; None if there is only one device.
     """
@@ -133,6 +132,7 @@ class Bench(Measured[C]):
           check: raises ValueError for settings that do not fit the network, before there is a folder.
           passes: images that go through the network by group; with `progress` the run says what it costs.
           any_network: accept networks without attention, too (`dit_jax.controls`).
+          heard: told, after the first block, how many seconds an image takes, in the place of the terminal.
 
         Raises:
           ValueError: a network that is no DiT where one is needed; settings that do not fit the weights or the devices;
@@ -140,8 +140,7 @@ class Bench(Measured[C]):
         """
         self.study, self.progress, self.mesh, self.definitions = study, progress, None, definitions or {}
         self.forecast: Forecast | None = None
-        self.heard = heard
-        self._model: tuple[Hashable, Any] = (None, None)  # the one that is in memory, and what tells it from others
+        self._models = programs.Models()
         self.config = config  # which the network asks for
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
@@ -151,7 +150,7 @@ class Bench(Measured[C]):
             self.subject_key = subject_key(weights, config.dtype, on_host=self.mesh is not None)
             self.classes = checked_settings(study, config, self.subject, check, any_network, devices)
             self.network  # noqa: B018  # what is wrong with the weights is said before there is a folder
-            if passes is not None:
+            if passes is not None and (progress or heard is not None):
                 of_pairs = partial(_passes, passes, config, self.subject.config)
                 self.forecast = Forecast(study, of_pairs, config.pairs, config.block, devices, heard)
             if isinstance(config, ProtocolConfig) and config.unknown:
@@ -177,7 +176,7 @@ class Bench(Measured[C]):
             config.gate_kind,
             config.guided_channels,
             config.guided_coupling,
-            is_guided=doubles(config.guidance),
+            is_guided=config.halves == 2,
             seed=config.seed,
             guidance=config.guidance,
             tells=self.progress,
@@ -204,18 +203,12 @@ class Bench(Measured[C]):
             return cast(DiT, untrained_model(self.subject.config, cast(StudyConfig, self.config).seed))
 
     def only(self, name: str, make: Callable[[], DiT]) -> DiT:
-        """A model on the devices, made when it is asked for under this name. The memory holds one of them at a time: it
-        lets go of the one before, which is made again if it is asked for again. Runs that share what they need
-        (`programs.kept`) keep one of each name, unless models are large."""
-        config = cast(StudyConfig, self.config)
-        key = (name, self.subject_key, self.mesh, config.parameters, None if name == "network" else config.seed)
-        if programs.is_kept():
-            slot = name if _parameters(self.subject.config) <= SMALL else "model"
-            return programs.last(slot, key, lambda: self.place(make()))
-        if self._model[0] != key:
-            self._model = (None, None)
-            self._model = (key, self.place(make()))
-        return self._model[1]
+        """A model on the devices, made when it is asked for under this name. Of large models the memory holds one at a
+        time: it lets go of the one before, which is made again if it is asked for again."""
+        config, alone = cast(StudyConfig, self.config), _parameters(self.subject.config) > SMALL
+        key = (self.subject_key, self.mesh, config.parameters, None if name == "network" else config.seed)
+        models = programs.kept_models() or self._models
+        return models.value(name, key, lambda: self.place(make()), alone=alone)
 
     def place(self, model: DiT) -> DiT:
         """A model on the devices."""
@@ -229,19 +222,6 @@ class Bench(Measured[C]):
     def coupled(self, model: DiT, **options: Any) -> CoupledDenoiser:
         """See `Setup.coupled`."""
         return self.setup.coupled(model, **options)
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether the network runs under classifier-free guidance, on batches of twice the size."""
-        return self.setup.is_guided
-
-    def own(self, activations: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """See `Setup.own`."""
-        return self.setup.own(activations)
-
-    def guided(self, out: jax.Array) -> jax.Array:
-        """See `Setup.guided`."""
-        return self.setup.guided(out)
 
     def measure(
         self,
@@ -270,7 +250,8 @@ class Bench(Measured[C]):
           of_all: every value depends on all pairs, for example by a variance that they have: when pairs are added to
             the run, the group is measured again.
         """
-        if group not in self.run.manifest["blocks"] and self.run.holds(group):  # of a version that wrote it whole
+        written_whole = group not in self.run.manifest["blocks"] and self.run.holds(group)  # by an older version
+        if written_whole and not self.run.is_outdated(group):
             return self.run.load(group)
         dims = {name: tuple(d if "pair" in d else ("pair", *d)) for name, (d, *_) in variables.items()}
         index = first_pair + np.arange(pairs)
@@ -295,8 +276,7 @@ class Bench(Measured[C]):
         chunk = self.run.declare(group, template, chunk=block, of_all=of_all)
         firsts, done = range(0, pairs, chunk), self.run.finished(group)
         together = list(_together([first for first in firsts if first not in done], chunk, block, pairs))
-        forecast = self.forecast if (self.progress or self.heard) and together else None
-        forecast = forecast if forecast is not None and forecast.wants(group) else None
+        forecast = self.forecast if together and self.forecast is not None and self.forecast.wants(group) else None
         if forecast is not None:
             forecast.tell_before(group, template.nbytes, self.run)
         shown = {"total": len(firsts), "initial": len(done & set(firsts)), "disable": not self.progress}

@@ -1,7 +1,6 @@
 """What a run says of its cost: what goes through the network, before it starts; how long it takes, after a block."""
 
 import math
-import resource
 import shutil
 import sys
 import time
@@ -142,6 +141,8 @@ def covered(spans: list[Span]) -> float:
 
 def peak_memory() -> str:
     """The most memory that this process has had so far, and that its first device has had if it has its own."""
+    import resource  # which Windows does not have
+
     unit = 1 if sys.platform == "darwin" else 1024
     here = in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

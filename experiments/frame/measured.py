@@ -82,6 +82,11 @@ class Measured(Generic[C]):
         return {group: self.load(group) for group in groups}
 
 
+def study_of(run: RunFolder) -> str:
+    """The name of a run's study. Older runs of compare do not store it."""
+    return run.manifest.get("kind", "compare")
+
+
 def subject_of(run: RunFolder) -> str:
     """What a run studies, in a word: its subject, or the name of its weights."""
     return run.manifest.get("subject") or Path(run.manifest["settings"].get("weights", "")).name

@@ -21,7 +21,7 @@ from experiments.frame.drawing import draw_figures
 from experiments.frame.files import write_text
 from experiments.frame.forecast import duration
 from experiments.frame.manifest import NUMERICS
-from experiments.frame.measured import subject_of
+from experiments.frame.measured import study_of, subject_of
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.verdict import Claim, finite
 
@@ -119,9 +119,18 @@ def power(value: float) -> str:
 
 
 def store_page(run: RunFolder, page: Page, *, figures: bool = True) -> None:
-    """Draws the figures of a run and stores its section and its claims.
+    """Draws the figures of a run and stores its section and its claims, see `drawn_section`."""
+    section = drawn_section(page, run.path / "figures", [run], figures=figures)
+    run.write_json("section.json", section)
+    run.write_json("claims.json", {"claims": section["claims"]})
+
+
+def drawn_section(page: Page, folder: Path, runs: Sequence[RunFolder], *, figures: bool = True) -> dict[str, Any]:
+    """Draws the figures of a page to a folder; returns its section as it is stored. Where a run is of latents, both
+    call them so.
 
     Args:
+      runs: that the page is about.
       figures: whether to draw; the section says if there are none.
 
     Raises:
@@ -131,13 +140,12 @@ def store_page(run: RunFolder, page: Page, *, figures: bool = True) -> None:
     if missing:
         raise ValueError(f"figures and captions differ in {', '.join(sorted(missing))}")
     section, drawings = finite(asdict(page.section)), page.figures
-    if latents.of_latents(run.manifest):
+    if any(latents.of_latents(run.manifest) for run in runs):
         section, drawings = latents.spoken(section), latents.drawn(drawings)
         section["definitions"] = {"latent": latents.MEANING, **section["definitions"]}
     if figures:
-        draw_figures(run.path / "figures", drawings)
-    run.write_json("section.json", section | ({} if figures else {"drawn": False}))
-    run.write_json("claims.json", {"claims": section["claims"]})
+        draw_figures(folder, drawings)
+    return section | ({} if figures else {"drawn": False})
 
 
 def write_page(
@@ -168,8 +176,7 @@ def run_entry(name: str, run: RunFolder) -> dict[str, Any]:
     """What a joint page says of a run in front: study, subject, and the settings by which runs differ most."""
     settings = run.manifest["settings"]
     shown = {each: _plain(settings[each]) if each in settings else NOTHING for each in RUN_SETTINGS}
-    study = run.manifest.get("kind", "compare")  # older runs of compare do not store it
-    return {"name": name, "page": page_of(name), "study": study, "subject": subject_of(run), "settings": shown}
+    return {"name": name, "page": page_of(name), "study": study_of(run), "subject": subject_of(run), "settings": shown}
 
 
 def page_of(name: str) -> str:

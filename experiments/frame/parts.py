@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from dit_jax.lock import held
-from experiments.frame.manifest import NEWER, OWN_ENTRIES, comparable, differences
+from experiments.frame.chunks import filled
+from experiments.frame.manifest import FREE, NEWER, OWN_ENTRIES, comparable, differences
 from experiments.frame.measured import Measured
 from experiments.frame.numerics import own_numerics
 from experiments.frame.store import RunFolder, StoreError
@@ -24,13 +24,19 @@ FIRST = "first_pair"  # the setting that makes a part of a run
 
 @own_numerics()
 def merge(
-    study: Study[Any], parts: Sequence[str | Path], out: str | Path, *, command: str = "", **options: Any
+    study: Study[Any],
+    parts: Sequence[str | Path],
+    out: str | Path,
+    *,
+    command: str = "",
+    progress: bool = True,
+    figures: bool = True,
 ) -> Path:
     """Joins parts of one run to a run in `out`. With the same blocks it has the bits of a run by one process.
 
     Args:
       parts: folders of runs of this study that differ in `pairs` and `first_pair` alone, in any order.
-      options: of `run_study`.
+      command, progress, figures: as in `run_study`.
 
     Returns:
       the path of ``report.html``.
@@ -52,8 +58,7 @@ def merge(
         if first.holds("pictures"):
             run.put("pictures", first.load("pictures"))
         config = Measured.of(run, study.config).config
-        options = {"progress": True, **options}
-        return run_held(study, config, Path(out), True, command, options["progress"])
+        return run_held(study, config, Path(out), resume=True, command=command, progress=progress, figures=figures)
 
 
 def _check(study: Study[Any], runs: Sequence[RunFolder]) -> None:
@@ -63,9 +68,7 @@ def _check(study: Study[Any], runs: Sequence[RunFolder]) -> None:
     for run in runs:
         entries = {name: entry for name, entry in run.manifest.items() if name not in OWN_ENTRIES and name not in NEWER}
         settings = comparable({"settings": run.manifest["settings"]})["settings"]
-        settings = {
-            name: value for name, value in settings.items() if name not in ("pairs", FIRST, "weights", "parameters")
-        }
+        settings = {name: value for name, value in settings.items() if name not in ("pairs", FIRST, "weights", *FREE)}
         alike.append(comparable({**entries, "settings": settings}))
         if run.manifest["status"] != "complete":
             raise StoreError(f"{run.path} is not finished; continue it with --resume")
@@ -90,7 +93,7 @@ def _join(run: RunFolder, group: str, parts: Sequence[RunFolder], block: int) ->
     like = parts[0].load(group)
     size = pairs.sizes["pair"]
     empty = {
-        name: (v.dims, np.full([size if dim == "pair" else n for dim, n in v.sizes.items()], np.nan, v.dtype), v.attrs)
+        name: (v.dims, filled(v.dtype, [size if dim == "pair" else n for dim, n in v.sizes.items()]), v.attrs)
         for name, v in like.data_vars.items()
     }
     chunk, first = run.declare(group, pairs.assign(empty).assign_attrs(like.attrs), block), 0

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from dit_jax.config import DiTConfig
 from dit_jax.controls import Network
-from dit_jax.diffusion import Denoiser, guide, network_denoiser
+from dit_jax.diffusion import Denoiser, doubles, guide, network_denoiser
 from dit_jax.replicas import CoupledDenoiser
 from dit_jax.sharding import split
 from experiments.frame.cost import flops
@@ -93,7 +93,8 @@ class Setup:
             denoise = network_denoiser(model, clock, gate, **options)
             # derivatives are taken through explicit attention, and their directions are no calls
             counts = self.tells and options.get("attention") != "explicit"
-            return telling(denoise, 2 if self.is_guided else 1, flops(model.config, 0.5, 2)) if counts else denoise
+            halves = 2 if doubles(options["guidance"]) else 1
+            return telling(denoise, halves, flops(model.config, 0.5, 2)) if counts else denoise
         mesh = self.mesh
         denoise = network_denoiser(model, clock, None if gate is None else split(mesh, gate, -3), **options)
         return lambda x, step, labels: denoise(split(mesh, x, -4), step, split(mesh, labels, 0))
@@ -158,12 +159,38 @@ def _jitted(function: Callable[..., T], fixed: Setup, static: tuple[Hashable, ..
     return jax.jit(run)
 
 
+class Models:
+    """The last model of each name."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Hashable, Any]] = {}
+        self._alone = False  # whether the one that is there must have no other beside it
+
+    def value(self, name: str, key: Hashable, make: Callable[[], T], *, alone: bool = False) -> T:
+        """The model of this name if it was made for the same key, or what `make` gives. Before a model is made, the
+        last of its name is let go, and all that came after it; or all others, if they may not lie side by side.
+
+        Args:
+          alone: whether it must have no other beside it.
+        """
+        if name not in self._found or self._found[name][0] != key:
+            if alone or self._alone:
+                self._found.clear()
+            names = list(self._found)
+            for stale in names[names.index(name) :] if name in names else []:  # with what was made of it
+                del self._found[stale]
+            if not self._found:
+                gc.collect()  # a network that no run uses any more must not lie beside the next
+            self._found[name], self._alone = (key, make()), alone
+        return self._found[name][1]
+
+
 class _Kept:
-    """What runs share: the programs used last, and the last value of each name."""
+    """What runs share: the programs used last, and the last models."""
 
     def __init__(self) -> None:
         self.programs: OrderedDict[Hashable, Any] = OrderedDict()
-        self.values: dict[str, tuple[Hashable, Any]] = {}
+        self.models = Models()
 
     def program(self, key: Hashable, make: Callable[[], T]) -> T:
         found = self.programs.pop(key, None) or make()
@@ -171,16 +198,6 @@ class _Kept:
         if len(self.programs) > MOST:
             self.programs.popitem(last=False)
         return found
-
-    def value(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
-        if name not in self.values or self.values[name][0] != key:
-            names = list(self.values)
-            for stale in names[names.index(name) :] if name in names else []:  # with what was made of it
-                del self.values[stale]
-            if not self.values:
-                gc.collect()  # a network that no run uses any more must not lie beside the next
-            self.values[name] = (key, make())
-        return self.values[name][1]
 
 
 _kept: _Kept | None = None
@@ -199,15 +216,9 @@ def kept() -> Iterator[None]:
         _kept = before
 
 
-def is_kept() -> bool:
-    """Whether runs share programs and networks now."""
-    return _kept is not None
-
-
-def last(name: str, key: Hashable, make: Callable[[], T]) -> T:
-    """What `make` gives; within `kept`, the last value of this name if it was made for the same key. Before another one
-    is made, the last value is let go, and all that came after it, so that there are never two."""
-    return make() if _kept is None else _kept.value(name, key, make)
+def kept_models() -> Models | None:
+    """The models that runs share now; None outside of `kept`."""
+    return None if _kept is None else _kept.models
 
 
 _compiled = 0

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 import zarr
 
@@ -217,7 +218,7 @@ class RunFolder(Folder):
         self._write_zarr(template.assign(empty), self.path / "data.zarr", chunks, group=group, mode="w")
         self._mend_coordinates(group, template)  # nor were coordinates that happen to be the fill value
         sync_folder(self._group(group))
-        sync(self._group("").parent, self._group(""))
+        sync(self._group("") / "zarr.json", self._group(""), self._group("").parent)
 
     def write(self, group: str, dataset: xr.Dataset, first: int) -> None:
         """Writes the block of pairs ``first, first + 1, ...`` of a declared group, then marks it finished.
@@ -260,6 +261,18 @@ class RunFolder(Folder):
         """First pairs of the finished blocks of a group."""
         return set(self.manifest["blocks"].get(group, ()))
 
+    def coordinate(self, group: str, name: str) -> np.ndarray | None:
+        """A coordinate of a group that is written in part. None if no block of it is right for the pairs of the run, or
+        if the coordinate cannot be read, which `declare` then writes again."""
+        if not self.finished(group) or self.is_outdated(group):
+            return None
+        try:
+            return self._open(group)[name].values
+        except NOT_DAMAGE:
+            raise
+        except Exception:  # zarr and its codecs raise many kinds
+            return None
+
     def put(self, group: str, dataset: xr.Dataset) -> None:
         """Writes a whole group in one move, in place of an earlier one of that name."""
         self._require_writable()
@@ -281,7 +294,7 @@ class RunFolder(Folder):
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(target, previous)
             os.replace(partial, target)
-            sync(self.path, target.parent)
+            sync(target.parent / "zarr.json", target.parent, self.path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if recover(target):

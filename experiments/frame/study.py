@@ -8,7 +8,7 @@ the analysis. If anything fails after measuring, `report` makes it again from wh
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -19,13 +19,13 @@ from dit_jax.disk import write_json
 from dit_jax.lock import held
 from experiments.frame.bench import Bench
 from experiments.frame.collection import PART, is_part, runs_in
-from experiments.frame.drawing import draw_figures
 from experiments.frame.kinds import by_kind
-from experiments.frame.measured import Definitions, Measured, described
+from experiments.frame.measured import Definitions, Measured, described, study_of
 from experiments.frame.numerics import own_numerics
 from experiments.frame.page import (
     Page,
     claims_of,
+    drawn_section,
     filled,
     run_entry,
     store_page,
@@ -36,7 +36,6 @@ from experiments.frame.page import (
 from experiments.frame.programs import compilations, kept
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.subject import Subject, model_folder, model_name
-from experiments.frame.verdict import finite
 
 C = TypeVar("C")
 
@@ -88,13 +87,16 @@ def run_study(
         is writing.
     """
     with held(out):
-        return run_held(study, config, Path(out), resume, command, progress, figures, heard)
+        return run_held(
+            study, config, Path(out), resume=resume, command=command, progress=progress, figures=figures, heard=heard
+        )
 
 
 def run_held(
     study: Study[C],
     config: C,
     out: Path,
+    *,
     resume: bool,
     command: str,
     progress: bool,
@@ -152,7 +154,7 @@ def run_each(study: Study[C], config: C, out: str | Path, **options: Any) -> Pat
     with held(out), kept():  # whose page is everyone's; each network's folder is held by `run_study` beside it
         for name, each in folders.items():
             run_study(study, replace(cast(Any, config), weights=(each,)), out / name, **options)
-        return joint_page(out, {study.name: study}.get)
+        return joint_page(out, {study.name: study}.get, figures=options.get("figures", True))
 
 
 @own_numerics()
@@ -182,13 +184,14 @@ def report(study: Study[C], run: RunFolder, *, figures: bool = True) -> Path:
     return path
 
 
-def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
+def joint_page(folder: Path, find: Callable[[str], Study[Any] | None], *, figures: bool = True) -> Path:
     """``report.html`` of a folder of runs. First comes what each run says about the paper's four claims, then which
     verdicts depend on what networks predict, then the studies of several networks side by side, then every run in full.
     What is no finished run, or cannot be shown, is listed with the reason and left out.
 
     Args:
       find: the study of a name, or None if there is none.
+      figures: whether to draw those of several networks side by side.
 
     Raises:
       StoreError: the folder holds no finished runs.
@@ -212,7 +215,7 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     for name, members in studies.items():
         if len(members) > 1 and (study := find(name)) is not None and study.together is not None:
             try:
-                joint.append(_together(folder, study, members))
+                joint.append(_together(folder, study, members, figures))
             except StoreError as error:
                 others[f"the runs of {name} side by side"] = str(error)
     if others:
@@ -231,11 +234,6 @@ def joint_page(folder: Path, find: Callable[[str], Study[Any] | None]) -> Path:
     )
 
 
-def study_of(run: RunFolder) -> str:
-    """The name of a run's study. Older runs of compare do not store it."""
-    return run.manifest.get("kind", "compare")
-
-
 def find_study(run: RunFolder, find: Callable[[str], Study[Any] | None]) -> Study[Any]:
     """The study of a run.
 
@@ -248,10 +246,9 @@ def find_study(run: RunFolder, find: Callable[[str], Study[Any] | None]) -> Stud
     return study
 
 
-def _together(folder: Path, study: Study[Any], runs: Sequence[RunFolder]) -> Mapping[str, Any]:
+def _together(folder: Path, study: Study[Any], runs: Sequence[RunFolder], figures: bool) -> Mapping[str, Any]:
     assert study.together is not None
     page = study.together([Measured.of(run, study.config) for run in runs])
-    draw_figures(folder / "figures", page.figures)
-    section = finite(asdict(page.section))
+    section = drawn_section(page, folder / "figures", runs, figures=figures)
     write_json(folder / f"{study.name}-together.json", section)
     return {**filled(section, folder / "figures"), "id": f"{study.name}-together"}

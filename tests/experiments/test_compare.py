@@ -21,6 +21,7 @@ from dit_jax.replicas import run_pairs
 from experiments import cli
 from experiments.frame.bench import Bench
 from experiments.frame.draws import pair_draws
+from experiments.frame.parts import merge
 from experiments.frame.store import RunFolder
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
@@ -171,6 +172,35 @@ def test_the_wiener_denoiser_runs_in_blocks_as_it_does_at_once(finished, weights
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("lost", ["energy/c/0/1", "variance/c"])
+def test_a_damaged_wiener_denoiser_is_mended(finished, weights, tmp_path, lost):
+    """A block of its measurements, or the variance that it was made for."""
+    copied = tmp_path / "copied"
+    shutil.copytree(finished, copied)
+    (chunk, *_) = (each for each in (copied / "data.zarr" / "wiener" / lost).rglob("*") if each.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    assert cli.main([*arguments(weights, copied), "--resume"]) == 0
+    xr.testing.assert_identical(RunFolder.open(copied).load("wiener"), RunFolder.open(finished).load("wiener"))
+
+
+@pytest.mark.long
+def test_parts_of_a_comparison_join_to_the_whole(weights, tmp_path):
+    """Where one part begins, gains and control end inside of a block and of a part."""
+    settings = {**FAST, "weights": weights, "gain_pairs": 3, "untrained_pairs": 5}
+    options = {"progress": False, "figures": False}
+    run_study(STUDY, CompareConfig(**settings), tmp_path / "whole", **options)
+    spans = ((0, 4), (4, 2))
+    for first, count in spans:
+        part = CompareConfig(**{**settings, "pairs": count, "first_pair": first})
+        run_study(STUDY, part, tmp_path / str(first), **options)
+    merge(STUDY, [tmp_path / str(first) for first, _ in spans], tmp_path / "joined", **options)
+    whole, joined = (RunFolder.open(tmp_path / name).manifest["digests"] for name in ("whole", "joined"))
+    assert joined == whole
+
+
+@pytest.mark.long
 def test_runs_whose_wiener_denoiser_was_written_whole_are_kept(finished, weights, tmp_path):
     older = tmp_path / "older"
     shutil.copytree(finished, older)
@@ -186,6 +216,8 @@ def test_runs_whose_wiener_denoiser_was_written_whole_are_kept(finished, weights
     resumed = RunFolder.open(older)
     assert "wiener" not in resumed.manifest["blocks"]
     xr.testing.assert_identical(resumed.load("wiener"), wiener)
+    assert cli.main([*arguments(weights, older), "--pairs", "8", "--resume"]) == 0  # of a denoiser of all pairs
+    assert RunFolder.open(older).manifest["blocks"]["wiener"] == [0, 2, 4, 6]
 
 
 def groups_of(finished) -> dict:

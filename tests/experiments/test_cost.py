@@ -131,6 +131,19 @@ def test_too_few_steps_are_refused_before_there_is_a_folder(name, weights, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_who_hears_of_the_cost_is_told_once_in_the_place_of_the_terminal(weights, tmp_path, capsys):
+    heard, study = [], studies.find("release")
+    config = study.config(**{**SMALL, "weights": weights, **CASES["release"]})
+    bench = Bench("release", config, tmp_path / "run", passes=study.passes, heard=heard.append)
+    variables = {"level": (("step",), "a number")}
+    steps = len(bench.clock)
+    for group in ("network", "untrained"):
+        bench.measure(group, variables, {}, 4, lambda pairs, labels: {"level": np.ones((len(pairs), steps))})
+    assert len(heard) == 1
+    assert heard[0] > 0
+    assert capsys.readouterr().err == ""
+
+
 def test_every_study_of_a_network_declares_its_passes():
     measured = {name for name in studies.NAMES if studies.find(name).subject is None}
     assert {name for name in measured if studies.find(name).passes is not None} == measured

@@ -251,6 +251,15 @@ def test_a_network_is_loaded_once_and_let_go_before_the_next(weights, others, tm
         use("others", weights=others)
         use("dtype", weights=others, dtype="bfloat16")
         assert loaded[1:] == [[True] * 6, [True] * 8]
+        monkeypatch.setattr(frame_bench, "SMALL", 0)
+        use("large", weights=weights)
+        assert alive[-1]() is not None
+        assert all(each() is None for each in alive[:-1])  # nor the network that the control is one of
+        monkeypatch.setattr(frame_bench, "SMALL", 10**9)
+        use("small", weights=others)
+        assert alive[-1]() is not None
+        assert alive[-2]() is not None
+        assert all(each() is None for each in alive[:-2])
     gc.collect()
     assert all(each() is None for each in alive)
     use("own", weights=others)

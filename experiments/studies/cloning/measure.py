@@ -143,10 +143,10 @@ def measure(bench: Bench[CloningConfig]) -> None:
     on_network, on_filters = bench.program(_on_network, static), bench.program(_on_filters, static)
 
     def measured(name, function, subject, pairs, of_all=False):
-        return bench.measure(name, VARIABLES, coords, pairs, lambda *which: function(subject, *which), of_all=of_all)
+        return bench.measure(name, VARIABLES, coords, pairs, lambda *which: function(subject(), *which), of_all=of_all)
 
-    network = measured("network", on_network, bench.network, config.pairs)
+    network = measured("network", on_network, lambda: bench.network, config.pairs)
     noise, covariance = (np.asarray(network[name].values, np.float64).mean(0) for name in ("noise", "covariance"))
     exact = tuple(jnp.asarray(v, jnp.float32) for v in (gaussian_filters(clock, noise, covariance), noise))
-    measured("exact", on_filters, exact, config.pairs, of_all=True)
-    measured("untrained", on_network, bench.untrained, config.untrained_pairs)
+    measured("exact", on_filters, lambda: exact, config.pairs, of_all=True)
+    measured("untrained", on_network, lambda: bench.untrained, config.untrained_pairs)

@@ -220,10 +220,8 @@ def _coords(of: DataModes) -> tuple[dict[str, Any], dict[str, Any]]:
 def _begun(bench: Bench, variance: np.ndarray) -> np.ndarray:
     """The variance of an exact denoiser that is measured in part already: all blocks must be of one denoiser, and
     on other devices that of the network differs in the last digits."""
-    if bench.run.is_outdated("wiener") or not bench.run.finished("wiener"):
-        return variance
-    known = bench.run.load("wiener", partial=True).get("variance")
-    return variance if known is None or known.shape != variance.shape else known.values
+    known = bench.run.coordinate("wiener", "variance")
+    return variance if known is None or known.shape != variance.shape else known
 
 
 def _variance(instrument: Instrument, network: xr.Dataset) -> tuple[str, np.ndarray]:

@@ -254,9 +254,9 @@ def measure(bench: Bench[MechanismConfig]) -> None:
             config.untrained_pairs,
         ),
     )
-    for name, model, pairs in subjects:
+    for name, make, pairs in subjects:
 
-        def on_network(pairs, labels, model=model):
-            return instrument.measure(model(), pairs, labels)
+        def on_network(pairs, labels, make=make):
+            return instrument.measure(make(), pairs, labels)
 
         bench.measure(name, VARIABLES, coords, pairs, on_network)

@@ -22,16 +22,11 @@ from experiments.frame.exact import covariance_group
 from experiments.frame.instrument import coupled_wiener, one_pass
 from experiments.frame.programs import Setup
 from experiments.frame.settings import GateKind
-from experiments.frame.steps import spaced_steps, window
-from experiments.frame.subject import Subject, model_folder
+from experiments.frame.steps import spaced_steps
+from experiments.frame.subject import model_folder
 from experiments.studies.release.settings import ORDERS, ReleaseConfig
 from ou_theory.clock import Clock
 from ou_theory.modes import band_mean, pair_modes
-
-
-def check(config: ReleaseConfig, subject: Subject) -> None:
-    """Raises ValueError unless there are two steps to release at."""
-    window(subject.config.clock(config.steps), 2)
 
 
 def release_steps(clock: Clock, count: int) -> np.ndarray:
@@ -180,11 +175,11 @@ def measure(bench: Bench[ReleaseConfig]) -> None:
         return {**found, **instrument.gains(bench.network, states, labels)}
 
     def ends(function, subject):
-        return lambda pairs, labels: {"energy": function(subject, pairs, labels)["energy"]}
+        return lambda pairs, labels: {"energy": function(subject(), pairs, labels)["energy"]}
 
     network = bench.measure("network", NETWORK, {**coords, **groups}, config.pairs, on_network)
-    bench.measure("untrained", ENDS, coords, config.untrained_pairs, ends(instrument.network, bench.untrained))
+    bench.measure("untrained", ENDS, coords, config.untrained_pairs, ends(instrument.network, lambda: bench.untrained))
     variance = network.uncoupled_energy.isel(step=-1).mean("pair").values.astype(np.float64)
-    bench.measure("exact", ENDS, coords, config.pairs, ends(instrument.exact, variance), of_all=True)
+    bench.measure("exact", ENDS, coords, config.pairs, ends(instrument.exact, lambda: variance), of_all=True)
     if (covariance := instrument.covariance) is not None:
         bench.whole("data", lambda: covariance_group(covariance))

@@ -3,7 +3,7 @@
 from dit_jax.config import NetworkConfig
 from experiments.frame.study import Study
 from experiments.studies.release.analysis import DEFINITIONS, analyse
-from experiments.studies.release.measure import check, measure, release_steps
+from experiments.studies.release.measure import measure, release_steps
 from experiments.studies.release.page import page
 from experiments.studies.release.settings import ORDERS, ReleaseConfig
 
@@ -20,4 +20,4 @@ def passes(config: ReleaseConfig, network: NetworkConfig) -> dict[str, int]:
     }
 
 
-STUDY = Study("release", ReleaseConfig, measure, page, analyse, DEFINITIONS, check, passes=passes)
+STUDY = Study("release", ReleaseConfig, measure, page, analyse, DEFINITIONS, passes=passes)

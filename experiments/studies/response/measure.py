@@ -277,12 +277,13 @@ def measure(bench: Bench[ResponseConfig]) -> None:
     static = (tuple(steps.tolist()), config.vectors)
     on_network, on_wiener = bench.program(_on_network, *static), bench.program(_on_wiener, *static)
 
-    def measured(name: str, count: int, run: Callable[..., Any], subject: Any, of_all: bool = False) -> xr.Dataset:
+    def measured(name: str, count: int, run: Callable[..., Any], subject: Callable[[], Any], **options) -> xr.Dataset:
         def block(pairs, labels):
-            return run(subject, pairs, labels)
+            return run(subject(), pairs, labels)
 
-        return bench.measure(name, VARIABLES, coords, count, block, of_all=of_all)
+        return bench.measure(name, VARIABLES, coords, count, block, **options)
 
-    network = measured("network", config.pairs, on_network, bench.network)
-    measured("untrained", config.untrained_pairs, on_network, bench.untrained)
-    measured("wiener", config.pairs, on_wiener, jnp.asarray(np.float32(band_variance(network))), of_all=True)
+    network = measured("network", config.pairs, on_network, lambda: bench.network)
+    measured("untrained", config.untrained_pairs, on_network, lambda: bench.untrained)
+    variance = jnp.asarray(np.float32(band_variance(network)))
+    measured("wiener", config.pairs, on_wiener, lambda: variance, of_all=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.config import DiTConfig
 from dit_jax.controls import Network
 from dit_jax.covariance import DataCovariance, load_covariance
 from dit_jax.model import DiT
@@ -45,7 +46,7 @@ def _run(setup: Setup, model: Network, couplings, pairs, labels) -> dict[str, ja
 def measure(bench: Bench[SpectrumConfig]) -> None:
     """Fills the groups ``network`` and ``data``. Networks without attention run uncoupled."""
     config = bench.config
-    grid = np.asarray(config.couplings if isinstance(bench.network, DiT) else [0.0])
+    grid = np.asarray(config.couplings if isinstance(bench.model, DiTConfig) else [0.0])
     run = bench.program(_run)
     couplings = jnp.asarray(grid, jnp.float32)
     bench.measure(
