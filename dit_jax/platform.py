@@ -37,8 +37,11 @@ def _ask(platform: str | None, find: Callable[[], list[Any]]) -> list[Any]:
         return find()
     except (RuntimeError, AssertionError) as error:  # the latter where a platform has no plugin
         reason = f" ({str(error).strip().splitlines()[0]})" if str(error).strip() else ""
-        setting = f"JAX_PLATFORMS={_settings().jax_platforms or ''}"
-        if platform == "cpu":
+        platforms = _settings().jax_platforms or ""
+        setting = f"JAX_PLATFORMS={platforms}"
+        if "cpu" in platforms.split(","):
+            remedy = "the installation of JAX is broken: install it again"
+        elif platform == "cpu":
             remedy = f"set {setting},cpu, or leave it out"
         else:
             remedy = "set JAX_PLATFORMS=cpu to run on the CPU; a GPU needs its driver and `pip install 'jax[cuda13]'`"

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from dit_jax import platform
 from dit_jax.array_folder import write_arrays
 from dit_jax.checkpoint import load_model, shipped_model
 from dit_jax.platform import PlatformError, devices, host_device
@@ -20,6 +22,7 @@ def broken(request, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fail)
     monkeypatch.setattr(jax, "local_devices", fail)
+    monkeypatch.setattr(platform, "_settings", lambda: SimpleNamespace(jax_platforms="tpu"))
     return request.param
 
 
@@ -31,10 +34,17 @@ def test_a_sound_model_is_not_called_damaged(broken, tmp_path):
     assert str(broken).split("\n")[0] in str(error.value)
     with pytest.raises(PlatformError):
         write_arrays(tmp_path / "arrays", {})
-    with pytest.raises(PlatformError, match=r"set JAX_PLATFORMS=.*,cpu"):
+    with pytest.raises(PlatformError, match="set JAX_PLATFORMS=tpu,cpu"):
         host_device()
     with pytest.raises(PlatformError, match="set JAX_PLATFORMS=cpu to run on the CPU"):
         devices()
+
+
+def test_a_cpu_that_is_asked_for_and_not_there_is_a_broken_installation(broken, monkeypatch):
+    monkeypatch.setattr(platform, "_settings", lambda: SimpleNamespace(jax_platforms="cuda,cpu"))
+    for find in (devices, host_device):
+        with pytest.raises(PlatformError, match=r"JAX_PLATFORMS=cuda,cpu.*; the installation of JAX is broken"):
+            find()
 
 
 @pytest.mark.parametrize("command", [["compare"], ["theory"], ["sample", "photos8-natural"], ["convert", "nothing.pt"],

@@ -324,8 +324,12 @@ def test_fast_calls_say_nothing(one_group):
     assert set(one_group(True, slow=1e12)[1]) == {""}
 
 
-def test_one_model_is_in_memory(weights, tmp_path):
-    """The network is let go before its control is drawn, and read again, as it was, where it is asked for again."""
+@pytest.mark.parametrize("large", [True, False])
+def test_one_large_model_is_in_memory(weights, tmp_path, monkeypatch, large):
+    """A large network is let go before its control is drawn, and read again, as it was, where it is asked for again. A
+    small one stays."""
+    if large:
+        monkeypatch.setattr(bench_module, "SMALL", 0)
     bench = Bench("spread", StudyConfig(weights=weights), tmp_path / "run")
 
     def kernels(model):
@@ -336,9 +340,9 @@ def test_one_model_is_in_memory(weights, tmp_path):
     assert network() is not None
     drawn, control = kernels(bench.untrained)
     gc.collect()
-    assert network() is None
+    assert (network() is None) == large
     assert np.abs(drawn - values).max() > 0.01
     again, _ = kernels(bench.network)
     np.testing.assert_array_equal(again, values)
     gc.collect()
-    assert control() is None
+    assert (control() is None) == large
