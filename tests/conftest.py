@@ -1,9 +1,11 @@
 """Compiling takes most of the time of the tests: here with little effort, and once a run. And the x64 switch."""
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -60,11 +62,22 @@ def x64():
         yield
 
 
+MUCH = 3e9  # bytes of memory above which a worker lets go of what it has compiled, of which it would gather more
+
+
+def memory() -> float:
+    """Bytes that this process holds; infinite where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return math.inf
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _programs_of_one_file():
-    """Lets go of what a file has compiled, of which a worker would otherwise gather gigabytes."""
+def _programs_of_many_files():
+    """Files share what is compiled as long as there is room for it."""
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and memory() > MUCH:
         import jax
 
         jax.clear_caches()

@@ -26,8 +26,7 @@ from ou_theory.keys import random_key
 FAST = {"pairs": 2, "steps": "8", "block": 2, "untrained_pairs": 2, "guidance": 2.5, "seed": 1}
 OTHER = {"pairs": 3, "guidance": 1.5, "seed": 2**32 - 1, "classes": (2, 1)}  # and other weights; all that may be traced
 COMPARE = {"couplings": (0.0, 0.3, 1.0), "gain_pairs": 2}
-STUDIES = {  # what is fast in each study, and what else may differ between runs of one program
-    "compare": (COMPARE, {"couplings": (0.0, 0.2, 0.7)}),
+STUDIES = {  # what is fast in each study, and what else may differ between runs of one program; compare is below
     "release": ({"releases": 2}, {"couplings": (0.4,)}),
     "interventions": ({"singles": 1}, {"strength": 0.5, "schedule_strength": 0.1}),
     "cloning": ({}, {}),
