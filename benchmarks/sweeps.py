@@ -23,9 +23,13 @@ class Settings:
 
     cells: int = 100
     workers: int = 2
-    kill_every: float = 0.0  # seconds between two kills of a random worker on average; none by default
+    kill_every: float = 0.0  # seconds between two kills of a random worker on average, of several; none by default
     seed: int = 0  # of the kills
     folder: Path | None = None  # for the files; a temporary one by default
+
+    def __post_init__(self) -> None:
+        if self.workers == 1 and self.kill_every:
+            raise ValueError("one worker is the command itself, which nobody starts again; give --workers 2 or more")
 
 
 FIXED = ("pairs=4", "untrained_pairs=2", "gain_pairs=2", "steps=8", "couplings=0 0.5 1")
@@ -48,8 +52,8 @@ def main(settings: Settings) -> None:
         process, moments = subprocess.Popen(command), random.Random(settings.seed)
         while process.poll() is None:
             time.sleep(moments.expovariate(1 / settings.kill_every) if settings.kill_every else 2.0)
-            found = workers_of(process.pid)
-            memory += [resident(each) for each in found]
+            found = workers_of(process.pid) if settings.workers > 1 else [process.pid]  # which runs the cells itself
+            memory += [size for each in found if (size := resident(each))]
             if settings.kill_every and found:
                 os.kill(moments.choice(found), signal.SIGKILL)
                 kills += 1
@@ -75,14 +79,15 @@ def span(line: list[str]) -> tuple[float, float]:
 
 
 def workers_of(parent: int) -> list[int]:
-    """The worker processes of a sweep, by Linux's table of processes."""
+    """The worker processes of a sweep, by Linux's table of processes. A sweep starts others, too, which end soon."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = entry.read_text().rpartition(")")[2].split()
+            is_worker = "work" in entry.with_name("cmdline").read_text().split("\0")
         except OSError:  # it has ended
             continue
-        if int(fields[1]) == parent:
+        if int(fields[1]) == parent and is_worker:
             found.append(int(entry.parent.name))
     return found
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from dit_jax.disk import CheckpointError, beside, writing
 
@@ -72,13 +72,33 @@ def is_held(directory: str | Path) -> bool:
         return False
 
 
-def last_owner(directory: str | Path) -> int | None:
-    """The process that holds the folder, or that was killed while it did; None if the last one gave it back."""
+class Owner(NamedTuple):
+    """The process that holds a folder, or held it last."""
+
+    process: int  # its number on its own machine, where alone it means something
+    host: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a process of this machine."""
+        return self.host == socket.gethostname()
+
+
+def owner_of(directory: str | Path) -> Owner | None:
+    """The process that holds the folder, or that was killed while it did, on whatever machine; None if the last one
+    gave it back."""
     try:
-        found = json.loads(beside(Path(directory).resolve(), "lock").read_text("utf-8"))["process"]
-        return found if isinstance(found, int) else None
+        found = json.loads(beside(Path(directory).resolve(), "lock").read_text("utf-8"))
+        process, host = found["process"], found["host"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    return Owner(process, host) if isinstance(process, int) and isinstance(host, str) else None
+
+
+def last_owner(directory: str | Path) -> int | None:
+    """The process of this machine that holds the folder, or that was killed while it did; None if there is none."""
+    owner = owner_of(directory)
+    return owner.process if owner is not None and owner.is_here else None
 
 
 def _locked(directory: Path, path: Path) -> IO[str] | None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import tyro
 
@@ -21,9 +21,6 @@ from dit_jax.lock import FolderInUse, held
 from experiments import studies
 from experiments.sweeps.settings import Sweep
 from experiments.tools.settings import Covariance, MakeClassifier, SampleConfig, Train
-
-if TYPE_CHECKING:
-    pass
 
 _BORDER = re.compile(r"(.*?)((?:\x1b\[[\d;]*m|│| )*)")  # a line in a box, and the box's right border
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the signal

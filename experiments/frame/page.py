@@ -7,6 +7,7 @@ one run, or of several joined. A page loads nothing from elsewhere, so it can be
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -184,8 +185,9 @@ def page_of(name: str) -> str:
     return f"./{quote(name)}/report.html"
 
 
+@cache
 def templates(folder: Path) -> Environment:
-    """Jinja templates of a folder. Every value is escaped, and a missing one is an error."""
+    """Jinja templates of a folder, each compiled once. Every value is escaped, and a missing one is an error."""
     shared = Path(__file__).parent / "templates"
     return Environment(
         loader=FileSystemLoader([folder, shared]),

@@ -11,11 +11,13 @@ from typing import Any
 
 import xarray as xr
 
+from dit_jax.disk import occupied, replacing
 from dit_jax.lock import held
 from experiments.frame.chunks import filled
 from experiments.frame.manifest import FREE, NEWER, OWN_ENTRIES, comparable, differences
 from experiments.frame.measured import Measured
 from experiments.frame.numerics import own_numerics
+from experiments.frame.page import stored_section, write_page
 from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.study import Study, run_held
 
@@ -32,7 +34,8 @@ def merge(
     progress: bool = True,
     figures: bool = True,
 ) -> Path:
-    """Joins parts of one run to a run in `out`. With the same blocks it has the bits of a run by one process.
+    """Joins parts of one run to a run in `out`. With the same blocks it has the bits of a run by one process. The run
+    is made beside `out` and takes its place when it is finished, so that one that is killed can be joined again.
 
     Args:
       parts: folders of runs of this study that differ in `pairs` and `first_pair` alone, in any order.
@@ -45,20 +48,33 @@ def merge(
       ValueError: settings or weights differ; pairs are missing or in two parts; a part is unfinished or damaged; `out`
         is taken.
     """
+    out = Path(out)
     runs = sorted((RunFolder.open(path) for path in parts), key=lambda run: run.manifest["settings"].get(FIRST, 0))
     _check(study, runs)
     first, settings = runs[0], [run.manifest["settings"] for run in runs]
     joined = {**settings[0], "pairs": sum(each["pairs"] for each in settings)}
     extra = {name: entry for name, entry in first.manifest.items() if name not in (*OWN_ENTRIES, *NEWER)}
     with held(out):
-        run = RunFolder.create(out, joined, command=command, extra=extra)
-        for group in first.manifest["blocks"]:
-            if not first.load(group).attrs.get("of_all"):
-                _join(run, group, [part for part in runs if group in part.manifest["blocks"]], joined["block"])
-        if first.holds("pictures"):
-            run.put("pictures", first.load("pictures"))
-        config = Measured.of(run, study.config).config
-        return run_held(study, config, Path(out), resume=True, command=command, progress=progress, figures=figures)
+        if occupied(out):
+            raise StoreError(f"{out} holds another run or something else; choose another --out")
+        with replacing(out) as partial:
+            run = RunFolder.create(partial, joined, command=command, extra=extra)
+            _fill(study, runs, run, progress=progress, figures=figures)
+        return write_page(out / "report.html", [stored_section(RunFolder.open(out))])  # which is called by its folder
+
+
+def _fill(study: Study[Any], parts: Sequence[RunFolder], run: RunFolder, *, progress: bool, figures: bool) -> None:
+    """Fills the folder of the joined run, analyses it and marks it complete."""
+    first = parts[0]
+    for group in first.manifest["blocks"]:
+        if not first.load(group).attrs.get("of_all"):
+            having = [part for part in parts if group in part.manifest["blocks"]]
+            _join(run, group, having, run.manifest["settings"]["block"])
+    if first.holds("pictures"):
+        run.put("pictures", first.load("pictures"))
+    config = Measured.of(run, study.config).config
+    command = run.manifest["command"]
+    run_held(study, config, run.path, resume=True, command=command, progress=progress, figures=figures)
 
 
 def _check(study: Study[Any], runs: Sequence[RunFolder]) -> None:

@@ -13,13 +13,14 @@ from typing import Any, cast
 import jax
 
 from dit_jax.disk import writing
-from dit_jax.lock import FolderInUse, held, is_held, last_owner
+from dit_jax.lock import FolderInUse, held, is_held, owner_of
+from dit_jax.platform import devices
 from experiments.frame.manifest import StoreError
 from experiments.sweeps import slurm
 from experiments.sweeps.cost import Cost, costs, parts
 from experiments.sweeps.finish import finish
 from experiments.sweeps.folder import SweepFolder
-from experiments.sweeps.local import gpus, run_processes
+from experiments.sweeps.local import gpus, run_processes, visible
 from experiments.sweeps.plan import Cell, Plan, PlanError, read_plan
 from experiments.sweeps.settings import Sweep
 from experiments.sweeps.shares import WHOLE, Shard, read_shard
@@ -33,6 +34,8 @@ def sweep(command: Sweep, line: str) -> int:
     Raises:
       PlanError: a plan that cannot be run.
       StoreError: a folder that holds something else, or in which another process runs the sweep.
+      PlatformError: JAX has no device.
+      WorkerError: a worker process ended with an error of the sweep, or cannot be kept alive.
     """
     before = cast(Any, jax.config).jax_platforms  # whose names JAX adds as it runs
     try:
@@ -75,20 +78,25 @@ def _run(command: Sweep, line: str) -> int:
     if command.slurm:
         return _submit(command, line)
     plan, shard = plan_of(command), read_shard(command.shard, os.environ)
+    if command.workers is not None and shard != WHOLE:
+        raise PlanError(
+            f"this process is to run share {shard}, as the environment says, and a share is run by one process; leave "
+            "--workers out"
+        )
     cells = plan.cells()
     alone = command.dry_run or shard != WHOLE
-    devices = 0 if alone else gpus()
-    workers = 1 if alone else min(command.workers or max(1, devices), len(cells))
+    found = 0 if alone else gpus()
+    workers = 1 if alone else min(command.workers or max(1, found), len(cells))
     if workers > 1 or command.dry_run:
         jax.config.update("jax_platforms", "cpu")  # this process computes nothing: devices are left to the workers
-    cost = costs(plan, cells, jax.local_device_count())
+    cost = costs(plan, cells, len(devices()))
     tell(plan, cells, cost)
     if command.dry_run:
         print(dry_run(cells, cost))
         return 0
     if shard != WHOLE:  # which --shard or the environment says
-        mine = len(parts(cells, cost, shard.count)[shard.index])
-        print(f"this process runs share {shard} of the sweep, {mine} cells", file=sys.stderr)
+        count = len(parts(cells, cost, shard.count)[shard.index])
+        print(f"this process runs share {shard} of the sweep, {count} cells", file=sys.stderr)
     out = _out(command)
     with writing(out), contextlib.ExitStack() as stack:
         if shard == WHOLE:
@@ -96,13 +104,12 @@ def _run(command: Sweep, line: str) -> int:
         with _alone(out / "sweep.json"):  # processes of several shares begin at the same time
             folder = SweepFolder.create(out, plan, resume=command.resume or shard != WHOLE, command=line)
         if workers == 1:
-            _share(folder, shard, command, cost)
-            return finish(folder)
+            return finish(folder, _share(folder, shard, command, cost))
         _forget_failures(folder, cells, command)
         each = {Shard(i, workers): part for i, part in enumerate(parts(cells, cost, workers))}
         with Progress(folder, cells, cost, quiet=command.quiet) as progress:
-            run_processes(folder, each, one_gpu_each=devices > 1, figures=command.figures, watch=progress.look)
-        return finish(folder)
+            run_processes(folder, each, devices=visible(found), figures=command.figures, watch=progress.look)
+        return finish(folder, cells)
 
 
 def _submit(command: Sweep, line: str) -> int:
@@ -118,9 +125,10 @@ def _submit(command: Sweep, line: str) -> int:
     executor = slurm.executor_for(_name(command), out / "logs", command.slurm)
     workers = command.workers or slurm.workers_of(executor)
     tasks = min(command.tasks or slurm.MOST_TASKS, math.ceil(len(cells) / workers))
-    slurm.refuse_active(out)
-    with writing(out):
-        folder = SweepFolder.create(out, plan, resume=command.resume, command=line)
+    with writing(out), held(out):  # of two commands, the second finds the job of the first
+        slurm.refuse_active(out)
+        with _alone(out / "sweep.json"):
+            folder = SweepFolder.create(out, plan, resume=command.resume, command=line)
         _forget_failures(folder, cells, command)
         job = slurm.submit(folder, executor, tasks, workers=workers, figures=command.figures)
     print(f"Slurm job {job}: {tasks} tasks" + (f" with {workers} workers each" if workers > 1 else ""))
@@ -149,10 +157,10 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] | None = None) -> None:
-    """Runs one share in this process."""
+def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] | None = None) -> list[Cell]:
+    """Runs one share in this process, and returns its cells."""
     cells = folder.cells
-    cost = costs(folder.plan, cells, jax.local_device_count()) if cost is None else cost
+    cost = costs(folder.plan, cells, len(devices())) if cost is None else cost
     mine = parts(cells, cost, shard.count)[shard.index]
     _forget_failures(folder, mine, command)
     by_name = {cell.name: each for cell, each in zip(cells, cost, strict=True)}
@@ -165,6 +173,7 @@ def _share(folder: SweepFolder, shard: Shard, command: Sweep, cost: list[Cost] |
             after=progress.after,
             heard=progress.heard,
         )
+    return mine
 
 
 def _forget_failures(folder: SweepFolder, cells: list[Cell], command: Sweep) -> None:
@@ -175,18 +184,28 @@ def _forget_failures(folder: SweepFolder, cells: list[Cell], command: Sweep) -> 
 
 
 def cancel(folder: SweepFolder) -> int:
-    """Ends the job that runs a sweep on Slurm, or the process that runs it on this machine; worker processes end with
-    it, and what is measured stays.
+    """Ends the job that runs a sweep on Slurm, or the processes that run it on this machine: the one that holds the
+    folder, which ends its workers, and those that are at a cell. What is measured stays.
 
     Raises:
-      StoreError: neither job nor process runs it.
+      StoreError: neither job nor process of this machine runs it; the message names the machines of others.
     """
     if jobs := slurm.cancel(folder.path):
         print(f"cancelled Slurm job {', '.join(jobs)}; the command that submitted it goes on with --resume")
         return 0
-    owner = last_owner(folder.path)
-    if owner is None or not is_held(folder.path):
-        raise StoreError(f"no job of Slurm that this machine knows and no process of it runs {folder.path}")
-    os.kill(owner, signal.SIGTERM)
-    print(f"asked process {owner} to end; the command that started the sweep continues it with --resume")
+    places = [folder.path, *map(folder.run, folder.cells)]
+    owners = dict.fromkeys(owner for place in places if is_held(place) and (owner := owner_of(place)) is not None)
+    here = [owner.process for owner in owners if owner.is_here]
+    others = sorted({owner.host for owner in owners if not owner.is_here})
+    elsewhere = f"processes on {', '.join(others)} run {folder.path}; give the same command there" if others else ""
+    if not here:
+        if unknown := slurm.silent(folder.path):
+            raise StoreError(f"job {', '.join(unknown)} may be running {folder.path}: {slurm.SILENT}; try again later")
+        raise StoreError(elsewhere or f"no job of Slurm that this machine knows and no process runs {folder.path}")
+    for process in here:
+        with contextlib.suppress(ProcessLookupError):  # a worker may have ended with the first
+            os.kill(process, signal.SIGTERM)
+    print(f"asked {', '.join(map(str, here))} to end; the command that started the sweep continues it with --resume")
+    if elsewhere:
+        print(elsewhere)
     return 0

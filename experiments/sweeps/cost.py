@@ -1,7 +1,7 @@
 """What the cells of a sweep cost, and whether they can run at all: checked whole before anything runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from functools import cache
 from typing import NamedTuple
 
@@ -15,6 +15,11 @@ from experiments.sweeps.plan import Cell, Plan, PlanError
 from experiments.sweeps.shares import shares
 
 TRACED = ("seed", "classes", "pairs", "untrained_pairs")  # cells that differ in these alone share compiled programs
+BY_FORM = (
+    "weights",
+    "guidance",
+    "couplings",
+)  # and in these where networks are of one form, and as many passes are made
 
 
 class Cost(NamedTuple):
@@ -50,13 +55,15 @@ def _cost(study: Study, cell: Cell, load: Callable[[str], Subject], devices: int
     config = cell.settings
     if not isinstance(config, StudyConfig):
         return Cost(0, 1.0, None)
+    if not isinstance(config.weights, str) and len(config.weights) > 1:
+        names = ", ".join(config.weights)
+        raise ValueError(f"a cell is a run of one network, got weights {names}; make them an axis: weights = [...]")
     network = load(one_of(config.weights))
     checked_settings(study.name, config, network, study.check, study.any_network, devices)
-    alike = {name: getattr(StudyConfig, name) for name in TRACED} | {
-        "weights": "",
-        "guidance": config.guidance if config.halves == 1 else 2.0,
-    }
-    program = (network.config, len(getattr(config, "couplings", ())), replace(config, **alike))
+    couplings, guidance = len(getattr(config, "couplings", ())), config.guidance if config.halves == 1 else None
+    static = ((each.name, getattr(config, each.name)) for each in fields(config))
+    settings = tuple((name, value) for name, value in static if name not in (*TRACED, *BY_FORM))
+    program = (network.config, config.halves, guidance, couplings, settings)
     images = sum(passes_of(study, config, network.config).values())
     return Cost(images, run_flops(study, config, network.config) or 1.0, program)
 

@@ -22,7 +22,7 @@ MARKERS = "osD^vP*X"
 MOST_LABELS, MOST_PANELS, PANELS_IN_ROW = 8, 12, 4
 LEAST_WIDTH, MOST_HEIGHT = 0.6, 5.0  # inches: of a square of a heat map that has room for words, and of the map
 MOST_TICKS = 24
-HATCHES = {"holds": "", "does not hold": "\\\\\\", "undecided": "..", "none": "xxx"}
+HATCHES = {"holds": "", "does not hold": "\\\\\\", "undecided": "..", "repeats differ": "++", "no result": "xxx"}
 
 
 class Curve(NamedTuple):
@@ -140,10 +140,10 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
         bar = figure.colorbar(drawn, ax=row.tolist(), pad=0.01)
         bar.set_label(_plain(textwrap.fill(measure_of(result, claim), 26)), fontsize=7)
     if not words_fit:
-        names = {"none": "no result"}
         patches = [
-            Patch(facecolor="white", edgecolor=INK, hatch=hatch, label=names.get(word, word))
+            Patch(facecolor="white", edgecolor=INK, hatch=hatch, label=word)
             for word, hatch in HATCHES.items()
+            if word != "repeats differ" or layout.repeats
         ]
         figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
     return figure
@@ -244,18 +244,18 @@ def _square(
     """What is written on a square of a heat map: value and verdict, or why there is no value."""
     there = status == "complete"
     if not there.any():
-        word, kind = ("failed" if (status == "failed").any() else "missing"), "none"
+        word, kind = ("failed" if (status == "failed").any() else "missing"), "no result"
     elif len(words) == 1:
         word, kind = str(words[0]), str(words[0])
     else:
         holding = int((words[there] == "holds").sum())
         word = f"{holding} of {int(there.sum())} hold"
         alike = set(words[there].tolist())
-        kind = alike.pop() if len(alike) == 1 else "undecided"
+        kind = alike.pop() if len(alike) == 1 else "repeats differ"
     shown = np.isfinite(mean)
     color = ("black" if shade > 0.55 else "white") if shown else INK
     if not shown:
-        box = {"facecolor": "white", "edgecolor": QUIET, "hatch": HATCHES["none"], "linewidth": 0}
+        box = {"facecolor": "white", "edgecolor": QUIET, "hatch": HATCHES["no result"], "linewidth": 0}
         ax.add_patch(Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, **box))
     elif not words_fit and HATCHES.get(kind):
         box = {"fill": False, "edgecolor": color, "hatch": HATCHES[kind], "linewidth": 0}

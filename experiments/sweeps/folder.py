@@ -26,6 +26,8 @@ from experiments.sweeps.plan import Cell, Plan, PlanError
 
 FORMAT, FORMAT_VERSION = "syncgap-sweep", 1
 State = Literal["complete", "running", "failed", "begun", "open"]
+STORED = {"plan": dict, "command": str}  # entries of sweep.json that are read again
+REMEDY = "restore the file, or run the sweep in another --out; every folder in cells is a run by itself"
 STATES: tuple[State, ...] = ("complete", "running", "failed", "begun", "open")
 
 
@@ -111,7 +113,13 @@ class SweepFolder:
                 f"{path / 'sweep.json'} is of format version {entries.get('format_version')}, and this code reads "
                 f"{FORMAT_VERSION}; use the syncgap version that wrote it"
             )
-        return cls(path, Plan.from_dict(entries["plan"]), entries)
+        missing = [name for name, kind in STORED.items() if not isinstance(entries.get(name), kind)]
+        if missing:
+            raise StoreError(f"{path / 'sweep.json'} lacks {', '.join(missing)}; {REMEDY}")
+        try:
+            return cls(path, Plan.from_dict(entries["plan"]), entries)
+        except PlanError as error:
+            raise StoreError(f"the plan in {path / 'sweep.json'} cannot be used ({error}); {REMEDY}") from error
 
     @cached_property
     def cells(self) -> list[Cell]:

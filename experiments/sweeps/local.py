@@ -19,11 +19,12 @@ from experiments.sweeps.shares import Shard
 
 TERMINATED = 128 + signal.SIGTERM  # exit code of a worker that was asked to end
 TRIES = 3  # deaths of the processes that run a cell, without a block more, after which it counts as failed
+ANYWHERE = ""  # in the place of a cell's name: deaths outside of a cell, as far as can be told
 _ASK = "import jax, json; d = jax.local_devices(); print(json.dumps([d[0].platform, len(d)]))"
 
 
-class WorkerError(RuntimeError):
-    """A worker process that ended by itself with an error of the sweep, not of a cell."""
+class WorkerError(ValueError):
+    """A worker process that ended with an error of the sweep, not of a cell, or that cannot be kept alive."""
 
 
 def gpus() -> int:
@@ -35,6 +36,13 @@ def gpus() -> int:
     except (ValueError, IndexError):
         return 0
     return count if platform == "gpu" else 0
+
+
+def visible(gpus: int) -> list[str]:
+    """The devices that worker processes can be given, as CUDA_VISIBLE_DEVICES names them: those of this process's own
+    environment, where a scheduler says which they are, and otherwise the first `gpus` of the machine."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [device for device in given.split(",") if device] if given else [str(index) for index in range(gpus)]
 
 
 @dataclass
@@ -65,7 +73,7 @@ class _Worker:
         again: a scheduler that ends a job asks every process of it, and ends this one too.
 
         Raises:
-          WorkerError: it ended with an error of its own.
+          WorkerError: it ended with an error of its own, or keeps being killed outside of any cell.
         """
         code = self.process.poll()
         if code is None:
@@ -79,21 +87,28 @@ class _Worker:
         return True
 
     def _blame(self, number: int) -> None:
-        """Gives up the cell that the process was at, if processes keep dying there."""
-        cell = next((each for each in self.cells if last_owner(self.sweep.run(each)) == self.process.pid), None)
-        if cell is None:
-            return
-        where = _progress(self.sweep.run(cell))
-        before, count = self.deaths.get(cell.name, (where, 0))
+        """Gives up the cell that the process was at, if processes keep dying there, or the worker if it was at none."""
+        runs = {cell.name: self.sweep.run(cell) for cell in self.cells}
+        cell = next((each for each in self.cells if last_owner(runs[each.name]) == self.process.pid), None)
+        name, signal_name = cell.name if cell else ANYWHERE, signal.Signals(number).name
+        where = _progress(runs[name]) if cell else list(map(_progress, runs.values()))
+        before, count = self.deaths.get(name, (where, 0))
         count = count + 1 if before == where else 1
-        self.deaths[cell.name] = (where, count)
-        if count >= TRIES:
-            name = signal.Signals(number).name
-            self.sweep.note_failure(
-                cell,
-                f"the process that ran it was killed ({name}) {count} times without getting further; a process that "
-                "needs more memory than there is ends like this: give a smaller block",
+        self.deaths[name] = (where, count)
+        if cell:
+            self.deaths.pop(ANYWHERE, None)  # which are counted in a row
+        if count < TRIES:
+            return
+        if cell is None:
+            raise WorkerError(
+                f"worker {self.shard} was killed ({signal_name}) {count} times outside of a cell, as far as locks say, "
+                f"and got no further in between; {self.log.name} may say why; --resume tries it again"
             )
+        self.sweep.note_failure(
+            cell,
+            f"the process that ran it was killed ({signal_name}) {count} times without getting further; a process that "
+            "needs more memory than there is ends like this: give a smaller block",
+        )
 
 
 def _progress(run: Path) -> object:
@@ -109,7 +124,7 @@ def run_processes(
     sweep: SweepFolder,
     shares: Mapping[Shard, list[Cell]],
     *,
-    one_gpu_each: bool,
+    devices: Sequence[str] = (),
     figures: bool = False,
     poll_s: float = 0.5,
     watch: Callable[[], None] = lambda: None,
@@ -117,7 +132,7 @@ def run_processes(
     """Runs shares in a process each, and waits for them. What that of share i prints is in ``logs/worker-I.log``.
 
     Args:
-      one_gpu_each: let every process see one GPU alone.
+      devices: GPUs, of which every process sees one alone, in turn; without any it sees what this process does.
       figures: draw the figures of every cell.
       watch: called every `poll_s` seconds.
 
@@ -131,9 +146,8 @@ def run_processes(
         for place, (shard, cells) in enumerate(shares.items()):
             log = stack.enter_context((sweep.path / "logs" / f"worker-{shard.index}.log").open("a"))
             environment = {**os.environ}
-            if one_gpu_each:
-                visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-                environment["CUDA_VISIBLE_DEVICES"] = visible[place] if len(visible) > place else str(place)
+            if devices:
+                environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
             options = ("--figures",) if figures else ()
             workers.append(_Worker(sweep, shard, cells, environment, log, options))
         while sum(worker.is_at_work() for worker in workers):  # each is asked

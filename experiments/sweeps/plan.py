@@ -174,14 +174,15 @@ class Plan:
         the plan's own.
 
         Raises:
-          PlanError: an option that is not of this form.
+          PlanError: an option that is not of this form, or that takes all that one of several points sets.
         """
-        settings, axes = dict(self.settings), dict(self.axes)
+        settings, axes, given = dict(self.settings), dict(self.axes), set()
         for option in options:
             name, sign, text = option.partition("=")
             name, values = name.strip().replace("-", "_"), [part.strip() for part in text.split(",")]
             if not sign or not name or not all(values):
                 raise PlanError(f"--set {option!r} is not of the form NAME=VALUE or NAME=VALUE,VALUE,...")
+            given.add(name)
             settings.pop(name, None)
             found = [_literal(value) for value in values]
             if len(found) > 1:
@@ -189,7 +190,16 @@ class Plan:
             else:
                 axes.pop(name, None)
                 settings[name] = found[0]
-        return replace(self, settings=settings, axes=axes)
+        points: list[dict[str, Any]] = []
+        for point in self.points:
+            left = {name: value for name, value in point.items() if name not in given}
+            if left not in points:  # points that differed in nothing else are one
+                points.append(left)
+        if len(points) > 1 and {} in points:
+            raise PlanError(
+                f"--set {', '.join(sorted(given))} takes all that a point of the plan sets; change the plan"
+            )
+        return replace(self, settings=settings, axes=axes, points=[point for point in points if point])
 
 
 def read_plan(source: str) -> Plan:
@@ -261,9 +271,9 @@ def typed_value(value: Any, hint: Any, name: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is NoneType:
         raise PlanError(f"{name} must be none, got {value!r}")
-    if hint is float and is_number:
+    if hint is float and is_number and (isinstance(value, float) or abs(value) < 2**1023):  # larger ones are no floats
         return float(value)
-    if hint is int and is_number and value == int(value):
+    if hint is int and is_number and (isinstance(value, int) or value.is_integer()):
         return int(value)
     if hint is bool and isinstance(value, bool):
         return value

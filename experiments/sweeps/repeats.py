@@ -31,11 +31,6 @@ class Repeats(NamedTuple):
     groups: list[tuple[str, list[int]]]
     what: str
 
-    @property
-    def all_alike(self) -> bool:
-        """Whether all places on the axis are repeats of each other."""
-        return len(self.groups) == 1
-
 
 def repeats_of(sweep: SweepFolder, result: xr.Dataset) -> Repeats | None:
     """The axis of repeats of a sweep: ``seed``, or ``weights`` whose names differ in a number at their end while the

@@ -35,3 +35,11 @@ class Sweep:
         for name in ("workers", "tasks"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.shard is not None and self.slurm:
+            raise ValueError(
+                "give --shard or --slurm, not both: an array of Slurm divides the cells over its tasks itself"
+            )
+        if self.shard is not None and self.workers is not None:
+            raise ValueError("give --shard or --workers, not both: a share is run by the process that is given it")
+        if self.tasks is not None and not self.slurm:
+            raise ValueError("--tasks is the number of tasks of an array of Slurm; give --slurm, too, or leave it out")

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dit_jax.job import task
 from experiments.sweeps.plan import PlanError
 
 _TASK = "SLURM_ARRAY_TASK_ID"
 _SLURM = {_TASK: 0, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 1, "SLURM_ARRAY_TASK_STEP": 1}
-_STEP = {"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 1}  # of the processes that one srun starts
 _KUBERNETES = "JOB_COMPLETION_INDEX"  # of an indexed job, which does not say how many there are
 
 
@@ -31,8 +31,8 @@ def read_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
     Args:
       text: ``i/n`` with i from 0 to n - 1; ``/n``, with i from the environment; None asks the environment for both,
         and without an array there it is the whole.
-      environment: where Slurm says index and count of the task of an array, of the process of ``srun -n``, or of a
-        process of a task, or an indexed job of Kubernetes its index.
+      environment: where Slurm says index and count of the task of an array, and srun, mpirun and others those of a
+        process (`dit_jax.job.task`), which may be one of an array's task; or an indexed job of Kubernetes its index.
 
     Raises:
       PlanError: neither says which share it is.
@@ -59,10 +59,10 @@ def read_shard(text: str | None, environment: Mapping[str, str]) -> Shard:
 
 def _of_environment(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
     try:
-        process, processes = (int(environment.get(name, default)) for name, default in _STEP.items())
+        process, processes = task(environment) or (0, 1)
         if _TASK in environment or processes > 1:
-            task, first, count, step = (int(environment.get(name, default)) for name, default in _SLURM.items())
-            return (task - first) // step * processes + process, count * processes
+            index, first, count, step = (int(environment.get(name, default)) for name, default in _SLURM.items())
+            return (index - first) // step * processes + process, count * processes
         if _KUBERNETES in environment:
             return int(environment[_KUBERNETES]), None
     except ValueError as error:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from experiments.frame.manifest import StoreError, now
 from experiments.sweeps.cost import costs, parts
 from experiments.sweeps.finish import finish
 from experiments.sweeps.folder import SweepFolder
-from experiments.sweeps.local import run_processes
+from experiments.sweeps.local import gpus, run_processes, visible
 from experiments.sweeps.plan import PlanError
 from experiments.sweeps.shares import Shard
 
@@ -41,7 +40,10 @@ _OURS = ("requeues", "time")
 _NOT_OFFERED = ("nodes", "ntasks_per_node", "num_gpus", "additional_parameters", "use_srun", "stderr_to_stdout")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
-_ENDED |= {"PREEMPTED", "REVOKED", "ended", "unknown"}
+_ENDED |= {"PREEMPTED", "REVOKED", "ended"}
+_UNKNOWN = "unknown"  # a task of which nobody says anything
+SILENT = "Slurm does not answer here (squeue)"
+_FORGOTTEN = "Invalid job id"  # what squeue says of a job that ended some minutes ago
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,18 @@ class Task:
     figures: bool = False
     requeues: int = REQUEUES
 
-    def __call__(self) -> int:
-        """Runs the shares and returns the exit code of the sweep."""
+    def __call__(self) -> None:
+        """Runs the shares. A task of which cells failed ends with exit code 1, which Slurm shows as FAILED: submitit
+        lets SystemExit through, and gives no meaning to what a function returns."""
         jax.config.update("jax_platforms", "cpu")  # devices are left to the workers
         sweep, count = SweepFolder.open(self.folder), self.count * self.workers
         each = parts(sweep.cells, costs(sweep.plan, sweep.cells), count)
         first = self.index * self.workers
         mine = {Shard(i, count): each[i] for i in range(first, first + self.workers)}
-        run_processes(sweep, mine, one_gpu_each=self.workers > 1, figures=self.figures)
-        return finish(sweep)
+        devices = visible(gpus()) if self.workers > 1 else []
+        run_processes(sweep, mine, devices=devices, figures=self.figures)
+        if code := finish(sweep, [cell for cells in mine.values() for cell in cells]):
+            sys.exit(code)
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """What goes back into the queue; submitit asks for it. Cells go on where they are, so it is the task itself."""
@@ -173,19 +178,29 @@ def submit(
 
 def active(path: Path) -> list[str]:
     """The arrays of the sweep in this folder of which tasks are waiting or running."""
-    return [entry["job"] for entry in _jobs(path) if set(_states(entry)) - _ENDED]
+    return [entry["job"] for entry in _jobs(path) if set(_states(entry)) - _ENDED - {_UNKNOWN}]
+
+
+def silent(path: Path) -> list[str]:
+    """The arrays of the sweep in this folder of which tasks may be waiting or running, for Slurm does not answer."""
+    return [entry["job"] for entry in _jobs(path) if _UNKNOWN in _states(entry)]
 
 
 def refuse_active(path: Path) -> None:
     """Refuses a folder whose sweep Slurm has already.
 
     Raises:
-      StoreError: an array of it is waiting or running.
+      StoreError: an array of it is waiting or running, or may be.
     """
     if there := active(path):
         raise StoreError(
             f"{path} is already being run by job {', '.join(there)} of Slurm; wait until it has ended, or end it with "
             f"syncgap sweep cancel {path}"
+        )
+    if there := silent(path):
+        raise StoreError(
+            f"job {', '.join(there)} may be running {path}: {SILENT}; try again, or, if you know that it has ended, "
+            f"remove {path / 'slurm.json'} first"
         )
 
 
@@ -202,11 +217,12 @@ def cancel(path: Path) -> list[str]:
 
 def status(path: Path) -> list[str]:
     """A line for each array of this sweep: in which states its tasks are, in Slurm's words. Tasks of which Slurm has
-    forgotten what became of them are called ended; on a machine without Slurm nothing is known of them."""
+    forgotten what became of them are called ended. Where Slurm does not answer, or is not there, tasks are unknown."""
     lines = []
     for entry in _jobs(path):
         states = _states(entry)
-        lines.append(f"Slurm job {entry['job']}: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+        told = ", ".join(f"{count} {state}" for state, count in states.items())
+        lines.append(f"Slurm job {entry['job']}: {told}" + (f"; {SILENT}" if _UNKNOWN in states else ""))
     return lines
 
 
@@ -262,17 +278,19 @@ def _states(entry: Mapping[str, Any]) -> Counter[str]:
     where a cluster keeps accounts, the others."""
     job, count = entry["job"], entry["tasks"]
     names = [f"{job}_{i}" for i in range(count)] if count > 1 else [job]  # a single task is submitted as no array
-    known = _asked("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job, "--format", "JobID,State")
-    known |= _asked("squeue", "--noheader", "--array", "--states", "all", "--jobs", job, "--format", "%i|%T")
-    otherwise = "ended" if shutil.which("squeue") else "unknown"
-    return Counter(known.get(name, otherwise) for name in names)
+    kept = _asked("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job, "--format", "JobID,State")
+    there = _asked("squeue", "--noheader", "--array", "--states", "all", "--jobs", job, "--format", "%i|%T")
+    known = {**(kept or {}), **(there or {})}
+    return Counter(known.get(name, _UNKNOWN if there is None else "ended") for name in names)
 
 
-def _asked(*line: str) -> dict[str, str]:
-    """What a command of Slurm says of each task; nothing where it is not there or does not know the job."""
+def _asked(*line: str) -> dict[str, str] | None:
+    """What a command of Slurm says of each task, nothing if it does not know the job; None where there is no answer."""
     try:
         said = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return {}
+        return None
+    if said.returncode and _FORGOTTEN not in said.stderr:
+        return None
     rows = (row.split("|") for row in said.stdout.splitlines())
     return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and row[1]}

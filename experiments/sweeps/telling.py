@@ -65,7 +65,8 @@ def surroundings() -> str:
 
 
 class Progress:
-    """A bar over all cells of a process, or of all processes that it watches."""
+    """A bar over all cells of a process, or of all processes that it watches. Cells that were complete before take no
+    part in it, so that the time that is left is that of the others."""
 
     def __init__(self, sweep: SweepFolder, cells: Sequence[Cell], cost: Sequence[Cost], *, quiet: bool) -> None:
         self.sweep, self.cost = sweep, {cell.name: each.flops for cell, each in zip(cells, cost, strict=True)}
@@ -75,6 +76,9 @@ class Progress:
         self.bar = tqdm(total=sum(self.cost.values()), desc="sweep", bar_format=BAR, disable=quiet, smoothing=0)
 
     def __enter__(self) -> Self:
+        for cell in list(self.left.values()):
+            if self.sweep.is_complete(cell):
+                self.after(cell, "there")
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -94,7 +98,7 @@ class Progress:
         )
 
     def after(self, cell: Cell, outcome: str) -> None:
-        """A cell ended: done, failed, or there before, which took no time."""
+        """A cell ended: done, failed, or there, which took no time of the processes that are watched."""
         if self.left.pop(cell.name, None) is None:
             return
         self.failed += outcome == "failed"

@@ -9,10 +9,11 @@ from functools import partial
 from time import perf_counter, sleep
 from typing import Any
 
-from dit_jax.lock import FolderInUse
+from dit_jax.lock import FolderInUse, held
 from experiments import studies
+from experiments.frame.numerics import own_numerics
 from experiments.frame.programs import kept
-from experiments.frame.study import Study, run_study
+from experiments.frame.study import Study, run_held
 from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.plan import Cell
 
@@ -63,7 +64,8 @@ def work(
                     if how == "in use":
                         in_use.append(cell)
                         continue
-                    sweep.log(how, cell, perf_counter() - started, worker)
+                    if how != "there":
+                        sweep.log(how, cell, perf_counter() - started, worker)
                 getattr(outcome, how).append(cell.name)
                 after(cell, how)
             waiting, in_use = in_use, []
@@ -72,10 +74,15 @@ def work(
     return outcome
 
 
+@own_numerics()
 def _run(study: Study, sweep: SweepFolder, cell: Cell, **options: Any) -> str:
-    """Runs one cell; how it ended: done, failed, or in use by another process."""
+    """Runs one cell; how it ended: done, failed, in use by another process, or there, made by one just now."""
+    run = sweep.run(cell)
     try:
-        run_study(study, cell.settings, sweep.run(cell), resume=True, progress=False, **options)
+        with held(run):
+            if sweep.is_complete(cell):
+                return "there"
+            run_held(study, cell.settings, run, resume=True, progress=False, **options)
     except FolderInUse:
         return "in use"
     except Exception as error:  # whatever it is: the other cells can do without this one

@@ -9,7 +9,7 @@ import pytest
 
 from dit_jax import lock
 from dit_jax.disk import CheckpointError
-from dit_jax.lock import FolderInUse, held
+from dit_jax.lock import FolderInUse, held, last_owner, owner_of
 
 HOLD = """
 import sys, time
@@ -141,3 +141,18 @@ def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch, number
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     with held(tmp_path / "run"):
         pass
+
+
+def test_a_process_of_another_machine_is_none_of_this_one(tmp_path, monkeypatch):
+    """Numbers of processes mean something on their own machine alone."""
+    run = tmp_path / "run"
+    assert owner_of(run) is None
+    with held(run):
+        assert last_owner(run) == os.getpid()
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        assert last_owner(run) is None
+        owner = owner_of(run)
+        assert owner is not None
+        assert owner.process == os.getpid()
+        assert not owner.is_here
+    assert owner_of(run) is None

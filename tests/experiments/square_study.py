@@ -1,7 +1,9 @@
-"""A study without a network for tests of sweeps, and a process that works on a sweep of it:
-``python square_study.py SWEEP``."""
+"""A study without a network for tests of sweeps, and two processes that work on a sweep of it, of which one is killed
+again and again: ``python square_study.py SWEEP KILLS``."""
 
 import os
+import random
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ import xarray as xr
 from experiments import studies
 from experiments.frame.page import Page, Section
 from experiments.frame.study import Study
+from experiments.sweeps.folder import SweepFolder
+from experiments.sweeps.worker import work
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,44 @@ def only_study(setattr=setattr) -> None:
     setattr(studies, "settings_of", lambda name: SquareConfig)
 
 
-if __name__ == "__main__":
-    from experiments.sweeps.folder import SweepFolder
-    from experiments.sweeps.worker import work
+class Worker:
+    """A process that works on all cells of a sweep; a copy of this one, which has imported all that it needs."""
 
+    def __init__(self, sweep):
+        self.process = os.fork()
+        if not self.process:
+            work(sweep, sweep.cells)
+            os._exit(0)
+
+    def is_at_a_cell(self, diary: Path) -> bool:
+        """Waits until it has begun one; False if it ended before."""
+        while not (diary.exists() and any(line.endswith(f" {self.process}\n") for line in diary.open())):
+            if os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def kill(self):
+        os.kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+def main(path: str, kills: int) -> list[int]:
+    """Exit codes of the two processes that were left in the end."""
+    sweep, moments = SweepFolder.open(path), random.Random(0)
+    workers = [Worker(sweep), Worker(sweep)]
+    for _ in range(kills):
+        victim = moments.randrange(2)
+        if workers[victim].is_at_a_cell(sweep.path / "diary"):
+            time.sleep(moments.uniform(0, 0.2))
+            workers[victim].kill()
+            workers[victim] = Worker(sweep)
+    return [worker.exit_code() for worker in workers]
+
+
+if __name__ == "__main__":
     only_study()
-    sweep = SweepFolder.open(sys.argv[1])
-    work(sweep, sweep.cells)
+    sys.exit(any(main(sys.argv[1], int(sys.argv[2]))))

@@ -8,7 +8,9 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
+from dit_jax import disk
 from experiments import cli
+from experiments.frame import parts as joining
 from experiments.frame.collection import runs_in
 from experiments.frame.page import Page, Section
 from experiments.frame.parts import merge
@@ -75,6 +77,37 @@ def test_joined_parts_are_what_one_process_measures(whole, parts, tmp_path, orde
         xr.testing.assert_identical(joined.load(group), whole.load(group))
     assert joined.read_json("section.json") == whole.read_json("section.json")
     assert joined.manifest["status"] == "complete"
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert 'id="run-one"' in text  # ids and addresses are those of the folder
+    assert "partial" not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("at", ["_join", "run_held"])
+def test_joining_that_is_killed_is_done_again_by_the_same_command(whole, parts, tmp_path, monkeypatch, at):
+    """In the middle of the arrays, or before the analysis."""
+    made, calls = getattr(joining, at), []
+
+    def killed(*args, **options):
+        calls.append(args)
+        if len(calls) == (2 if at == "_join" else 1):
+            raise Killed
+        return made(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(joining, at, killed)
+        patch.setattr(disk, "_remove", lambda directory: None)
+        with pytest.raises(Killed):
+            merge(STUDY, parts, tmp_path / "run", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".run.partial"]
+    assert runs_in(tmp_path) == ({}, {})  # which no one takes for a run
+    merge(STUDY, parts, tmp_path / "run", progress=False)
+    assert RunFolder.open(tmp_path / "run").manifest["digests"] == whole.manifest["digests"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_parts_that_do_not_make_up_a_run_are_refused(settings, parts, tmp_path):

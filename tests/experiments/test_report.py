@@ -265,6 +265,8 @@ def test_runs_side_by_side_and_what_counts_as_a_training(drawn_run, tmp_path):
     path.write_text(json.dumps(manifest))
     text = joint_page(tmp_path, {"compare": STUDY}.get).read_text()
     assert text.index('id="compare-together"') < text.index('id="one"')
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids)) > 20
     tables = Page(text).tables
     rows = tables["compare-together-table-1"][1:]
     assert [row[0].strip() for row in rows] == ["one", "other", "three", "two"]

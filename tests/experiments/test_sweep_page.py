@@ -22,18 +22,20 @@ from experiments.sweeps.result import collect
 
 
 class Page(HTMLParser):
-    """Cells of every table by its id, and all addresses."""
+    """Cells of every table by its id, all ids, and all addresses."""
 
     def __init__(self, text: str):
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
         self.addresses: list[str] = []
+        self.ids: list[str] = []
         self.inside = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.addresses += [found[name] for name in ("src", "href") if name in found]
+        self.ids += [found["id"]] if "id" in found else []
         if tag == "table":
             self.rows = self.tables.setdefault(found["id"], [])
         elif tag == "tr":
@@ -97,6 +99,12 @@ def test_what_failed_is_told_and_texts_are_escaped(text):
     assert "6 of 8 cells are complete." in text
     assert "1 failed." in text
     assert "1 is not done yet." in text
+
+
+def test_every_id_of_the_page_is_one_of_its_own(text):
+    ids = Page(text).ids
+    assert len(ids) == len(set(ids))
+    assert {"curves", "claims", "maps", "table-1", "cells", "errors", "settings"} == set(ids)
 
 
 def test_a_sweep_without_results_has_a_page(tmp_path):
@@ -164,10 +172,21 @@ def test_a_dense_heat_map_has_hatches_in_place_of_words(result):
     )
     assert written_on(figure) == []
     hatches = [patch.get_hatch() for patch in figure.axes[0].patches]
-    assert hatches.count(HATCHES["none"]) == 10  # blend at 4 steps, seed 0, failed
+    assert hatches.count(HATCHES["no result"]) == 10  # blend at 4 steps, seed 0, failed
     assert hatches.count(HATCHES["does not hold"]) == 20
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown == ["holds", "does not hold", "undecided", "no result"]
+
+
+def test_repeats_that_differ_are_told_apart_from_cells_that_are_undecided(result):
+    dense = result.isel(steps=[0, 1] * 10)
+    differing = dense.verdict.where((dense.point == 1) | (dense.seed == 0), "undecided")  # joint: held by one seed
+    figure = figure_maps(dense.assign(verdict=differing), Layout.of(dense, "seed"))
+    hatches = [patch.get_hatch() for patch in figure.axes[0].patches]
+    assert hatches.count(HATCHES["repeats differ"]) == 10  # joint at 4 steps; at 6 steps seed 1 is missing
+    assert hatches.count(HATCHES["undecided"]) == 0
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["holds", "does not hold", "undecided", "repeats differ", "no result"]
 
 
 def test_lines_hold_the_values(result):

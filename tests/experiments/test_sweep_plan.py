@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.sweeps.folder import SweepFolder
 from experiments.sweeps.plan import SHIPPED, Plan, PlanError, read_plan
 from experiments.sweeps.shares import WHOLE, read_shard, shares
 
@@ -51,6 +52,21 @@ def test_options_of_the_command_line_take_the_place_of_the_plans_own():
     assert [cell.settings.couplings for cell in changed.cells()][:2] == [(0.0, 0.5), (0.0, 1.0)]
 
 
+def test_options_of_the_command_line_take_the_place_of_what_points_set():
+    points = [{"gate_kind": kind, "steps": steps} for kind in ("joint", "blend") for steps in (50, 100)]
+    plan = compare(points=points, settings={"pairs": 8})
+    fixed = plan.with_values(["steps=25"])
+    assert fixed.points == [{"gate_kind": "joint"}, {"gate_kind": "blend"}]
+    assert [cell.settings.steps for cell in fixed.cells()] == ["25", "25"]
+    assert len(plan.with_values(["steps=25,50,75"]).cells()) == 6
+    assert plan.with_values(["pairs=4"]).points == points
+    none_left = plan.with_values(["steps=25", "gate_kind=joint"])
+    assert none_left.points == []
+    assert none_left.dims == ()
+    with pytest.raises(PlanError, match="--set steps takes all that a point"):
+        compare(points=[{"steps": 25}, {"gate_kind": "blend"}]).with_values(["steps=50"])
+
+
 def test_a_value_that_is_none_by_name():
     chosen = compare(axes={"classes": ["none", [0, 1]]}).cells()
     assert [cell.settings.classes for cell in chosen] == [None, (0, 1)]
@@ -67,6 +83,10 @@ def test_a_plan_survives_json():
         ({"settings": {"gides": 1}}, "no setting gides; it has block"),
         ({"axes": {"guidance": ["much"]}}, "guidance=much: guidance must be a number, got 'much'"),
         ({"axes": {"pairs": [4.5]}}, "pairs must be a whole number"),
+        ({"axes": {"pairs": [float("inf")]}}, "pairs must be a whole number, got inf"),
+        ({"axes": {"pairs": [10**400]}, "settings": {"seed": 10**400}}, "seed must be a whole number from 0"),
+        ({"axes": {"pairs": [float("nan")]}}, "pairs must be a whole number, got nan"),
+        ({"axes": {"guidance": [10**400]}}, "guidance must be a number, got 1000"),
         ({"axes": {"sampler": ["ddpm"]}}, "'ddpm' is not one of ddim, ancestral"),
         ({"axes": {"pairs": [8, 1]}}, "pairs=1: pairs must be at least 2"),
         ({"axes": {"seed": [0, 0]}}, "have the same settings"),
@@ -149,7 +169,8 @@ def test_a_share_is_read_from_the_line_or_the_scheduler():
     assert read_shard("/4", {"JOB_COMPLETION_INDEX": "3"}) == (3, 4)
 
 
-def test_processes_of_one_srun_take_a_share_each():
+def test_processes_of_one_command_take_a_share_each():
+    assert read_shard(None, {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}) == (1, 3)
     step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
     assert read_shard(None, step) == (2, 4)
     assert read_shard("1/3", step) == (1, 3)
@@ -177,6 +198,14 @@ def test_shares_that_do_not_exist_are_refused(text, environment, said):
     assert said in str(error.value)
 
 
-def test_random_costs_give_the_same_shares_to_every_worker():
-    costs = list(np.random.default_rng(0).exponential(size=100))
-    assert shares(costs, list(range(100)), 7) == shares(list(costs), list(range(100)), 7)
+def test_a_worker_finds_its_share_from_the_stored_plan(tmp_path):
+    """The plan that is opened again has the cells, the programs and so the shares of the one that was given."""
+    plan = compare(
+        settings={"pairs": 4}, points=[{"gate_kind": "joint"}, {"gate_kind": "blend", "steps": 100}], repeats=5
+    )
+    plan = plan.with_values(["couplings=0 0.5, 0 1"])
+    again = SweepFolder.open(SweepFolder.create(tmp_path / "sweep", plan).path)
+    assert again.cells == plan.cells()
+    costs = np.random.default_rng(0).exponential(size=len(again.cells)).tolist()
+    groups = [[cell.settings.gate_kind for cell in cells] for cells in (again.cells, plan.cells())]
+    assert shares(costs, groups[0], 7) == shares(costs, groups[1], 7)

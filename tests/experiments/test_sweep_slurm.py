@@ -7,25 +7,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from dit_jax.lock import last_owner
+from dit_jax.lock import held, last_owner
 from experiments import cli
 from experiments.sweeps import slurm
-from experiments.sweeps.command import _alone
 from experiments.sweeps.cost import costs, parts
 from experiments.sweeps.folder import SweepFolder
-from experiments.sweeps.local import _Worker
 from experiments.sweeps.plan import Plan, PlanError
-from experiments.sweeps.shares import Shard
 from experiments.sweeps.slurm import Task, executor_for, minutes
 from experiments.sweeps.worker import work
 
 submitit = pytest.importorskip("submitit")
+DelayedSubmission = submitit.helpers.DelayedSubmission
 SETTINGS = {"pairs": 2, "steps": 4, "block": 1, "couplings": [0, 1], "gain_pairs": 2, "untrained_pairs": 2}
 LIMIT_S = 900  # for a job; a machine may be busy
 
@@ -108,15 +105,29 @@ def test_tasks_run_every_cell_once(weights, tmp_path, monkeypatch):
     """Over all tasks; with several workers in each, every worker sees one GPU."""
     folder = SweepFolder.create(tmp_path / "sweep", plan(weights, 7))
     asked = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")  # as Slurm sets it in a task
+    monkeypatch.setattr(slurm, "gpus", lambda: 2)
     monkeypatch.setattr(slurm, "run_processes", lambda sweep, shares, **options: asked.append((shares, options)))
     for i in range(3):
-        assert Task(str(folder.path), i, 3, workers=2)() == 0
-    assert all(options["one_gpu_each"] for _, options in asked)
+        Task(str(folder.path), i, 3, workers=2)()
+    assert all(options["devices"] == ["4", "7"] for _, options in asked)
     shares = {shard: cells for each, _ in asked for shard, cells in each.items()}
     assert sorted(shares) == [(i, 6) for i in range(6)]
     whole = parts(folder.cells, costs(folder.plan, folder.cells), 6)
     assert all(shares[shard] == whole[shard.index] for shard in shares)
     assert sorted(cell.name for cells in shares.values() for cell in cells) == [f"seed={i}" for i in range(7)]
+
+
+def test_a_task_of_which_cells_failed_ends_with_an_exit_code(weights, tmp_path, monkeypatch):
+    """While another task still has cells to run, too."""
+    folder = SweepFolder.create(tmp_path / "sweep", plan(weights))
+    folder.note_failure(folder.cells[0], "no memory")
+    monkeypatch.setattr(slurm, "run_processes", lambda *args, **options: None)
+    tasks = [DelayedSubmission(Task(str(folder.path), i, 2)) for i in range(2)]
+    with pytest.raises(SystemExit) as end:
+        tasks[0].result()
+    assert end.value.code == 1
+    assert tasks[1].result() is None
 
 
 def test_a_task_goes_back_into_the_queue_as_often_as_it_may():
@@ -211,43 +222,35 @@ def test_one_task_is_no_array(fake, weights, tmp_path, monkeypatch):
     assert slurm.status(out) == ["Slurm job 42: 1 PENDING"]
     assert slurm.active(out) == ["42"]
     monkeypatch.setenv("PATH", str(tmp_path))  # where Slurm is not
-    assert slurm.status(out) == ["Slurm job 42: 1 unknown"]
+    assert slurm.status(out) == ["Slurm job 42: 1 unknown; Slurm does not answer here (squeue)"]
 
 
-def test_a_worker_that_somebody_else_ends_is_started_again(tmp_path, weights, monkeypatch):
-    """A scheduler asks every process of a job to end, and this one too."""
-    codes = iter([128 + signal.SIGTERM, 0])
-
-    class Process:
-        pid = 0
-
-        def __init__(self, *_, **__):
-            self.code = next(codes)
-
-        def poll(self):
-            return self.code
-
-    folder = SweepFolder.create(tmp_path / "sweep", plan(weights, 1))
-    monkeypatch.setattr("experiments.sweeps.local.subprocess.Popen", Process)
-    with (tmp_path / "log").open("w") as log:
-        worker = _Worker(folder, Shard(0, 1), folder.cells, {}, log, ())
-        assert worker.is_at_work()
-        assert not worker.is_at_work()
+def test_a_job_of_which_slurm_says_nothing_may_be_running(fake, weights, tmp_path, capsys):
+    out, again = tmp_path / "sweep", ("--slurm", "time=1", "--resume")
+    assert cli.main(line(weights, out, "--slurm", "time=1")) == 0
+    fake.says("sacct", "42_0|COMPLETED")  # all that is known
+    fake.says("squeue", "", 1, "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    assert slurm.status(out) == ["Slurm job 42: 1 COMPLETED, 1 unknown; Slurm does not answer here (squeue)"]
+    for words in (line(weights, out, *again), ["sweep", "cancel", str(out)]):
+        assert cli.main(words) == 2
+        assert f"job 42 may be running {out}: Slurm does not answer" in capsys.readouterr().err
+    assert len(fake.calls("sbatch")) == 1
+    fake.says("squeue", "", 1, "slurm_load_jobs error: Invalid job id specified")  # it has ended and is forgotten
+    assert slurm.status(out) == ["Slurm job 42: 1 COMPLETED, 1 ended"]
+    assert cli.main(line(weights, out, *again)) == 0
+    fake.says("squeue", "", 1, "timed out")
+    (out / "slurm.json").unlink()
+    assert cli.main(line(weights, out, *again)) == 0  # as asked
+    assert len(fake.calls("sbatch")) == 3
 
 
-def test_one_writer_at_a_time_makes_the_folder(tmp_path):
-    entered = threading.Event()
-
-    def other():
-        with _alone(tmp_path / "sweep.json"):
-            entered.set()
-
-    thread = threading.Thread(target=other)
-    with _alone(tmp_path / "sweep.json"):
-        thread.start()
-        assert not entered.wait(0.3)
-    thread.join(60)
-    assert entered.is_set()
+def test_of_two_submissions_at_a_time_one_is_refused(fake, weights, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    with held(out):  # as the other does
+        assert cli.main(line(weights, out, "--slurm", "time=1")) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    assert not out.exists()
+    assert not (fake.folder / "calls").exists()
 
 
 @pytest.fixture(scope="module")
