@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import open_run
 from experiments.frame.draws import pair_draws
-from experiments.studies.speciation.analysis import crossing
+from experiments.studies.speciation.analysis import censored, crossing
 from experiments.studies.speciation.settings import SURE
 
 
@@ -49,10 +49,11 @@ def main() -> None:
             total = int(count[:, i].sum())
             print(f"  log-SNR {level:5.2f}  phi {phi[0, i]:.3f} [{low:.2f}, {high:.2f}]  {total} trajectories")
         at = crossing(phi, levels)
-        low, high = np.nanquantile(at[1:], [0.025, 0.975]) if np.isfinite(at[1:]).any() else (np.nan, np.nan)
-        without = np.isnan(at[1:]).mean()
+        point, low, high = censored(at)  # NaN where some draw has no trajectory at some level
+        later, sooner = (100 * np.mean(at[1:] == side) for side in (np.inf, -np.inf))
         print(
-            f"  phi passes 0.775 at {at[0]:.2f} [{low:.2f}, {high:.2f}]; nowhere in {100 * without:.1f} % of the draws"
+            f"  phi passes 0.775 at {point:.2f} [{low:.2f}, {high:.2f}]; after the last level in {later:.1f} %, before "
+            f"the first in {sooner:.1f} % of the draws"
         )
     right = [(run["labelled"].end.values == run["labelled"].label.values[:, None]).mean() for run in runs]
     print("labelled trajectories that end in their label's class:", np.round(right, 3))

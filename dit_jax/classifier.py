@@ -139,7 +139,8 @@ def train_classifier(
       seed: of initial layers, order, mirrors and shifts.
 
     Raises:
-      ClassifierError: the sets do not fit each other, share images, or are too small.
+      ClassifierError: the sets do not fit each other, are the same, or are too small. That they share some images is
+        not noticed.
     """
     if test.class_names != images.class_names or test.pixels.shape[1:] != images.pixels.shape[1:]:
         raise ClassifierError(
@@ -232,6 +233,7 @@ def load_classifier(path: str | Path) -> Classifier:
 
     Raises:
       CheckpointError: there is no such file, or it holds no classifier.
+      ClassifierError: it does not say how often it is right on test images.
     """
     path = Path(path)
     remedy = "syncgap classifier makes one"
@@ -254,6 +256,9 @@ def load_classifier(path: str | Path) -> Classifier:
             raise ValueError("its arrays are not finite")
     except Exception as error:  # a damaged archive raises many kinds
         raise CheckpointError(f"{path} is no classifier that can be used ({error}); {remedy}") from error
+    test = about.get("test")
+    if not isinstance(test, dict) or not {"images", "accuracy", "interval"} <= set(test):
+        raise ClassifierError(f"{path} does not say how often it is right on test images; {remedy} that does")
     return Classifier(layers, about)
 
 

@@ -65,6 +65,14 @@ def test_file_gives_the_same_classifier_back_without_pickles(trained, tmp_path):
         assert json.loads(str(stored["manifest"]))["class_names"] == list(NAMES)
 
 
+def test_file_that_does_not_say_how_often_it_is_right_is_refused(trained, tmp_path):
+    for test in ({}, {"test": {"images": 3}}, {"test": None}):
+        about = {name: value for name, value in trained.about.items() if name != "test"} | test
+        save_classifier(tmp_path / "c.npz", trained._replace(about=about))
+        with pytest.raises(ClassifierError, match="syncgap classifier makes one that does"):
+            load_classifier(tmp_path / "c.npz")
+
+
 def test_reads_the_images_of_a_network_as_their_pixels(trained):
     pixels = images(4, 2).pixels
     mean, std = [-0.1, 0.0, 0.2], 0.5

@@ -1,32 +1,35 @@
 """One Gaussian and a network: laws of explained variance, the exact denoiser, and the study end to end."""
 
 import json
+from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 from PIL import Image
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.covariance import DataCovariance, save_covariance
 from experiments import cli
+from experiments.frame import bench, programs
+from experiments.frame.draws import packed
 from experiments.frame.store import RunFolder
-from experiments.frame.subject import load_subject, untrained_model
-from experiments.studies.gaussianity.analysis import explained
+from experiments.frame.subject import load_network, load_subject, untrained_model
+from experiments.studies.gaussianity.analysis import explained, extreme
 from experiments.studies.gaussianity.law import closed_form, denoised, gaussians, rebuilt
-from experiments.studies.gaussianity.measure import Photographs, check, level_steps
+from experiments.studies.gaussianity.measure import GaussianityInstrument, Photographs, check, level_steps
 from experiments.studies.gaussianity.settings import (
     BANDS,
     COEFFICIENTS,
     COVARIANCE,
     GAUSSIANS,
-    PUBLISHED,
     REVERSED,
     WHITE,
     GaussianityConfig,
 )  # fmt: skip
+from experiments.studies.gaussianity.study import STUDY
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
@@ -119,15 +122,41 @@ def test_what_a_folder_keeps_is_better_than_coefficients_alone_where_they_are_co
     assert np.linalg.norm((axes * variance) @ axes.T - full) < 0.2 * np.linalg.norm(alone - full)
 
 
-def test_published_numbers_agree_with_each_other():
-    """Both lists miss the same error, so they tell the denoiser's variance, which is at most that of the data and rises
-    with falling noise; exchanged they do not."""
-    level = np.array(list(PUBLISHED))
-    score, denoiser = np.array(list(PUBLISHED.values())).T
-    spread = (1 - score) * level**2 / (1 - denoiser)  # of the denoiser, if the score is nearly all noise
-    assert np.all((spread[2:] > 0.5) & (spread[2:] < 1))
-    exchanged = (1 - denoiser) * level**2 / (1 - score)
-    assert np.all(exchanged[2:] > 10)
+def test_the_worst_of_several_has_the_interval_of_the_worst():
+    """The smallest by estimate is well known, another may lie far below; of equal numbers each may be the smallest."""
+    rng = np.random.default_rng(3)
+    draws = np.array([0.90, 0.91, 0.99]) + np.array([0.001, 0.05, 0.2]) * rng.standard_normal((4000, 3))
+    values = np.concatenate([[[0.90, 0.91, 0.99]], draws])
+    point, low, high = extreme(values, 0.95, np.min)
+    alone = [packed(values[:, [i]], 1 - 0.05 / 3)[0] for i in range(3)]
+    assert point == 0.90
+    assert low == alone[2][1] < alone[1][1] < alone[0][1]
+    assert high == alone[0][2]
+    np.testing.assert_allclose(extreme(-values, 0.95, np.max), [-point, -high, -low], rtol=1e-12)
+    equal = np.concatenate([np.zeros((1, 5)), rng.standard_normal((4000, 5))])
+    assert np.mean(equal[1:].min(1) < extreme(equal, 0.95, np.min)[1]) < 0.05
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a network, `tiny`, that has the covariance of its data, and with `images` of its classes."""
+    root = tmp_path_factory.mktemp("gaussianity")
+    save_model(untrained_model(MODEL, 5), root / "tiny", extra={"data": None})
+    found, _ = covariance(0.02)
+    rest = {"class_share": np.zeros((NUMBERS, 2)), "colour_axes": np.eye(3), "colour_share": np.zeros((NUMBERS, 7, 3))}
+    save_covariance(root / "tiny", found._replace(**rest))
+    rng = np.random.default_rng(2)
+    for name in "abc":
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            coarse = np.clip(120 + 40 * rng.standard_normal((4, 4, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(coarse).resize((SIZE, SIZE)).save(root / "images" / name / f"{i}.png")
+    return root
+
+
+def fast(tiny, **more) -> GaussianityConfig:
+    given = {"pairs": 4, "untrained_pairs": 2, "block": 2, "steps": "4", "noise": (0.2, 1.0)}
+    return GaussianityConfig(weights=str(tiny / "tiny"), **(given | more))
 
 
 # --- settings
@@ -159,26 +188,69 @@ def test_a_network_without_the_covariance_of_its_data_is_refused(weights):
         check(GaussianityConfig(weights=weights), load_subject(weights))
 
 
+def test_images_of_another_network_are_refused_before_there_is_a_folder(tiny, tmp_path, capsys):
+    for i, name in enumerate("ab"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        Image.fromarray(np.full((SIZE, SIZE, 3), 99 * i, np.uint8)).save(tmp_path / "two" / name / "0.png")
+    weights = str(tiny / "tiny")
+    for images, said in (("two", "other images"), ("none", "none")):
+        options = ["--weights", weights, "--images", str(tmp_path / images), "--out", str(tmp_path / "run"), "--quiet"]
+        assert cli.main(["gaussianity", *options]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_the_control_sees_the_networks_own_images_and_the_network_is_loaded_once(tiny, tmp_path, monkeypatch):
+    """It is measured after the network has left the memory, at images that the network has drawn before."""
+    loaded, seen = [], []
+    original = GaussianityInstrument.network
+
+    def network(self, model, images, pairs, labels):
+        seen.append((list(pairs), np.asarray(images)))
+        return original(self, model, images, pairs, labels)
+
+    monkeypatch.setattr(GaussianityInstrument, "network", network)
+    monkeypatch.setattr(bench, "load_network", lambda *given: loaded.append(1) or load_network(*given))
+    monkeypatch.setattr(bench, "SMALL", 0)  # so that the memory holds one model at a time
+    config = fast(tiny, untrained_pairs=3, noise=(1.0,))
+    STUDY.measure(bench.Bench("gaussianity", config, tmp_path / "run", definitions=STUDY.definitions))
+    assert len(loaded) == 1
+    assert [pairs for pairs, _ in seen] == [[0, 1], [2, 3], [0, 1], [2]]
+    for (_, own), (pairs, control) in zip(seen[:2], seen[2:], strict=True):
+        np.testing.assert_allclose(control, own[:, : len(pairs)], atol=1e-5)
+
+
+@pytest.mark.long
+def test_runs_of_other_seeds_and_classes_share_programs_and_measure_what_they_do_alone(tiny, tmp_path):
+    config = fast(tiny, pairs=2, images=str(tiny / "images"))
+    other = replace(config, seed=2**32 - 1, classes=(2, 1))
+
+    def measured(name, config):
+        found = bench.Bench("gaussianity", config, tmp_path / name, definitions=STUDY.definitions, check=STUDY.check)
+        STUDY.measure(found)
+        return {group: found.load(group) for group in found.run.groups}
+
+    with programs.kept():
+        first = measured("first", config)
+        before = programs.compilations()
+        shared = measured("shared", other)
+        assert programs.compilations() == before
+    alone = measured("alone", other)
+    for group, expected in alone.items():
+        xr.testing.assert_identical(shared[group], expected)
+    assert not any(first[group].identical(alone[group]) for group in ("network", "untrained", "exact", "photographs"))
+
+
 # --- the study
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    root = tmp_path_factory.mktemp("gaussianity")
-    save_model(untrained_model(MODEL, 5), root / "tiny", extra={"data": None})
-    found, _ = covariance(0.02)
-    rest = {"class_share": np.zeros((NUMBERS, 2)), "colour_axes": np.eye(3), "colour_share": np.zeros((NUMBERS, 7, 3))}
-    save_covariance(root / "tiny", found._replace(**rest))
-    rng = np.random.default_rng(2)
-    for name in "abc":
-        (root / "images" / name).mkdir(parents=True)
-        for i in range(8):
-            coarse = np.clip(120 + 40 * rng.standard_normal((4, 4, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(coarse).resize((SIZE, SIZE)).save(root / "images" / name / f"{i}.png")
-    flags = ["--weights", str(root / "tiny"), "--pairs", "6", "--untrained-pairs", "2", "--block", "3", "--steps", "4"]
-    flags += ["--images", str(root / "images")]
-    assert cli.main(["gaussianity", *flags, "--noise", "0.2", "1", "10", "--out", str(root / "run"), "--quiet"]) == 0
-    return RunFolder.open(root / "run")
+def finished(tiny):
+    flags = ["--weights", str(tiny / "tiny"), "--pairs", "6", "--untrained-pairs", "2", "--block", "3", "--steps", "4"]
+    flags += ["--images", str(tiny / "images")]
+    assert cli.main(["gaussianity", *flags, "--noise", "0.2", "1", "10", "--out", str(tiny / "run"), "--quiet"]) == 0
+    return RunFolder.open(tiny / "run")
 
 
 @pytest.mark.long
@@ -226,10 +298,3 @@ def test_a_pair_of_photographs_is_two_of_its_class():
     assert np.all(labels[found] == wanted)
     assert np.all(found[0] != found[1])
     np.testing.assert_array_equal(photographs.pairs(0, pairs[4:6], wanted[4:6])[..., 0, 0, 0], found[:, 4:6])
-
-
-def test_draws_and_noise_have_keys_of_their_own():
-    from experiments.frame.streams import stream
-
-    keys = [stream(0, "clean states", 0), stream(0, "clean states", 1, 0), stream(0, "noised ends")]
-    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 3

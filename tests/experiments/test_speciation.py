@@ -1,5 +1,7 @@
 """Clones of two classes: a process of known law against its exact phi, limits, controls, and the study end to end."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +18,13 @@ from dit_jax.covariance import data_covariance, save_covariance
 from dit_jax.diffusion import DenoiserOutput, network_denoiser
 from dit_jax.images import image_set
 from experiments.cli import main
+from experiments.frame import programs
+from experiments.frame.bench import Bench
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
-from experiments.studies.speciation.analysis import crossing, estimates, schedule_step
+from experiments.studies.speciation.analysis import censored, crossing, estimates, schedule_step
 from experiments.studies.speciation.measure import branch_steps, measurements
+from experiments.studies.speciation.page import PUBLISHED, PUBLISHED_LEVELS, at_speciation_time
 from experiments.studies.speciation.settings import SpeciationConfig
 from experiments.studies.speciation.study import STUDY
 from experiments.studies.speciation.theory import LAWS, laws, leading, speciation_level, theory_group
@@ -160,17 +165,62 @@ def test_theory_of_images_is_that_of_their_pixels():
     assert found.one_channel == pytest.approx(max(each), rel=2e-2)
 
 
-def test_crossing_is_the_last_one_and_there_is_none_without_both_sides():
+def test_crossing_is_the_last_one_and_infinite_where_a_curve_lacks_one_side():
     levels = np.array([-4.0, -3.0, -2.0, 0.0])
     assert crossing(np.array([0.5, 0.8, 0.7, 0.85]), levels) == pytest.approx(-1.0)
-    assert np.isnan(crossing(np.array([0.8, 0.8, 0.9, 1.0]), levels))
-    assert np.isnan(crossing(np.array([0.5, 0.9, 0.9, 0.7]), levels))
+    assert crossing(np.array([0.8, 0.8, 0.9, 1.0]), levels) == -np.inf
+    assert crossing(np.array([0.5, 0.9, 0.9, 0.7]), levels) == np.inf
+    assert np.isnan(crossing(np.array([0.5, np.nan, 0.9, 0.9]), levels))
 
 
-def test_published_time_is_the_step_at_which_the_noise_is_the_eigenvalue():
-    level = speciation_level(16.72)
+def test_draws_that_end_below_count_as_late_in_the_interval_of_a_level():
+    """Where they were left out, the upper end would be that of the others."""
+    draws = np.concatenate([np.linspace(-3, -1, 880), np.full(120, np.inf)])
+    point, low, high = censored(np.concatenate([[-2.0], draws]))
+    assert point == -2
+    assert low in draws[:30]
+    assert high == np.inf
+    np.testing.assert_array_equal(censored(-np.concatenate([[-2.0], draws])), [2, -np.inf, -low])
+    few = censored(np.concatenate([[-2.0], draws[:880], draws[990:]]))
+    assert few[2] in draws[:880]  # a hundredth is outside
+    assert np.isnan(censored(np.array([-2.0, -2.1, np.nan]))[1:]).all()
+
+
+def measured_levels(**levels):
+    """What the claim reads of an analysis."""
+    data = {f"{name}_level": ("bound", value) for name, value in levels.items()}
+    found = xr.Dataset(data | {"law_phi": 0.0, "law_level": ("law", [1.0, np.inf])}, {"law": list(LAWS)})
+    attrs = {"leading_level": -6.6, "pixel_shift": 2.7}
+    return found.assign_coords(branch_ell=("branch", [-5.5, 0.5])).assign_attrs(attrs)
+
+
+@pytest.mark.parametrize(
+    ("level", "verdict", "said"),
+    [
+        ([-2.0, -3.0, np.inf], "does not hold", "−2.00 [−3.00, after 0.50]"),
+        ([np.inf, -6.5, np.inf], "undecided", "after 0.50 [−6.50, after 0.50]"),
+        ([-6.5, -np.inf, -6.3], "undecided", "−6.50 [before −5.50, −6.30]"),
+        ([-6.5, -6.7, -6.3], "holds", "−6.50 [−6.70, −6.30]"),
+        ([-6.5, np.nan, np.nan], "undecided", "−6.50 nats"),
+    ],
+)
+def test_a_level_of_which_one_end_is_known_can_refute_the_claim(level, verdict, said):
+    never = [-np.inf] * 3
+    claim = at_speciation_time(measured_levels(network=level, labelled=level, untrained=never))
+    assert claim.verdict == verdict
+    assert said in claim.statement
+    assert claim.controls[0].also_holds == (verdict == "holds")
+    assert claim.controls[1].also_holds is False
+
+
+def test_published_steps_and_their_levels_are_those_of_the_schedule():
+    level = speciation_level(PUBLISHED["eigenvalue"])
     assert level == pytest.approx(-2.755, abs=1e-3)
-    assert float(schedule_step(np.array(level))) == pytest.approx(526, abs=1)
+    assert float(schedule_step(np.array(level))) == pytest.approx(PUBLISHED["predicted"], abs=1)
+    assert PUBLISHED_LEVELS["predicted"] == pytest.approx(level, abs=0.012)  # half a step is 0.006
+    assert PUBLISHED_LEVELS["measured"] == pytest.approx(-1.752, abs=5e-4)
+    for name, at in PUBLISHED_LEVELS.items():
+        assert float(schedule_step(np.array(at))) == pytest.approx(PUBLISHED[name], abs=1e-6)
     assert np.isnan(schedule_step(np.array(np.nan)))
 
 
@@ -217,6 +267,30 @@ def test_study_runs_and_its_page_says_what_was_measured(network, tmp_path):
             run_study(STUDY, settings(folder), tmp_path / "run", resume=True, progress=False)
     finally:
         (folder / "c.npz").write_bytes(kept)
+
+
+@pytest.mark.long
+def test_runs_of_other_seeds_and_classifiers_share_programs_and_measure_what_they_do_alone(network, tmp_path):
+    folder, _ = network
+    another = load_classifier(folder / "c.npz")._replace(layers=initial_layers(8, 2, random_key(2)))
+    save_classifier(tmp_path / "other.npz", another)
+    config = settings(folder, pairs=2)
+    other = replace(config, seed=2**32 - 1, classes=(1, 0), classifier=str(tmp_path / "other.npz"))
+
+    def measured(name, config):
+        bench = Bench("speciation", config, tmp_path / name, definitions=STUDY.definitions, check=STUDY.check)
+        STUDY.measure(bench)
+        return {group: bench.load(group) for group in bench.run.groups}
+
+    with programs.kept():
+        first = measured("first", config)
+        before = programs.compilations()
+        shared = measured("shared", other)
+        assert programs.compilations() == before
+    alone = measured("alone", other)
+    for group, expected in alone.items():
+        xr.testing.assert_identical(shared[group], expected)
+    assert not any(first[group].identical(alone[group]) for group in ("network", "labelled", "untrained"))
 
 
 def test_guidance_zero_is_the_null_label_alone(network):

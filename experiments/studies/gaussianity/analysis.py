@@ -1,5 +1,6 @@
 """How much of a prediction's variance a Gaussian explains, by noise level and band (docs/theory.md, section 9.6)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -109,26 +110,31 @@ def analyse(measured: Measured[GaussianityConfig]) -> xr.Dataset:
 
 
 def _claimed(found: dict[str, Any], published: list[int], noise: np.ndarray, level: float) -> dict[str, Any]:
-    """The numbers of the claims by source: the worst of the published levels by the covariance, and the band that one
-    variance in each band serves worst. Each is the worst of several, whose intervals are right together."""
+    """The numbers of the claims by source: the worst of the published levels by the covariance, and the worst loss by
+    one variance in each band above DC, each with the interval of the worst and not of where it seems to be."""
     worst, where, lost, band = [], [], [], []
     for each in found.values():
         whole = each["whole"][:, QUANTITIES.index(DENOISER), GAUSSIANS.index(COVARIANCE)][:, published]
-        at = int(np.argmin(whole[0])) if published else 0
-        nothing = np.full((1, 3), np.nan)
-        one = _packed(whole[:, at : at + 1], 1 - (1 - level) / max(len(published), 1)) if published else nothing
-        worst.append(one[0])
-        where.append(noise[published[at]] if published else np.nan)
+        worst.append(extreme(whole, level, np.min) if published else np.full(3, np.nan))
+        where.append(noise[published[int(np.argmin(whole[0]))]] if published else np.nan)
         above = each["lost"][:, LOW:]
-        b = int(np.nanargmax(above[0]))
-        lost.append(_packed(above[:, b : b + 1], 1 - (1 - level) / above.shape[1])[0])
-        band.append(b + LOW)
+        lost.append(extreme(above, level, np.max))
+        band.append(int(np.nanargmax(above[0])) + LOW)
     return {
         "worst_claimed": (("source", "bound"), np.array(worst)),
         "worst_noise": ("source", np.array(where)),
         "lost_claimed": (("source", "bound"), np.array(lost)),
         "lost_band": ("source", np.array(band)),
     }
+
+
+def extreme(values: np.ndarray, level: float, of: Callable[..., np.ndarray]) -> np.ndarray:
+    """(3,): the smallest (`np.min`) or largest (`np.max`) of several numbers, from them and their draws (1 + draws, n).
+
+    The interval goes from the extreme of the lower ends to that of the upper ends of intervals that are right together,
+    so that it holds whichever number is the extreme.
+    """
+    return of(_packed(values, family_level(values.shape[1], level)), axis=0)
 
 
 def _packed(values: np.ndarray, level: float = 0.95) -> np.ndarray:

@@ -4,6 +4,7 @@ Images are the network's own samples with noise put on again. What is stored are
 Gaussian's denoiser misses of the network's prediction, and of the prediction itself.
 """
 
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,12 @@ import xarray as xr
 
 from dit_jax.covariance import DataCovariance, class_means, covariance_for, load_covariance, with_mirrors, within_class
 from dit_jax.diffusion import Denoiser
-from dit_jax.images import load_images
-from dit_jax.replicas import pair_noise, run_pairs
+from dit_jax.images import ImageSet, load_images
+from dit_jax.model import DiT
+from dit_jax.replicas import pair_labels, pair_noise, run_pairs
 from dit_jax.transforms import training_data
 from experiments.frame.bench import Bench, Variables, one_of
+from experiments.frame.programs import Setup
 from experiments.frame.streams import stream
 from experiments.frame.subject import Subject, model_folder
 from experiments.studies.gaussianity.law import Gaussians, closed_form, denoised, exact_denoiser, gaussians
@@ -32,7 +35,8 @@ def stored_covariance(config: GaussianityConfig) -> DataCovariance | None:
 
 
 def check(config: GaussianityConfig, subject: Subject) -> None:
-    """Raises ValueError unless the model folder has covariance and class means, and training knows the noise levels."""
+    """Raises ValueError unless the model folder has covariance and class means, training knows the noise levels, and
+    the images, if any, can be read and are those of the network's data."""
     found, model = stored_covariance(config), subject.config
     if found is None or not found.has_bases:
         raise ValueError(
@@ -42,6 +46,19 @@ def check(config: GaussianityConfig, subject: Subject) -> None:
     if found.class_mean is None or len(found.class_mean) != model.num_classes:
         raise ValueError(f"{config.weights}: its data have no mean for each of the {model.num_classes} classes")
     level_steps(model.training_clock(), config.noise)
+    if config.images is not None:
+        images = _read(config.images, model.input_size)
+        recorded = (subject.manifest.get("data") or {}).get("sha256", images.digest)
+        if recorded != images.digest or len(images.class_names) != model.num_classes:
+            raise ValueError(
+                f"{config.images} has other images than those on which the network was trained: give these"
+            )
+
+
+@lru_cache(maxsize=1)
+def _read(images: str, size: int) -> ImageSet:
+    """The images that `check` has read, for the instrument, which lets go of them."""
+    return load_images(images, size, progress=False)
 
 
 def level_steps(clock: Clock, noise: tuple[float, ...]) -> np.ndarray:
@@ -74,8 +91,57 @@ class Photographs(NamedTuple):
         return self.x[np.array(chosen).T]
 
 
+def _sampled(setup: Setup, model: DiT, pairs, labels) -> jax.Array:
+    ends, _ = run_pairs(
+        setup.coupled(model),
+        setup.clock,
+        jnp.zeros(1),
+        pairs,
+        labels,
+        setup.image_shape,
+        seed=setup.seed,
+        sampler=setup.sampler,
+    )
+    return ends[:, 0]
+
+
+def _of_network(setup: Setup, noise: tuple[float, ...], model: DiT, *args):
+    return _explained(setup, noise, setup.denoiser(model, clock=setup.model.training_clock()), *args)
+
+
+def _of_exact(setup: Setup, noise: tuple[float, ...], laws: Gaussians, *args):
+    denoise = exact_denoiser(laws, setup.model.training_clock(), setup.image_shape)
+    return _explained(setup, noise, denoise, laws, *args)
+
+
+def _explained(setup: Setup, noise: tuple[float, ...], denoise: Denoiser, laws: Gaussians, images, pairs, labels):
+    clock, bands = setup.model.training_clock(), setup.bands
+    steps = level_steps(clock, noise)
+
+    def by_band(coefficients):
+        return band_mean(jnp.square(coefficients).reshape(*coefficients.shape[:-1], *setup.image_shape), bands)
+
+    def at(inputs):
+        index, step = inputs
+        sigma = jnp.asarray(clock.sigma, jnp.float32)[step]
+        y = images + sigma * pair_noise(stream(setup.seed, "noised ends"), pairs, index, setup.image_shape)
+        found = denoise(y * jnp.asarray(clock.alpha_bar**0.5, jnp.float32)[step], step, labels).denoised
+        y, found = (dct2(v).reshape(*v.shape[:2], -1) for v in (y, found))
+        missed = found - denoised(laws, y, sigma**2, labels, slice(None))  # (G, 2, P, n)
+        return {
+            "error": by_band(missed).mean(1),
+            "difference_error": by_band(_apart(missed, 1)),
+            "variance": by_band(_apart(found)),
+            "score_variance": by_band(_apart(found - y)),
+        }
+
+    each = jax.lax.map(at, (jnp.arange(len(steps)), jnp.asarray(steps)))
+    # (L, G, P, B) and (L, P, B) -> pairs in front
+    return {k: jnp.moveaxis(v, (-2, 0), (0, -2)) for k, v in each.items()}
+
+
 class GaussianityInstrument:
-    """The jitted measurements, compiled once."""
+    """The measurements, compiled once."""
 
     def __init__(self, bench: Bench[GaussianityConfig]):
         self.bench, self.config, self.shape = bench, bench.config, bench.subject.image_shape
@@ -84,28 +150,15 @@ class GaussianityInstrument:
         found, full, mean, self.photographs = stored_covariance(self.config), None, None, None
         assert found is not None
         if self.config.images is not None:
-            images = load_images(self.config.images, bench.model.input_size, bench.progress)
+            images = _read(self.config.images, bench.model.input_size)
+            _read.cache_clear()
             found = covariance_for(bench.subject.manifest, images)
             self.photographs = Photographs(*with_mirrors(training_data(images, transformation_of(found))))
             full, mean = within_class(*self.photographs), class_means(*self.photographs)
         self.laws = gaussians(found, bench.bands, full=full, mean=mean)
-        self._samples = jax.jit(self._sampled)
-        self._network = jax.jit(lambda model, *args: self._at(bench.denoiser(model, clock=self.levels), *args))
-        self._exact = jax.jit(lambda laws, *args: self._at(exact_denoiser(laws, self.levels, self.shape), laws, *args))
-
-    def _sampled(self, model, pairs, labels):
-        config = self.config
-        ends, _ = run_pairs(
-            self.bench.coupled(model),
-            self.bench.clock,
-            jnp.zeros(1),
-            pairs,
-            labels,
-            self.shape,
-            seed=config.seed,
-            sampler=config.sampler,
-        )
-        return ends[:, 0]
+        self._samples = bench.program(_sampled)
+        self._network = bench.program(_of_network, self.config.noise)
+        self._exact = bench.program(_of_exact, self.config.noise)
 
     def samples(self, pairs, labels) -> jax.Array:
         """The network's own images (2, P, H, W, C)."""
@@ -119,37 +172,13 @@ class GaussianityInstrument:
         found = jnp.asarray(self.laws.mean)[labels] + jnp.matmul(along, self.laws.basis[0].T, precision="highest")
         return idct2(found.reshape(*unit.shape[:2], *self.shape))
 
-    def network(self, model, images, pairs, labels) -> dict[str, Any]:
+    def network(self, model: DiT, images, pairs, labels) -> dict[str, Any]:
         """What the Gaussians explain of a network at noised images; see `VARIABLES`."""
         return self._network(model, self.laws, images, pairs, labels)
 
     def exact(self, images, pairs, labels) -> dict[str, Any]:
         """The same of the exact denoiser of the first Gaussian, made as a network is."""
         return self._exact(self.laws, images, pairs, labels)
-
-    def _at(self, denoise: Denoiser, laws: Gaussians, images, pairs, labels):
-        clock, bands, seed = self.levels, self.bench.bands, self.config.seed
-
-        def by_band(coefficients):
-            return band_mean(jnp.square(coefficients).reshape(*coefficients.shape[:-1], *self.shape), bands)
-
-        def at(inputs):
-            index, step = inputs
-            sigma = jnp.asarray(clock.sigma, jnp.float32)[step]
-            y = images + sigma * pair_noise(stream(seed, "noised ends"), pairs, index, self.shape)
-            found = denoise(y * jnp.asarray(clock.alpha_bar**0.5, jnp.float32)[step], step, labels).denoised
-            y, found = (dct2(v).reshape(*v.shape[:2], -1) for v in (y, found))
-            missed = found - denoised(laws, y, sigma**2, labels, slice(None))  # (G, 2, P, n)
-            return {
-                "error": by_band(missed).mean(1),
-                "difference_error": by_band(_apart(missed, 1)),
-                "variance": by_band(_apart(found)),
-                "score_variance": by_band(_apart(found - y)),
-            }
-
-        each = jax.lax.map(at, (jnp.arange(len(self.steps)), jnp.asarray(self.steps)))
-        # (L, G, P, B) and (L, P, B) -> pairs in front
-        return {k: jnp.moveaxis(v, (-2, 0), (0, -2)) for k, v in each.items()}
 
 
 def transformation_of(found: DataCovariance) -> str:
@@ -183,8 +212,21 @@ def measure(bench: Bench[GaussianityConfig]) -> None:
         "noise_ell": ("noise", instrument.levels.log_snr[instrument.steps]),
     }
 
-    def at_samples(model):
-        return lambda *pairs: instrument.network(model, instrument.samples(*pairs), *pairs)
+    def at_samples(*pairs):
+        return instrument.network(bench.network, instrument.samples(*pairs), *pairs)
+
+    @cache
+    def of_control() -> np.ndarray:
+        """The network's images of all pairs of the control (2, P, H, W, C), drawn before the control takes its place in
+        memory."""
+        index, block = np.arange(config.untrained_pairs), config.block
+        labels = np.asarray(pair_labels(index, bench.classes))
+        parts = [slice(first, first + block) for first in range(0, len(index), block)]
+        return np.concatenate([np.asarray(instrument.samples(index[at], labels[at])) for at in parts], 1)
+
+    def of_untrained(pairs, labels):
+        images = of_control()[:, np.asarray(pairs)]
+        return instrument.network(bench.untrained, images, pairs, labels)
 
     def at_draws(*pairs):
         return instrument.exact(instrument.draws(*pairs), *pairs)
@@ -200,14 +242,14 @@ def measure(bench: Bench[GaussianityConfig]) -> None:
         variance = np.array([each[bands.index == b].mean(dtype=np.float64) for b in range(len(bands))])
         return xr.Dataset({"band_variance": ("band", variance)}, coords={"band": np.arange(len(bands))})
 
-    bench.measure("network", VARIABLES, coords, config.pairs, at_samples(bench.network))
-    bench.measure("untrained", VARIABLES, coords, config.untrained_pairs, at_samples(bench.untrained))
-    bench.measure("exact", VARIABLES, coords, config.pairs, at_draws)
-    bench.whole("theory", theory)
-    bench.whole("data", data)
+    bench.measure("network", VARIABLES, coords, config.pairs, at_samples)
     if (photographs := instrument.photographs) is not None:
 
         def at_photographs(*pairs):
             return instrument.network(bench.network, photographs.pairs(config.seed, *pairs), *pairs)
 
         bench.measure("photographs", VARIABLES, coords, config.pairs, at_photographs)
+    bench.measure("untrained", VARIABLES, coords, config.untrained_pairs, of_untrained)
+    bench.measure("exact", VARIABLES, coords, config.pairs, at_draws)
+    bench.whole("theory", theory)
+    bench.whole("data", data)

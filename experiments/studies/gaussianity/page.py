@@ -86,8 +86,8 @@ def one_mode(analysis: xr.Dataset) -> Claim:
         f"share of the denoiser's variance lost by one variance in each band, where the band commits, {names[band]}",
         float(value[0]),
         bounds(value),
-        f"The band above DC that loses most, at the noise level nearest to its standard deviation. Up to {TOLERANCE:g} "
-        "counts as none.",
+        "The band above DC that loses most, at the noise level nearest to its standard deviation; the interval is that "
+        f"of the largest loss, whichever band has it. Up to {TOLERANCE:g} counts as none.",
         [control, Control("theory", float(theory), None, None, text)],
         analysis.attrs["claim_level"],
     )

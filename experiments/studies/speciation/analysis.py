@@ -8,11 +8,11 @@ import xarray as xr
 from experiments.frame.draws import mean_and_draws, packed, pair_draws
 from experiments.frame.measured import Definitions, Measured
 from experiments.studies.speciation.settings import SURE, THRESHOLD, SpeciationConfig
-from experiments.studies.speciation.theory import laws, speciation_level
+from experiments.studies.speciation.theory import LAWS, laws, speciation_level
 from ou_theory.clock import NUM_TRAIN_STEPS, Clock, make_clock
 
 SOURCES = ("network", "labelled", "untrained")
-_LEVEL = f"log-SNR at which phi passes {THRESHOLD:g}"
+_LEVEL = f"log-SNR at which phi passes {THRESHOLD:g}, inf if after the last branch and -inf if before the first"
 DEFINITIONS: Definitions = {
     "phi": ("share of trajectories that end in the class of their clone", "1"),
     "sure_phi": (f"phi of the trajectories of whose end the classifier is surer than {SURE:g}", "1"),
@@ -35,23 +35,43 @@ DEFINITIONS: Definitions = {
 
 
 def crossing(phi: np.ndarray, levels: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
-    """The level (...) from which on phi (..., S) stays at or above the threshold, linear between levels (S,). NaN where
-    it ends below, or is never below."""
+    """The level (...) from which on phi (..., S) stays at or above the threshold, linear between levels (S,).
+
+    inf where phi ends below, so that it passes later than the last level if at all; -inf where it is never below; NaN
+    where it is NaN anywhere."""
     phi = np.asarray(phi, np.float64)
-    below = ~(phi >= threshold)
+    below = phi < threshold
     last = phi.shape[-1] - 1 - np.argmax(below[..., ::-1], -1)
-    known = below.any(-1) & (last < phi.shape[-1] - 1)
     at = np.minimum(last, phi.shape[-1] - 2)
     low, high = (np.take_along_axis(phi, at[..., None] + i, -1)[..., 0] for i in (0, 1))
     with np.errstate(invalid="ignore", divide="ignore"):
         part = (threshold - low) / (high - low)
-    return np.where(known, levels[at] + part * (levels[at + 1] - levels[at]), np.nan)
+        found = levels[at] + part * (levels[at + 1] - levels[at])
+    found = np.where(below[..., -1], np.inf, np.where(below.any(-1), found, -np.inf))
+    return np.where(np.isnan(phi).any(-1), np.nan, found)
+
+
+def censored(values: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """(3,): estimate and interval of a level, from itself and its draws (1 + draws,), which may be infinite.
+
+    The ends are draws, outward of the quantiles, for nothing lies between a level and infinity. NaN if a draw is NaN.
+    """
+    if np.isnan(values).any():
+        return np.array([values[0], np.nan, np.nan])
+    draws = np.sort(values[1:])
+    outside = int((1 - level) / 2 * (len(draws) - 1))
+    return np.array([values[0], draws[outside], draws[-1 - outside]])
 
 
 def schedule_step(level: np.ndarray) -> np.ndarray:
     """The step of the 1000-step linear schedule, 0 for the clean end, at a log-SNR in the data's units."""
     full: Clock = make_clock(NUM_TRAIN_STEPS)
     return NUM_TRAIN_STEPS - 1 - np.interp(level, full.log_snr, np.arange(NUM_TRAIN_STEPS), np.nan, np.nan)
+
+
+def step_level(step: int) -> float:
+    """The log-SNR of a step of that schedule, 0 for the clean end."""
+    return float(make_clock(NUM_TRAIN_STEPS).log_snr[NUM_TRAIN_STEPS - 1 - step])
 
 
 def estimates(group: xr.Dataset, seed: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
@@ -72,9 +92,9 @@ def estimates(group: xr.Dataset, seed: int) -> dict[str, tuple[tuple[str, ...], 
     return {
         "phi": (("branch", "bound"), packed(same)),
         "others": (("branch", "bound"), packed(other)),
-        "level": (("bound",), packed(crossing(same, group.branch_ell.values))),
+        "level": (("bound",), censored(crossing(same, group.branch_ell.values))),
         "sure_phi": (("branch", "bound"), packed(of_sure)),
-        "sure_level": (("bound",), packed(crossing(of_sure, group.branch_ell.values))),
+        "sure_level": (("bound",), censored(crossing(of_sure, group.branch_ell.values))),
         "sure_share": (("bound",), packed(share)),
         "first_class": (("bound",), packed(mean_and_draws((end == 0).mean((1, 2)), weights))),
         "sure": (("bound",), packed(mean_and_draws(group.sure.values.mean(-1), weights))),
@@ -106,7 +126,7 @@ def analyse(measured: Measured[SpeciationConfig]) -> xr.Dataset:
         for name in ("leading", "one_channel"):
             attrs[f"{name}_level"] = speciation_level(attrs[name])
             attrs[f"{name}_pixel_level"] = speciation_level(attrs[f"{name}_pixels"])
-        coords |= {"law": ["classes", "side"], "step": np.arange(len(fine)), "ell": ("step", fine)}
+        coords |= {"law": list(LAWS), "step": np.arange(len(fine)), "ell": ("step", fine)}
     return xr.Dataset(data, coords, attrs)
 
 

@@ -5,18 +5,22 @@ continued once more with fresh noise, so that the two share their past and nothi
 the two classes an end lies.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
 from dit_jax.class_names import names
-from dit_jax.classifier import Classifier, check_classes, load_classifier
+from dit_jax.classifier import Classifier, Layers, check_classes, load_classifier
 from dit_jax.covariance import load_covariance
 from dit_jax.diffusion import Denoiser
+from dit_jax.model import DiT
 from dit_jax.replicas import pair_noise, run_pairs
 from experiments.frame.bench import Bench, Variables, one_of
 from experiments.frame.clones import clone_ends
+from experiments.frame.programs import Setup
 from experiments.frame.streams import stream
 from experiments.frame.subject import Subject, model_folder
 from experiments.studies.speciation.settings import SpeciationConfig
@@ -24,6 +28,7 @@ from experiments.studies.speciation.theory import theory_group
 from ou_theory.clock import Clock
 
 DEFAULT_BRANCHES = 8
+Pixels = tuple[tuple[float, ...], float]  # their mean by channel and std, by which the network's images are scaled
 
 
 def branch_steps(config: SpeciationConfig, clock: Clock) -> np.ndarray:
@@ -59,7 +64,15 @@ def check(config: SpeciationConfig, subject: Subject) -> None:
 
 
 def measurements(
-    denoise: Denoiser, classifier: Classifier, clock: Clock, branches: np.ndarray, pairs, labels, shape, *, seed: int
+    denoise: Denoiser,
+    classifier: Classifier,
+    clock: Clock,
+    branches: np.ndarray,
+    pairs,
+    labels,
+    shape,
+    *,
+    seed: int | jax.Array,
 ) -> dict[str, jax.Array]:
     """All measurements of a block of pairs (P,), pairs in front; see `VARIABLES`."""
     ends, states = run_pairs(
@@ -91,6 +104,15 @@ def measurements(
     }
 
 
+def _classes(
+    setup: Setup, branches: tuple[int, ...], pixels: Pixels, labelled: bool, model: DiT, layers: Layers, pairs, labels
+) -> dict[str, jax.Array]:
+    denoise = setup.denoiser(model, guidance=1.0) if labelled else setup.denoiser(model)
+    classifier = Classifier(layers, dict(zip(("mean", "std"), pixels, strict=True)))
+    clock, shape = setup.clock, setup.image_shape
+    return measurements(denoise, classifier, clock, np.array(branches), pairs, labels, shape, seed=setup.seed)
+
+
 VARIABLES: Variables = {
     "end": (("replica",), "class in which the trajectory ends, by the classifier"),
     "sure": (("replica",), "probability that the classifier gives to that class"),
@@ -117,17 +139,14 @@ def classifier_group(classifier: Classifier) -> xr.Dataset:
 def measure(bench: Bench[SpeciationConfig]) -> None:
     """Fills ``classifier``, ``network``, ``labelled`` (the same network, given a label), ``untrained`` and, if the
     covariance of the training data is known, ``data``."""
-    config, clock, shape = bench.config, bench.clock, bench.subject.image_shape
+    config, clock = bench.config, bench.clock
     classifier, branches = reader(config, bench.subject), branch_steps(config, clock)
     coords = {"branch": branches, "branch_ell": ("branch", clock.log_snr[branches]), "replica": [0, 1]}
+    static = (tuple(branches.tolist()), (tuple(classifier.about["mean"]), classifier.about["std"]))
+    classes, given = (bench.program(_classes, *static, labelled) for labelled in (False, True))
 
-    def measured(group, model, pairs, **options):
-        def run(model, pairs, labels):
-            denoise = bench.denoiser(model, **options)
-            return measurements(denoise, classifier, clock, branches, pairs, labels, shape, seed=config.seed)
-
-        compiled = jax.jit(run)
-        bench.measure(group, VARIABLES, coords, pairs, lambda *which: compiled(model, *which))
+    def measured(group: str, program, subject: Callable[[], DiT], pairs: int) -> None:
+        bench.measure(group, VARIABLES, coords, pairs, lambda *which: program(subject(), classifier.layers, *which))
 
     bench.whole("classifier", lambda: classifier_group(classifier))
     if bench.load("classifier").attrs["digest"] != classifier.digest():
@@ -135,9 +154,9 @@ def measure(bench: Bench[SpeciationConfig]) -> None:
             f"{bench.run.path} was begun with another classifier than {config.classifier}: give that one, or another "
             "--out"
         )
-    measured("network", bench.network, config.pairs)
-    measured("labelled", bench.network, config.labelled_pairs, guidance=1.0)
-    measured("untrained", bench.untrained, config.untrained_pairs)
+    measured("network", classes, lambda: bench.network, config.pairs)
+    measured("labelled", given, lambda: bench.network, config.labelled_pairs)
+    measured("untrained", classes, lambda: bench.untrained, config.untrained_pairs)
     covariance = load_covariance(model_folder(one_of(config.weights)))
     if covariance is not None and covariance.has_bases:
         bench.whole("data", lambda: theory_group(covariance))

@@ -1,5 +1,6 @@
 """Figure and text of the speciation study."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -8,13 +9,14 @@ import xarray as xr
 from experiments.frame.measured import Measured
 from experiments.frame.page import Page, Section, Table, formatted, number, percent
 from experiments.frame.verdict import Claim, Control, Verdict, bounds, within
+from experiments.studies.speciation.analysis import schedule_step, step_level
 from experiments.studies.speciation.figures import NAMES, figure_phi
 from experiments.studies.speciation.settings import SURE, THRESHOLD, SpeciationConfig
 from experiments.studies.speciation.theory import LAWS
 
 TOLERANCE = 0.5  # nats between the measured level and that of t_S
 PUBLISHED = {"eigenvalue": 16.72, "predicted": 526, "measured": 432}  # Biroli et al., CIFAR-10, cars and horses
-PUBLISHED_LEVELS = {"predicted": -2.76, "measured": -1.73}  # log-SNR at these steps of the 1000-step schedule
+PUBLISHED_LEVELS = {name: step_level(int(PUBLISHED[name])) for name in ("predicted", "measured")}
 
 
 def page(measured: Measured[SpeciationConfig], analysis: xr.Dataset) -> Page:
@@ -50,9 +52,11 @@ def section(measured: Measured[SpeciationConfig], analysis: xr.Dataset) -> Secti
             "If the classifier erred on the two ends independently, phi − ½ would be measured as "
             f"{number(float(2 * classifier.accuracy[0] - 1) ** 2)} of itself; it errs alike on ends that look alike.",
             f"It is surer than {SURE:g} of {percent(analysis.network_sure_share)} of the ends. phi of these "
-            f"trajectories passes the threshold at {formatted(analysis.network_sure_level)} nats. They "
+            f"trajectories passes the threshold at {_level(analysis, analysis.network_sure_level)} nats. They "
             "are chosen by their outcome: this tells where the others matter, and is no estimate of phi.",
-            "The level of a curve is that from which on it stays above the threshold, linear between branch levels.",
+            "The level of a curve is that from which on it stays above the threshold, linear between branch levels. A "
+            "curve that ends below passes it after the last branch, if at all, and one that is never below before the "
+            "first: resampled curves of both kinds count, as infinite, and the ends of an interval are such levels.",
         ],
         limits=[
             "Intervals come from resampling pairs; they speak for this network, not for one trained again.",
@@ -65,8 +69,9 @@ def section(measured: Measured[SpeciationConfig], analysis: xr.Dataset) -> Secti
 
 
 def _answer(analysis: xr.Dataset) -> str:
-    said = f"phi passes {THRESHOLD:g} at a log-SNR of {formatted(analysis.network_level)} nats"
-    said += f", {formatted(analysis.network_pixel_level)} beside pixels of [0, 1]"
+    level = analysis.network_level
+    said = f"phi passes {THRESHOLD:g} at a log-SNR of {_level(analysis, level)} nats"
+    said += f", {_level(analysis, level, analysis.pixel_shift)} beside pixels of [0, 1]"
     if "law_phi" in analysis:
         said += f"; ½ ln Λ says {number(analysis.leading_level)}"
     return said + "."
@@ -93,21 +98,34 @@ def at_speciation_time(analysis: xr.Dataset) -> Claim:
         _verdict(apart["network"]),
         measure,
         *_known(apart["network"]),
-        f"The claim holds if the interval lies within ±{TOLERANCE:g} nats. By the exact laws of the mixture phi passes "
+        f"The claim holds if the interval of the difference lies within ±{TOLERANCE:g} nats, and does not hold if it "
+        f"lies outside. phi passes the threshold at {_level(analysis, analysis.network_level)} nats, and ½ ln Λ says "
+        f"{number(analysis.leading_level)}. By the exact laws of the mixture phi passes "
         f"the threshold at {_law_levels(analysis)}.",
         controls,
     )
 
 
 def _verdict(values: np.ndarray) -> Verdict:
-    return within(values[1:], TOLERANCE) if np.isfinite(values).all() else "undecided"
+    return "undecided" if np.isnan(values).any() else within(values[1:], TOLERANCE)
 
 
 def _known(values: np.ndarray) -> tuple[float | None, list[float] | None]:
-    return (
-        float(values[0]) if np.isfinite(values[0]) else None,
-        bounds(values) if np.isfinite(values).all() else None,
-    )
+    """Value and interval of a claim, which may be infinite; None where they are not known."""
+    return None if np.isnan(values[0]) else float(values[0]), None if np.isnan(values).any() else bounds(values)
+
+
+def _level(analysis: xr.Dataset, values: xr.DataArray, shift: float = 0, digits: int = 2, of: Callable = float) -> str:
+    """Estimate and interval of a level, as numbers ``of`` the shifted level; words in place of an infinite one."""
+    first, last = (number(of(analysis.branch_ell.values[i] + shift), digits) for i in (0, -1))
+
+    def said(value: float) -> str:
+        if np.isinf(value):
+            return f"after {last}" if value > 0 else f"before {first}"
+        return number(of(value + shift), digits)
+
+    point, low, high = (float(value) for value in values)
+    return said(point) if np.isnan([low, high]).any() else f"{said(point)} [{said(low)}, {said(high)}]"
 
 
 def _law_levels(analysis: xr.Dataset) -> str:
@@ -138,10 +156,10 @@ def _phi_table(analysis: xr.Dataset) -> Table:
 
 
 def _level_table(analysis: xr.Dataset) -> Table:
-    shift = analysis.pixel_shift
+    shift, level = analysis.pixel_shift, analysis.network_level
     rows = [
-        ["measured here", *(formatted(analysis[f"network_{n}"]) for n in ("level", "pixel_level")),
-         formatted(analysis.network_pixel_step, 0)],
+        ["measured here", *(_level(analysis, level, by) for by in (0, shift)),
+         _level(analysis, level, shift, 0, schedule_step)],
         ["measured by Biroli et al.", *(number(PUBLISHED_LEVELS["measured"] - d) for d in (shift, 0)),
          str(PUBLISHED["measured"])],
         [f"predicted by Biroli et al., Λ = {PUBLISHED['eigenvalue']:g}",
@@ -153,11 +171,12 @@ def _level_table(analysis: xr.Dataset) -> Table:
             levels = [number(analysis.attrs[f"{name}{unit}_level"]) for unit in ("", "_pixel")]
             rows.append([f"½ ln Λ of {words}, Λ = {eigenvalue} for pixels of [0, 1]", *levels, ""])
         for law, words in LAWS.items():
-            level = float(analysis.law_level.sel(law=law))
-            rows.append([f"exact law: {words}", number(level), number(level + shift), ""])
+            exact = float(analysis.law_level.sel(law=law))
+            rows.append([f"exact law: {words}", number(exact), number(exact + shift), ""])
     head = ["", "log-SNR, this network's units", "log-SNR, pixels of [0, 1]", "step of 1000, pixels of [0, 1]"]
     note = (
         "Steps are of the linear schedule of 1000 steps, 0 at the clean end. The published numbers are for a network "
-        "that is trained on pixels of [0, 1] less their mean, without division by their spread."
+        "that is trained on pixels of [0, 1] less their mean, without division by their spread. After and before: "
+        "than the last and the first branch."
     )
     return Table(f"Where phi passes {THRESHOLD:g}", head, rows, note)
