@@ -80,7 +80,8 @@ def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
     """Value of every claim against a numeric axis, lines by the other one; a row for each claim."""
     x, lines = _x_and_lines(result, layout)
     claims, facets = _valued(result), _facets(result, layout)
-    figure, axes = new_figure(7.2, 0.6 + 2.3 * len(claims), len(claims), len(facets), squeeze=False, sharey="row")
+    shared = {"sharex": True, "sharey": "row"}  # words and numbers of the x axis stand below the last row
+    figure, axes = new_figure(7.2, 0.9 + 2.1 * len(claims), len(claims), len(facets), squeeze=False, **shared)
     colors = _colors(result.sizes[lines] if lines else 1)
     for row, claim in zip(axes, claims, strict=True):
         level = level_of(result, claim)
@@ -95,8 +96,7 @@ def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
                 at = _beside(ax, place, index, len(colors))
                 _cells(ax, at, values[:, index], words[:, index], level, **style)
             ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-            _title(ax, result, claim if facet == 0 else None, facets[facet], len(facets))
-        row[0].set_ylabel(_plain(textwrap.fill(measure_of(result, claim), 30)), fontsize=8)
+            _title(ax, result, claim if facet == 0 else None, facets[facet], len(facets), measured=True)
     for ax in axes[-1]:
         ax.set_xlabel(_plain(named(x)))
     _legend(figure, axes[0, 0], lines)
@@ -332,8 +332,13 @@ def _facets(result: xr.Dataset, layout: Layout) -> list[str]:
     return [f"{named(layout.facet)} {spelled(result, layout.facet, i)}" for i in range(result.sizes[layout.facet])]
 
 
-def _title(ax: Axes, result: xr.Dataset, claim: int | None, facet: str, columns: int) -> None:
+def _title(
+    ax: Axes, result: xr.Dataset, claim: int | None, facet: str, columns: int, *, measured: bool = False
+) -> None:
+    """The claim over the first facet, and what it measures; the facet over all."""
     title = "" if claim is None else textwrap.fill(str(result.claim.values[claim]), 72 // columns)
+    if claim is not None and measured:
+        title += "\n" + textwrap.fill(measure_of(result, claim), 96 // columns)
     ax.set_title(_plain("\n".join(filter(None, (title, facet)))), fontsize=8.5)
 
 

@@ -81,13 +81,16 @@ def named(dim: str) -> str:
     return dim.replace("_", " ")
 
 
-def spelled(result: xr.Dataset, dim: str, index: int) -> str:
-    """A value of an axis in words; a listed point by what it sets."""
-    if dim == POINT:
-        set_by = {str(name): v.values[index] for name, v in result.coords.items() if v.dims == (POINT,) != (name,)}
-        told = {name: value for name, value in set_by.items() if value == value and value != ""}  # NaN is not set
-        return ", ".join(f"{named(name)} {_word(value)}" for name, value in told.items())
-    return _word(result[dim].values[index])
+def spelled(result: xr.Dataset, dim: str, index: int, *, whole: bool = False) -> str:
+    """A value of an axis in words; a listed point by the setting that tells all points apart, or by all that it sets
+    where there is none or the `whole` point is asked for."""
+    if dim != POINT:
+        return _word(result[dim].values[index])
+    set_by = {str(name): v.values for name, v in result.coords.items() if v.dims == (POINT,) != (name,)}
+    words = {name: [_word(v) if v == v else "" for v in values] for name, values in set_by.items()}  # NaN is not set
+    apart = [name for name, each in words.items() if all(each) and len(set(each)) == len(each)]
+    told = (not whole and apart[:1]) or words
+    return ", ".join(f"{named(name)} {words[name][index]}" for name in told if words[name][index])
 
 
 def _word(value: object) -> str:

@@ -109,7 +109,7 @@ def _cells(sweep: SweepFolder, result: xr.Dataset, shown: list[int]) -> Iterator
     dims = result.status.dims
     status, run = result.status.values, result.run.values
     values, verdicts = result.claim_value.transpose(*dims, "claim", "bound").values, result.verdict.values
-    words = {dim: [spelled(result, str(dim), index) for index in range(result.sizes[dim])] for dim in dims}
+    words = {dim: [spelled(result, str(dim), index, whole=True) for index in range(result.sizes[dim])] for dim in dims}
     for place, cell in zip(np.ndindex(*status.shape), sweep.cells, strict=True):
         done = (sweep.path / str(run[place]) / PAGE).is_file()
         claims = []

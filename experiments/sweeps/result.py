@@ -54,7 +54,8 @@ def open_sweep(path: str | Path, *, chunks: Any = None) -> xr.Dataset:
     """The result of a sweep: ``open_sweep("runs/guidance").gap.sel(source="network", coupling=0)``.
 
     The axes of the plan are the first dimensions. ``claim_value`` has the value of every claim with its interval, along
-    ``bound``, and ``verdict`` what follows from it; the other estimates are those of the cells' analyses. The stored
+    ``bound``, and ``verdict`` what follows from it; the other estimates are those of the cells' analyses, each beside
+    its ``_interval``, which begins with it. The stored
     result is opened, its values are read when they are needed. Where there is none, or where cells have changed since,
     the result is collected from the cells in memory.
 
@@ -192,10 +193,23 @@ def _read(path: Path, taken: set[str]) -> tuple[list[xr.Dataset], Mapping[str, f
         analysis = run.load("analysis")
         analysis = analysis.drop_vars([name for name, v in analysis.data_vars.items() if v.dtype.kind not in "fiub"])
         if "bound" in analysis.coords and set(analysis.bound.values.tolist()) <= set(BOUNDS):
-            taken = taken - {"bound"}
+            taken, analysis = taken - {"bound"}, _with_estimates(analysis)
         names = {*map(str, analysis.variables), *map(str, analysis.dims)} & taken
         found.append(analysis.rename({name: f"analysis_{name}" for name in names}))
     return found, run.manifest["timings"]
+
+
+def _with_estimates(analysis: xr.Dataset) -> xr.Dataset:
+    """Intervals of an analysis beside those of claims, whose bounds begin with the estimate."""
+    if "estimate" in analysis.bound.values:
+        return analysis
+    found = analysis.reindex(bound=list(BOUNDS))
+    for name in map(str, analysis.data_vars):
+        interval = f"{name}_interval"
+        if interval in found and {*found[interval].dims} == {*found[name].dims, "bound"}:
+            filled = found[interval].where(found.bound != "estimate", found[name])
+            found[interval] = filled.transpose(*found[interval].dims).assign_attrs(found[interval].attrs)
+    return found
 
 
 def _claims(claims: list[dict[str, Any]]) -> xr.Dataset:

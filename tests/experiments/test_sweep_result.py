@@ -80,6 +80,7 @@ def test_every_number_is_that_of_its_cell(result, filled):
         here = at.sel(step=own.step, bound=own.bound)
         for name in KEPT:
             np.testing.assert_array_equal(here[name], own[name], err_msg=name)
+        np.testing.assert_array_equal(at.gap_interval.sel(bound="estimate"), at.gap)
         np.testing.assert_array_equal(here.ell, own.ell)
         np.testing.assert_array_equal(at.claim_value.isel(claim=0), [index, index - 1, index + 1])
         assert np.isnan(at.claim_value.isel(claim=[1, 2])).all()
