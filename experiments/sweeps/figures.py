@@ -96,7 +96,7 @@ def figure_claims(result: xr.Dataset, layout: Layout) -> Figure:
                 at = _beside(ax, place, index, len(colors))
                 _cells(ax, at, values[:, index], words[:, index], level, **style)
             ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-            _title(ax, result, claim if facet == 0 else None, facets[facet], len(facets), measured=True)
+            _title(ax, result, claim, facets, facet, measured=True)
     for ax in axes[-1]:
         ax.set_xlabel(_plain(named(x)))
     _legend(figure, axes[0, 0], lines)
@@ -109,11 +109,11 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
     assert down is not None
     assert across is not None
     claims, facets = tested(result), _facets(result, layout)
-    high_enough = result.sizes[down] * 0.34 <= MOST_HEIGHT
-    height = 0.9 + (max(1.0, 0.34 * result.sizes[down]) if high_enough else MOST_HEIGHT)
+    high_enough = result.sizes[down] * 0.38 <= MOST_HEIGHT
+    height = 0.9 + (max(1.0, 0.38 * result.sizes[down]) if high_enough else MOST_HEIGHT)
     figure, axes = new_figure(7.2, 0.4 + height * len(claims), len(claims), len(facets), squeeze=False)
     width = 5.2 / len(facets) / result.sizes[across]
-    words_fit = high_enough and width >= LEAST_WIDTH
+    fold = int(14 * width) if high_enough and width >= LEAST_WIDTH else 0  # letters of a line
     status = [_arranged(result.status, layout, down, across, facet) for facet in range(len(facets))]
     for row, claim in zip(axes, claims, strict=True):
         arranged = [
@@ -130,16 +130,16 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
             words = _arranged(result.verdict.isel(claim=claim), layout, down, across, facet)
             for place in np.ndindex(mean.shape):
                 shade = (float(mean[place]) - low) / (high - low)
-                _square(ax, place, float(mean[place]), words[place], status[facet][place], shade, words_fit)
+                _square(ax, place, float(mean[place]), words[place], status[facet][place], shade, fold)
             ax.set_xticks(*_ticks(result, across), rotation=0 if width > 0.5 else 90)
             ax.set_yticks(*_ticks(result, down))
             ax.set_ylabel(_plain(named(down)) if facet == 0 else "")
             ax.set_xlabel(_plain(named(across)) if claim == claims[-1] else "")
             ax.spines[:].set_visible(False)
-            _title(ax, result, claim if facet == 0 else None, facets[facet], len(facets))
+            _title(ax, result, claim, facets, facet)
         bar = figure.colorbar(drawn, ax=row.tolist(), pad=0.01)
         bar.set_label(_plain(textwrap.fill(measure_of(result, claim), 26)), fontsize=7)
-    if not words_fit:
+    if not fold:
         patches = [
             Patch(facecolor="white", edgecolor=INK, hatch=hatch, label=word)
             for word, hatch in HATCHES.items()
@@ -220,8 +220,10 @@ def _cells(
             shown = (word == "holds") == holds
             face = color if holds else "white"
             ax.plot(x[shown], at[shown, 0], marker, color=color, markersize=size, mfc=face, zorder=3)
-    if not alone:
+    if not alone and joined:
         ax.fill_between(x, means[:, 1], means[:, 2], color=color, alpha=0.2, linewidth=0, zorder=1)
+    elif not alone:  # between words there is nothing
+        ax.vlines(x, means[:, 1], means[:, 2], color=color, alpha=0.2, linewidth=9, zorder=1)
 
 
 def _beside(ax: Axes, x: np.ndarray, index: int, count: int) -> np.ndarray:
@@ -239,9 +241,10 @@ def _square(
     words: np.ndarray,
     status: np.ndarray,
     shade: float,
-    words_fit: bool,
+    fold: int,
 ) -> None:
-    """What is written on a square of a heat map: value and verdict, or why there is no value."""
+    """What is written on a square of a heat map, in lines of `fold` letters: value and verdict, or why there is none.
+    Where there is no room, for 0 letters, verdicts are hatches."""
     there = status == "complete"
     if not there.any():
         word, kind = ("failed" if (status == "failed").any() else "missing"), "no result"
@@ -257,10 +260,11 @@ def _square(
     if not shown:
         box = {"facecolor": "white", "edgecolor": QUIET, "hatch": HATCHES["no result"], "linewidth": 0}
         ax.add_patch(Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, **box))
-    elif not words_fit and HATCHES.get(kind):
+    elif not fold and HATCHES.get(kind):
         box = {"fill": False, "edgecolor": color, "hatch": HATCHES[kind], "linewidth": 0}
         ax.add_patch(Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, **box))
-    if words_fit:
+    if fold:
+        word = textwrap.fill(word, fold)
         text = f"{mean:.2f}".replace("-", "−") + f"\n{word}" if shown else word
         back = None if shown else {"facecolor": "white", "edgecolor": "none", "pad": 1}
         ax.text(place[1], place[0], text, ha="center", va="center", color=color, fontsize=6.5, bbox=back)
@@ -332,14 +336,20 @@ def _facets(result: xr.Dataset, layout: Layout) -> list[str]:
     return [f"{named(layout.facet)} {spelled(result, layout.facet, i)}" for i in range(result.sizes[layout.facet])]
 
 
-def _title(
-    ax: Axes, result: xr.Dataset, claim: int | None, facet: str, columns: int, *, measured: bool = False
-) -> None:
-    """The claim over the first facet, and what it measures; the facet over all."""
-    title = "" if claim is None else textwrap.fill(str(result.claim.values[claim]), 72 // columns)
-    if claim is not None and measured:
-        title += "\n" + textwrap.fill(measure_of(result, claim), 96 // columns)
-    ax.set_title(_plain("\n".join(filter(None, (title, facet)))), fontsize=8.5)
+def _title(ax: Axes, result: xr.Dataset, claim: int, facets: list[str], facet: int, *, measured: bool = False) -> None:
+    """The claim over the whole row, with what it measures; the facet over each column."""
+    lines = [str(result.claim.values[claim])]
+    if measured:
+        lines += textwrap.wrap(measure_of(result, claim), 96)
+    said = {"fontsize": 8.5, "va": "bottom"}
+    if not facets[facet]:
+        ax.set_title(_plain("\n".join(lines)), **said)
+        return
+    ax.set_title(_plain("\n".join([*(" " for _ in lines), facets[facet]])), **said)
+    if facet == 0:  # in the room above all columns, over which it may reach
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+        pad = matplotlib.rcParams["axes.titlepad"]
+        ax.annotate(_plain("\n".join([*lines, " "])), (0, 1), (0, pad), **place, **said).set_in_layout(False)
 
 
 def _colors(count: int) -> list[Any]:
