@@ -10,6 +10,7 @@ from playground_browser import opened, running_browser, screen
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from experiments.frame import drawing
+from experiments.frame import page as frame_page
 from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.measured import Measured
 from experiments.frame.page import store_page
@@ -184,6 +185,20 @@ def coarse():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "DPI", DPI // 3)
         yield
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Figures of runs are empty: for tests of what is measured. What is made before the test, in fixtures of larger
+    scope, is drawn."""
+
+    def draw(folder, figures):
+        folder.mkdir(exist_ok=True)
+        for name in figures:
+            (folder / f"{name}.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>')
+            Image.new("RGB", (1, 1)).save(folder / f"{name}.png")
+
+    monkeypatch.setattr(frame_page, "draw_figures", draw)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 from ou_theory.recursion import recursion_energy
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("blank_figures")]
 
 TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=3, prediction="v")
 SMALL = {"pairs": 6, "block": 3, "untrained_pairs": 3, "steps": "12", "branches": 3}

@@ -40,7 +40,7 @@ FAST = {"couplings": (0.0, 0.3, 1.0), "pairs": 6, "steps": "8", "block": 2, "gai
 ATTRS = {"model": "tiny", "prediction": "v", "sampler": "ddim", "gate_kind": "joint", "guidance": 1.0, "seed": 0}
 GROUPS = ("network", "untrained", "wiener", "pictures", "analysis")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from experiments.studies.depth.verdicts import known_gap, verdict_of
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("blank_figures")]
 
 FLAGS = ["--pairs", "4", "--block", "4", "--untrained-pairs", "4", "--steps", "10", "--couplings", "0", "1"]
 FLAGS += ["--probe-pairs", "8", "--probe-levels", "4", "--quiet"]

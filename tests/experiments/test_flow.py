@@ -23,7 +23,7 @@ from experiments.studies.response.settings import ResponseConfig
 from experiments.tools.info import describe
 from ou_theory.clock import path_clock
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]
 
 TINY = ["--size", "8", "--depth", "1", "--hidden-size", "16", "--num-heads", "2", "--batch-size", "4", "--steps", "2"]
 CHECKS = {CloningConfig: cloning.check, ResponseConfig: response.check, InterventionsConfig: interventions.check}

@@ -33,6 +33,8 @@ from experiments.studies.gaussianity.study import STUDY
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 SIZE, CHANNELS, LEADING = 8, 3, 63
 NUMBERS = SIZE * SIZE * CHANNELS
 BY = radial_bands(SIZE, SIZE, 6)

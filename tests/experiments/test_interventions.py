@@ -38,7 +38,7 @@ MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=3, num_head
 CLOCK = make_clock(8)
 ELL = make_clock(50).log_snr
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("blank_figures")]
 
 
 def settings(weights, **changes) -> InterventionsConfig:

@@ -39,7 +39,7 @@ FAST = {"couplings": COUPLINGS, "pairs": 6, "steps": "8", "block": 2, "untrained
 GROUPS = ("network", "untrained", "random")
 every = pytest.mark.parametrize("gate", GATE_KINDS)
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("blank_figures")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,6 +26,8 @@ from experiments.studies.compare.modes import FREQUENCIES, data_modes, ends
 from ou_theory.clock import make_clock
 from ou_theory.modes import Directions, dct2, rank_groups
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 SIZE, PAIRS = 4, 600
 SHAPE = (SIZE, SIZE, 2)
 NUMBERS = SIZE * SIZE * 2

@@ -19,6 +19,8 @@ from experiments.frame.store import RunFolder, StoreError
 from experiments.frame.study import Study, report, run_study
 from experiments.studies.compare.settings import CompareConfig
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 SPANS = ((0, 4), (4, 2), (6, 3))  # first pair and pairs of each part: the last one ends in the middle of a block
 
 

@@ -34,7 +34,7 @@ MODEL = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_head
 CLOCK = make_clock(50)
 VARIANCE = np.array([20.0, 5.0, 1.0, 0.3])
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]
 
 
 def settings(weights, **changes) -> ReleaseConfig:

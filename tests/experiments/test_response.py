@@ -28,7 +28,7 @@ from ou_theory.clock import make_clock
 from ou_theory.cluster_laws import mmse
 from ou_theory.modes import dct2, idct2, radial_bands
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("blank_figures")]
 
 SETTINGS = {"pairs": 4, "block": 2, "untrained_pairs": 2, "steps": "10", "levels": 3, "vectors": 2}
 CLOCK, BANDS, SHAPE = make_clock("10"), radial_bands(8, 8, 6), (8, 8, 3)

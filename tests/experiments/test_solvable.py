@@ -29,7 +29,7 @@ TINY = DiTConfig(
     input_size=8, in_channels=2, hidden_size=16, depth=1, num_heads=2, num_classes=3, learn_sigma=False, prediction="v"
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,8 @@ from ou_theory.clock import make_clock
 from ou_theory.cluster_laws import clusters
 from ou_theory.keys import random_key
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 TINY = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=2, prediction="v")
 NAMES = ("car", "horse")
 CLOCK = make_clock("200")

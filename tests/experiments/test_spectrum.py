@@ -28,6 +28,8 @@ from experiments.studies.spectrum.settings import SHIPPED, SpectrumConfig
 from ou_theory.clock import make_clock
 from ou_theory.modes import radial_bands
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 CLOCK, BANDS = make_clock("50"), radial_bands(8, 8, 6)
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=2, prediction="v")
 VARIANCE = np.array([20, 4, 1.6, 0.5, 0.2, 0.1, 0.05])
