@@ -188,9 +188,11 @@ def coarse():
 
 
 @pytest.fixture
-def blank_figures(monkeypatch):
-    """Figures of runs are empty: for tests of what is measured. What is made before the test, in fixtures of larger
-    scope, is drawn."""
+def blank_figures(monkeypatch, request):
+    """Figures of runs are empty: for tests of what is measured. Those that ask for `has_ink` get some, and what is made
+    before the test, in fixtures of larger scope, is drawn, too."""
+    if "has_ink" in request.fixturenames:
+        return
 
     def draw(folder, figures):
         folder.mkdir(exist_ok=True)
