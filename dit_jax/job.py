@@ -1,4 +1,5 @@
-"""Which of several tasks of a job this process is. Commands do not share their work among tasks; they say so."""
+"""Which of several tasks of a job this process is. Most commands do not share their work among tasks, and say so; some
+studies do (`dit_jax.distributed`)."""
 
 import os
 from collections.abc import Mapping
@@ -26,13 +27,14 @@ def task(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
 
 
 def several_tasks(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What a command has to say to the tasks of a job that all run it; None if there is only one."""
+    """What a command that one process runs has to say to tasks of a job that all run it; None if there is only one."""
     found = task(environment)
     if found is None:
         return None
     number, tasks = found
     return (
-        f"this is task {number} of {tasks} that were started with one command. Tasks do not share a run: the first one "
-        "that holds its folder does all of it, and the others are refused. Start one task; or split runs over tasks "
-        "with `syncgap sweep`, or pairs of one run with `syncgap compare --first-pair` and `syncgap merge`"
+        f"this is task {number} of {tasks} that were started with one command. Tasks of this command do not share "
+        "its work: the first one that holds its folder does all of it, and the others are refused. Start one task; or "
+        "split runs over tasks with `syncgap sweep`, or pairs of one run with `syncgap compare --first-pair` and "
+        "`syncgap merge`"
     )

@@ -13,7 +13,8 @@ those of one device, up to the rounding of matrix products of another shape.
 
 Several processes run the same program, each with the same host arrays, after ``jax.distributed.initialize(address,
 num_processes, process_id)``, which must come before anything that asks for devices; its coordinator listens on every
-network interface unless it is given a ``coordinator_bind_address``.
+network interface unless it is given a ``coordinator_bind_address``. `dit_jax.distributed` does so for the tasks
+of a job step.
 """
 
 from typing import Any, Literal

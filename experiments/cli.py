@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -141,17 +142,41 @@ def main(args: list[str] | None = None) -> int:
     }
     command: Any = _parsed(commands, argv)
     line = shlex.join(["syncgap", *given])
+    if not _joins(command):
+        return _code(command, line)
+    from dit_jax.distributed import leave
+
+    try:
+        code = _code(command, line)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    return leave(code) if code else 0
+
+
+def _joins(command: Any) -> bool:
+    """Whether the tasks of this job step run the command together. (Of a sweep each runs cells of its own.)"""
+    return isinstance(command, StudyRun) and task() is not None and studies.find(command.study).joins
+
+
+def _code(command: Any, line: str) -> int:
+    """Runs a command and returns the exit code."""
+    joins = _joins(command)
     try:
         with _ending_like_an_interrupt():
+            if joins:
+                from dit_jax.distributed import join
+
+                join()
             if not isinstance(command, Info | Sweep):  # which need none, or leave them to other processes
                 from dit_jax.platform import devices
 
                 devices()
-            if isinstance(command, StudyRun | Train) and (found := task()) and found[0] == 0:
+            if isinstance(command, StudyRun | Train) and not joins and (found := task()) and found[0] == 0:
                 print(f"syncgap: {several_tasks()}", file=sys.stderr)
             return command() if isinstance(command, functools.partial) else _run(command, line)
     except (ValueError, OSError, MemoryError) as error:
-        more = f"; {several_tasks()}" if isinstance(error, FolderInUse) and several_tasks() else ""
+        more = f"; {several_tasks()}" if isinstance(error, FolderInUse) and several_tasks() and not joins else ""
         print(f"syncgap: {_in_one_line(error)}{more}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -196,6 +221,8 @@ def _ending_like_an_interrupt() -> Iterator[None]:
 
 def _run(command: Any, line: str) -> int:
     if isinstance(command, StudyRun):
+        import jax
+
         from experiments.frame.study import run_each, run_study
 
         name = command.study
@@ -204,7 +231,8 @@ def _run(command: Any, line: str) -> int:
         options = {"resume": command.resume, "command": line, "progress": not command.quiet}
         with writing(out):
             page = run(studies.find(name), command.settings, out, **options)
-        print(f"report: {page}" if page.suffix else f"part: {page} (join all parts with `syncgap merge`)")
+        if jax.process_index() == 0:
+            print(f"report: {page}" if page.suffix else f"part: {page} (join all parts with `syncgap merge`)")
     elif isinstance(command, Sweep):
         from experiments.sweeps.command import sweep
 

@@ -20,7 +20,7 @@ from dit_jax.diffusion import Denoiser
 from dit_jax.model import DiT
 from dit_jax.platform import host_device
 from dit_jax.replicas import CoupledDenoiser, pair_labels
-from dit_jax.sharding import make_mesh, place_model, place_pairs
+from dit_jax.sharding import gather, make_mesh, place_model, place_pairs
 from experiments.frame import programs
 from experiments.frame.chunks import filled
 from experiments.frame.forecast import Forecast
@@ -144,8 +144,8 @@ class Bench(Measured[C]):
         self.config = config  # which the network asks for
         settings, extra = asdict(cast(Any, config)), {"kind": study, "subject": subject}
         if isinstance(config, StudyConfig):
-            self.mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
-            weights, devices = one_of(config.weights), jax.local_device_count()
+            weights, devices = one_of(config.weights), jax.device_count()  # of all processes that have joined
+            self.mesh = make_mesh() if devices > 1 else None
             self.subject = load_subject(weights, config.dtype)
             self.subject_key = subject_key(weights, config.dtype, on_host=self.mesh is not None)
             self.classes = checked_settings(study, config, self.subject, check, any_network, devices)
@@ -289,7 +289,7 @@ class Bench(Measured[C]):
                         images = self.forecast.of_block(group, chosen.start, chosen.stop, pairs)
                         watched.enter_context(progress_of_block(bar, images))
                     pieces = [slice(at, min(at + block, chosen.stop)) for at in range(chosen.start, chosen.stop, block)]
-                    found = [jax.device_get(dict(measure(*self._split(index[at], labels[at])))) for at in pieces]
+                    found = [gather(dict(measure(*self._split(index[at], labels[at])))) for at in pieces]
                     each = [
                         xr.Dataset({name: (dims[name], np.asarray(v, np.float32)) for name, v in x.items()})
                         for x in found

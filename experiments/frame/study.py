@@ -5,17 +5,23 @@ direction: `measure` fills the run's groups, `analyse` reads nothing but groups 
 the analysis. If anything fails after measuring, `report` makes it again from what is stored.
 """
 
+import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar, cast
 
+import jax
 import xarray as xr
 
 from dit_jax.config import NetworkConfig
 from dit_jax.disk import write_json
+from dit_jax.distributed import agreed, require_same
 from dit_jax.lock import held
 from experiments.frame.bench import Bench
 from experiments.frame.collection import PART, is_part, runs_in
@@ -55,6 +61,7 @@ class Study(Generic[C]):
     subject: str | None = None  # what is studied, for a study without a network
     any_network: bool = False  # whether networks without attention are accepted, too
     passes: Callable[[C, NetworkConfig], Mapping[str, int]] | None = None  # images through a network, see `frame.cost`
+    joins: bool = False  # whether several processes can measure one run together, see `run_joined`
 
 
 @own_numerics()
@@ -86,10 +93,11 @@ def run_study(
       ValueError: settings that do not fit the weights; an output folder that holds another run, or that another process
         is writing.
     """
+    out, options = Path(out), {"resume": resume, "command": command, "progress": progress}
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        return run_joined(study, config, out, **options, figures=figures)
     with held(out):
-        return run_held(
-            study, config, Path(out), resume=resume, command=command, progress=progress, figures=figures, heard=heard
-        )
+        return run_held(study, config, out, **options, figures=figures, heard=heard)
 
 
 def run_held(
@@ -105,7 +113,67 @@ def run_held(
 ) -> Path:
     """`run_study` in a folder that this process holds."""
     started, compiled = time.perf_counter(), compilations()
-    bench = Bench(
+    bench = _opened(study, config, out, resume=resume, command=command, progress=progress, heard=heard)
+    _say(bench)
+    _measure(study, bench, started, compiled)
+    return _finished(study, bench, figures)
+
+
+def run_joined(
+    study: Study[C], config: C, out: Path, *, resume: bool, command: str, progress: bool, figures: bool = True
+) -> Path:
+    """`run_study` in one of several processes that have joined (`dit_jax.distributed`), all of which call it.
+
+    The pairs of a block, and with sharded parameters the weights, are split over the devices of all processes. The
+    first process owns the folder, speaks, and makes the page. Each of the others does the same with a copy of the
+    folder as it is when measuring begins, which it throws away, so that all skip the same blocks.
+
+    Returns:
+      what `run_study` does; `out` in the others.
+
+    Raises:
+      FailedElsewhere: another process has failed before measuring or after it.
+      ValueError: see `run_study`; a study that cannot be measured in this way, other settings in another process, a
+        folder that another process cannot read.
+    """
+    if not study.joins:
+        raise ValueError(f"syncgap {study.name} measures a run in one process only; start it as one task")
+    started, compiled, first = time.perf_counter(), compilations(), jax.process_index() == 0
+    require_same(
+        zlib.crc32(repr((study.name, config, str(out), resume)).encode()),
+        "the tasks of this job step were given different settings or folders, and tasks of one step measure one run "
+        "together; start each run in a step of its own (srun -n 1)",
+    )
+    with ExitStack() as stack:
+
+        def open_first() -> Bench[C]:
+            stack.enter_context(held(out))
+            return _opened(study, config, out, resume=resume, command=command, progress=progress)
+
+        def open_other() -> Bench[C]:
+            copy = Path(stack.enter_context(TemporaryDirectory(prefix="syncgap-"))) / "run"
+            try:
+                shutil.copytree(out, copy)
+            except OSError as error:
+                raise StoreError(
+                    f"process {jax.process_index()} cannot read or copy {out}, which the first process writes "
+                    f"({error}); give an --out folder that all hosts see, and TMPDIR one with room for a copy"
+                ) from error
+            return _opened(study, config, copy, resume=True, command=command, progress=False)
+
+        opened = agreed(open_first) if first else agreed(lambda: None)
+        seen = zlib.crc32((out / "manifest.json").read_bytes()) if (out / "manifest.json").is_file() else 0
+        bench = agreed((lambda: opened) if first else open_other)
+        require_same(seen, f"not all processes see the same state of {out}; wait some seconds and use --resume")
+        assert bench is not None
+        if first:
+            _say(bench)
+        _measure(study, bench, started, compiled)
+        return agreed(lambda: _finished(study, bench, figures) if first else out)
+
+
+def _opened(study: Study[C], config: C, out: Path, **options: Any) -> Bench[C]:
+    return Bench(
         study.name,
         config,
         out,
@@ -114,20 +182,27 @@ def run_held(
         check=study.check,
         passes=study.passes,
         any_network=study.any_network,
-        resume=resume,
-        command=command,
-        progress=progress,
-        heard=heard,
+        **options,
     )
+
+
+def _say(bench: Bench[Any]) -> None:
+    """What whoever reads the results has to know before."""
     if bench.run.moved:
         changed = "; ".join(bench.run.moved)
         print(f"resumed with another device or version, so last digits may differ ({changed})", file=sys.stderr)
     if unknown := bench.manifest.get("unknown_of_protocol"):
         print(f"not known of the paper's protocol, and as the settings have it: {'; '.join(unknown)}", file=sys.stderr)
+
+
+def _measure(study: Study[C], bench: Bench[C], started: float, compiled: int) -> None:
     bench.run.count("measuring_s", started)
     study.measure(bench)
     bench.run.note()
     bench.run.note_compilations(compilations() - compiled)
+
+
+def _finished(study: Study[C], bench: Bench[C], figures: bool) -> Path:
     if is_part(bench.run):
         bench.run.finish()
         return bench.run.path

@@ -1,13 +1,7 @@
 """Ensembles on several devices give what one device gives, and really are split."""
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from models import random_model
+from processes import TIMEOUT, free_port, run_together
 
 from dit_jax.checkpoint import load_model, save_model
 from dit_jax.config import DiTConfig
@@ -22,46 +17,7 @@ from dit_jax.sharding import _split_axis, gather, make_mesh, place_model
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "devices.py"
-TIMEOUT = 120
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4)
-
-
-def run_together(commands: list[list[str]], devices: int) -> list[str]:
-    """Standard output of processes that run at the same time; all are ended as soon as one fails or time is up."""
-    # the forced count comes last: it wins over one that is set already
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    processes, outs, errors = [], [], []
-    with ExitStack() as stack:
-        for command in commands:
-            # files, not pipes: nobody reads while they run
-            out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
-            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=out, stderr=err)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            processes.append(process)
-            outs.append(out)
-            errors.append(err)
-        deadline = time.monotonic() + TIMEOUT
-        codes = [process.poll() for process in processes]
-        while None in codes and not any(codes) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            codes = [process.poll() for process in processes]
-        if any(code != 0 for code in codes):
-            reports = [f"process {i}: {code}\n{_read(errors[i])}" for i, code in enumerate(codes)]
-            pytest.fail(f"a process failed, or they took over {TIMEOUT} s (None: still running)\n" + "\n".join(reports))
-        return [_read(out) for out in outs]
-
-
-def _read(file) -> str:
-    file.seek(0)
-    return file.read()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_tasks_of_a_job_are_told_that_they_do_not_share_a_run(variables, said, t
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with held(tmp_path / "out"):
-        assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 2
+        assert cli.main(["release", "--out", str(tmp_path / "out")]) == 2
     text = capsys.readouterr().err
     assert "being written by process" in text
     if said is None:

@@ -19,6 +19,7 @@ from dit_jax.covariance import load_covariance
 from dit_jax.latents import to_pictures
 from dit_jax.model import DiT
 from dit_jax.replicas import CoupledDenoiser, pair_labels
+from dit_jax.sharding import gather
 from experiments.frame.bench import Bench, Variables, one_of
 from experiments.frame.eigenmodes import Eigenmodes, eigenmodes, fine_directions
 from experiments.frame.exact import covariance_group
@@ -119,9 +120,9 @@ class Instrument:
         states = found.pop("states")
         if with_more:
             groups = self.modes if isinstance(self.modes, Eigenmodes) else None
-            modes = self._network_gain(model, groups, couplings, states, labels)
+            modes = gather(self._network_gain(model, groups, couplings, states, labels))
             found |= {f"mode_{name}": value for name, value in modes.items()}
-            found["one_pass_energy"] = np.asarray(modes["energy"]) @ self.modes.share()
+            found["one_pass_energy"] = modes["energy"] @ self.modes.share()
         else:
             grid, steps = found["energy"].shape[:3], len(self.bench.clock)
             sizes = {"coupling": grid[0], "pair": grid[1], "step": steps, "mode": len(self.modes.band)}
@@ -153,15 +154,15 @@ def measure(bench: Bench[CompareConfig]) -> None:
     some = few(config.couplings)
 
     def on_network(pairs, labels):
-        first = int(pairs[0])
+        first = int(gather(pairs)[0])
         found = instrument.network(bench.network, grid, pairs, labels, with_more=first < config.gain_pairs)
         for name in MORE if first < config.gain_pairs else ():  # of these pairs alone, however many run together
-            found[name] = np.array(found[name])
+            found[name] = np.array(gather(found[name]))
             along_pairs = np.moveaxis(found[name], instrument.variables[name][0].index("pair"), 0)
             along_pairs[config.gain_pairs - first :] = np.nan
         samples = found.pop("sample")
         if first == 0:
-            pictures = partial(_pictures, bench, np.asarray(samples), grid, np.asarray(labels))
+            pictures = partial(_pictures, bench, gather(samples), grid, gather(labels))
             bench.whole("pictures", pictures, of_all=True)  # if pairs were added, the first block was not full
         return found
 

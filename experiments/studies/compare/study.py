@@ -23,4 +23,4 @@ def passes(config: CompareConfig, network: NetworkConfig) -> dict[str, int]:
     }
 
 
-STUDY = Study("compare", CompareConfig, measure, page, analyse, DEFINITIONS, check, together, passes=passes)
+STUDY = Study("compare", CompareConfig, measure, page, analyse, DEFINITIONS, check, together, passes=passes, joins=True)

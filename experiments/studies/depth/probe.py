@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dit_jax.model import DiT
 from dit_jax.objective import denoised_at
 from dit_jax.replicas import pair_labels, run_pairs
+from dit_jax.sharding import gather
 from experiments.frame.bench import Bench
 from experiments.frame.instrument import shuffled_bands, stream_modes, token_bands
 from experiments.frame.programs import Setup
@@ -145,7 +146,7 @@ class Probe:
         for first in tqdm(range(0, count, block), desc=what, disable=not self.bench.progress):
             pairs = np.arange(first, min(first + block, count))
             which = (grid, pairs, pair_labels(pairs, self.bench.classes))
-            parts.append(jax.device_get(self._streams(model, np.float32(self.projection), self.shuffled, *which)))
+            parts.append(gather(self._streams(model, np.float32(self.projection), self.shuffled, *which)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def scores(self, model: DiT, group: str, couplings: Sequence[float], pairs: int) -> xr.Dataset:

@@ -20,4 +20,4 @@ def passes(config: DepthConfig, network: NetworkConfig) -> dict[str, int]:
     return found
 
 
-STUDY = Study("depth", DepthConfig, measure, page, analyse, DEFINITIONS, together=together, passes=passes)
+STUDY = Study("depth", DepthConfig, measure, page, analyse, DEFINITIONS, together=together, passes=passes, joins=True)
