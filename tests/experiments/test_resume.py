@@ -90,6 +90,7 @@ def test_more_pairs_extend_a_run(weights, whole, tmp_path, before):
         run_study(first.study, replace(settings(weights), pairs=before), out, resume=True, progress=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", range(11))
 def test_a_run_that_is_killed_while_it_grows_loses_nothing(weights, whole, tmp_path, monkeypatch, stop):
     """Killed before each of its first moves and removals of folders and writes of the manifest."""
