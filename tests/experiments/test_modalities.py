@@ -17,8 +17,6 @@ from experiments.studies.modalities.settings import ModalitiesConfig
 from ou_theory.cluster_laws import sign_correlation
 from ou_theory.schedules import scheduled_noise
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
 FLAGS = ["--paths", "1000", "--steps", "2", "--trials", "400", "--quiet"]
 
 
