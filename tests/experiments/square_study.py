@@ -39,6 +39,9 @@ def measure(bench):
     time.sleep(bench.config.pause_s)
     bench.whole("square", lambda: xr.Dataset({"square": bench.config.value**2}))
     _add(diary, f"end {bench.run.path.name} {os.getpid()}")
+    if (told := Path("/proc/self/statm")).exists():  # pages in memory, under Linux
+        size = int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _add(diary.with_name("memory"), f"{os.getpid()} {size}")
 
 
 def _add(path: Path, line: str) -> None:

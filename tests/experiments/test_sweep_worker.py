@@ -165,13 +165,14 @@ def test_folders_that_hold_something_else_are_refused(tmp_path):
 @pytest.mark.long
 def test_workers_that_are_killed_at_random_lose_nothing_and_never_share_a_cell(tmp_path):
     """Two processes work on all cells of one sweep. Twenty times one of them is killed, at a random moment after it has
-    begun a cell."""
-    plan = Plan("square", settings={"pause_s": 0.05}, axes={"value": list(range(1, 51))})
+    begun a cell. Those that are left run many cells, and need no more memory for them."""
+    many = 250
+    plan = Plan("square", settings={"pause_s": 0.03}, axes={"value": list(range(1, many + 1))})
     folder = SweepFolder.create(tmp_path / "sweep", plan)
     line = [sys.executable, square_study.__file__, str(folder.path), "20"]
     subprocess.run(line, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True, timeout=600)
 
-    assert folder.states() == {"complete": 50}
+    assert folder.states() == {"complete": many}
     for cell in folder.cells:
         assert RunFolder.open(folder.run(cell)).load("analysis").root == cell.settings.value
     at_work: dict[str, str] = {}
@@ -183,6 +184,13 @@ def test_workers_that_are_killed_at_random_lose_nothing_and_never_share_a_cell(t
             begun += 1
             at_work[cell] = process
     assert not at_work
-    assert begun > 50  # kills were in the middle of cells
+    assert begun > many  # kills were in the middle of cells
     ended = [line.split()[2] for line in (folder.path / "sweep.log").read_text().splitlines()]
     assert len(ended) == len(set(ended))  # what is complete is not run again
+    if (memory := folder.path / "memory").exists():  # where the system tells it
+        sizes: dict[str, list[int]] = {}
+        for process, size in (line.split() for line in memory.read_text().splitlines()):
+            sizes.setdefault(process, []).append(int(size))
+        assert max(map(len, sizes.values())) > 50
+        for grown in sizes.values():
+            assert max(grown) - max(grown[:20]) < 30e6
