@@ -39,9 +39,9 @@ def _ask(platform: str | None, find: Callable[[], list[Any]]) -> list[Any]:
         reason = f" ({str(error).strip().splitlines()[0]})" if str(error).strip() else ""
         platforms = _settings().jax_platforms or ""
         setting = f"JAX_PLATFORMS={platforms}"
-        if "cpu" in platforms.split(","):
+        if platforms == "cpu":
             remedy = "the installation of JAX is broken: install it again"
-        elif platform == "cpu":
+        elif platform == "cpu" and "cpu" not in platforms.split(","):
             remedy = f"set {setting},cpu, or leave it out"
         else:
             remedy = "set JAX_PLATFORMS=cpu to run on the CPU; a GPU needs its driver and `pip install 'jax[cuda13]'`"

@@ -20,7 +20,7 @@ from experiments.sweeps.repeats import over_repeats
 MAP = "cividis"  # told apart by every kind of colour vision, and light from dark in print
 MARKERS = "osD^vP*X"
 MOST_LABELS, MOST_PANELS, PANELS_IN_ROW = 8, 12, 4
-LEAST_WIDTH, MOST_HEIGHT = 0.6, 5.0  # inches: of a square of a heat map that has room for words, and of the map
+LEAST_WIDTH, ROW, MOST_HEIGHT = 0.6, 0.38, 5.0  # inches: of a square of a heat map with words in it, and of the map
 MOST_TICKS = 24
 HATCHES = {"holds": "", "does not hold": "\\\\\\", "undecided": "..", "repeats differ": "++", "no result": "xxx"}
 
@@ -109,8 +109,8 @@ def figure_maps(result: xr.Dataset, layout: Layout) -> Figure:
     assert down is not None
     assert across is not None
     claims, facets = tested(result), _facets(result, layout)
-    high_enough = result.sizes[down] * 0.38 <= MOST_HEIGHT
-    height = 0.9 + (max(1.0, 0.38 * result.sizes[down]) if high_enough else MOST_HEIGHT)
+    high_enough = result.sizes[down] * ROW <= MOST_HEIGHT
+    height = 0.9 + (max(1.0, ROW * result.sizes[down]) if high_enough else MOST_HEIGHT)
     figure, axes = new_figure(7.2, 0.4 + height * len(claims), len(claims), len(facets), squeeze=False)
     width = 5.2 / len(facets) / result.sizes[across]
     fold = int(14 * width) if high_enough and width >= LEAST_WIDTH else 0  # letters of a line

@@ -40,10 +40,14 @@ def test_a_sound_model_is_not_called_damaged(broken, tmp_path):
         devices()
 
 
-def test_a_cpu_that_is_asked_for_and_not_there_is_a_broken_installation(broken, monkeypatch):
-    monkeypatch.setattr(platform, "_settings", lambda: SimpleNamespace(jax_platforms="cuda,cpu"))
+@pytest.mark.parametrize(
+    ("platforms", "remedy"),
+    [("cpu", "the installation of JAX is broken"), ("cuda,cpu", "set JAX_PLATFORMS=cpu to run on the CPU")],
+)
+def test_the_remedy_is_another_than_what_is_set(broken, monkeypatch, platforms, remedy):
+    monkeypatch.setattr(platform, "_settings", lambda: SimpleNamespace(jax_platforms=platforms))
     for find in (devices, host_device):
-        with pytest.raises(PlatformError, match=r"JAX_PLATFORMS=cuda,cpu.*; the installation of JAX is broken"):
+        with pytest.raises(PlatformError, match=f"JAX_PLATFORMS={platforms}.*; {remedy}"):
             find()
 
 

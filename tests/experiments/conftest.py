@@ -1,6 +1,9 @@
 """What the tests of experiments share: a synthetic run (what a comparison stores, from closed recursions in place of a
 network), an untrained network, the interactive page in a browser."""
 
+import shutil
+
+import counting_study
 import numpy as np
 import pytest
 import xarray as xr
@@ -15,6 +18,7 @@ from experiments.frame.estimator import ESTIMATORS
 from experiments.frame.measured import Measured
 from experiments.frame.page import store_page
 from experiments.frame.store import RunFolder
+from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
 from experiments.studies.compare.page import page as compare_page
 from experiments.studies.compare.settings import CompareConfig
@@ -257,6 +261,20 @@ def weights(tmp_path_factory) -> str:
     config = DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=3)
     save_model(untrained_model(config, 5), folder, extra={"data": None})
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(weights, tmp_path_factory):
+    """Folder of a finished run of the study that counts. Tests only read it."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run_study(counting_study.Counting().study, counting_study.settings(weights), out, progress=False)
+    return out
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it, for a test to change."""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

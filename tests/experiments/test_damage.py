@@ -21,18 +21,6 @@ from experiments.studies.modalities.settings import ModalitiesConfig
 GROUP = "data.zarr/network"
 
 
-@pytest.fixture(scope="module")
-def whole(weights, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    run_study(Counting().study, settings(weights), out, progress=False)
-    return out
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "run")
-
-
 def chunks(out, group):
     return sorted(path for path in (out / "data.zarr" / group).rglob("*") if path.is_file() and "/c" in str(path))
 

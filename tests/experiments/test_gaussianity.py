@@ -6,14 +6,14 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import xarray as xr
 from PIL import Image
+from sharing import assert_shared
 
 from dit_jax.checkpoint import save_model
 from dit_jax.config import DiTConfig
 from dit_jax.covariance import DataCovariance, save_covariance
 from experiments import cli
-from experiments.frame import bench, programs
+from experiments.frame import bench
 from experiments.frame.draws import packed
 from experiments.frame.store import RunFolder
 from experiments.frame.subject import load_network, load_subject, untrained_model
@@ -227,21 +227,7 @@ def test_the_control_sees_the_networks_own_images_and_the_network_is_loaded_once
 def test_runs_of_other_seeds_and_classes_share_programs_and_measure_what_they_do_alone(tiny, tmp_path):
     config = fast(tiny, pairs=2, images=str(tiny / "images"))
     other = replace(config, seed=2**32 - 1, classes=(2, 1))
-
-    def measured(name, config):
-        found = bench.Bench("gaussianity", config, tmp_path / name, definitions=STUDY.definitions, check=STUDY.check)
-        STUDY.measure(found)
-        return {group: found.load(group) for group in found.run.groups}
-
-    with programs.kept():
-        first = measured("first", config)
-        before = programs.compilations()
-        shared = measured("shared", other)
-        assert programs.compilations() == before
-    alone = measured("alone", other)
-    for group, expected in alone.items():
-        xr.testing.assert_identical(shared[group], expected)
-    assert not any(first[group].identical(alone[group]) for group in ("network", "untrained", "exact", "photographs"))
+    assert_shared(STUDY, config, other, tmp_path, ("network", "untrained", "exact", "photographs"))
 
 
 # --- the study

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sharing
 import xarray as xr
 from flax import nnx
 
@@ -46,11 +47,8 @@ def others(tmp_path_factory):
 
 
 def measured(study, out, **settings) -> dict[str, xr.Dataset]:
-    """Every group that a study measures, without its analysis and page."""
     found = studies.find(study)
-    bench = Bench(study, found.config(**settings), out, definitions=found.definitions, check=found.check)
-    found.measure(bench)
-    return {group: bench.load(group) for group in bench.run.groups}
+    return sharing.measured(found, found.config(**settings), out)
 
 
 @pytest.mark.long

@@ -23,18 +23,6 @@ from experiments.frame.subject import untrained_model
 GROUP = "data.zarr/network"
 
 
-@pytest.fixture(scope="module")
-def whole(weights, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    run_study(Counting().study, settings(weights), out, progress=False)
-    return out
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "run")
-
-
 def test_going_on_under_another_version_is_said(weights, whole, copy, capsys):
     edit_json(copy / "manifest.json", python="2.7", status="running")
     assert mended(weights, copy, whole) == []

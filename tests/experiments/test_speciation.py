@@ -10,6 +10,7 @@ import xarray as xr
 from PIL import Image
 from scipy.integrate import quad
 from scipy.stats import norm
+from sharing import assert_shared
 
 from dit_jax.checkpoint import save_model
 from dit_jax.classifier import Classifier, initial_layers, load_classifier, save_classifier
@@ -18,8 +19,6 @@ from dit_jax.covariance import data_covariance, save_covariance
 from dit_jax.diffusion import DenoiserOutput, network_denoiser
 from dit_jax.images import image_set
 from experiments.cli import main
-from experiments.frame import programs
-from experiments.frame.bench import Bench
 from experiments.frame.study import run_study
 from experiments.frame.subject import untrained_model
 from experiments.studies.speciation.analysis import censored, crossing, estimates, schedule_step
@@ -278,21 +277,7 @@ def test_runs_of_other_seeds_and_classifiers_share_programs_and_measure_what_the
     save_classifier(tmp_path / "other.npz", another)
     config = settings(folder, pairs=2)
     other = replace(config, seed=2**32 - 1, classes=(1, 0), classifier=str(tmp_path / "other.npz"))
-
-    def measured(name, config):
-        bench = Bench("speciation", config, tmp_path / name, definitions=STUDY.definitions, check=STUDY.check)
-        STUDY.measure(bench)
-        return {group: bench.load(group) for group in bench.run.groups}
-
-    with programs.kept():
-        first = measured("first", config)
-        before = programs.compilations()
-        shared = measured("shared", other)
-        assert programs.compilations() == before
-    alone = measured("alone", other)
-    for group, expected in alone.items():
-        xr.testing.assert_identical(shared[group], expected)
-    assert not any(first[group].identical(alone[group]) for group in ("network", "labelled", "untrained"))
+    assert_shared(STUDY, config, other, tmp_path, ("network", "labelled", "untrained"))
 
 
 def test_guidance_zero_is_the_null_label_alone(network):
